@@ -1,0 +1,54 @@
+# Each target makes its own virtual environment if there is none; `make help` lists them.
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-full lint typecheck tiny-tulu benchmark clean
+
+VENV ?= .venv
+BIN := $(VENV)/bin
+SETUP := pyproject.toml setup.py constraints.txt scripts/setup_env.sh
+RUN_EXTRAS := plots
+DEV_EXTRAS := dev,plots,recipes
+# Tests of one file share their fixtures, so a file stays with one worker.
+PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST_ARGS ?=
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+
+$(VENV)/.run: $(SETUP)
+	@sh scripts/setup_env.sh $(VENV) $(RUN_EXTRAS)
+	@touch $@
+
+$(VENV)/.dev: $(SETUP)
+	@sh scripts/setup_env.sh $(VENV) $(DEV_EXTRAS)
+	@touch $@ $(VENV)/.run
+
+demo: $(VENV)/.run ## plain and guided decoding side by side, with figures
+	@$(BIN)/guided-decode demo
+
+test: lint typecheck ## lint, types and tests (at most 20 minutes)
+	@echo "== tests (those marked slow: make test-full)"
+	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+
+test-full: lint typecheck ## the same, with the tests marked slow
+	@echo "== all tests"
+	@$(PYTEST) --timeout 3600 $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	@echo "== ruff check"
+	@$(BIN)/ruff check .
+	@echo "== ruff format --check"
+	@$(BIN)/ruff format --check .
+
+typecheck: $(VENV)/.dev ## mypy on the package
+	@echo "== mypy"
+	@sh scripts/typecheck.sh $(BIN)/mypy
+
+tiny-tulu: $(VENV)/.dev ## train the embedded models again from nothing (under 60 minutes)
+	@$(BIN)/python -m recipes.tiny_tulu
+
+benchmark: $(VENV)/.dev ## time guided decoding against plain and brute force
+	@$(BIN)/python benchmarks/lookahead.py
+
+clean: ## remove caches and build output (the virtual environment stays: rm -r .venv)
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
