@@ -53,7 +53,7 @@ install_cpu_torch() {
         || say "no CPU build to be had from $cpu_index: taking the default build (it may bring CUDA)"
 }
 
-pip() { "$venv/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
 
 [ -x "$venv/bin/python" ] || make_venv
 supported "$venv/bin/python" || fail "$venv has $("$venv/bin/python" --version), but Python 3.11," \
@@ -61,6 +61,6 @@ supported "$venv/bin/python" || fail "$venv has $("$venv/bin/python" --version),
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade
 
 if [ "$(uname -s)" = Linux ] && ! has_gpu; then install_cpu_torch; fi
-say "installing guided-decode[$extras] (versions: constraints.txt)"
+say "installing guided-decode[$extras] at the versions of constraints.txt (minutes, the first time)"
 pip install --constraint constraints.txt --editable ".[$extras]"
 say "done: $venv"
