@@ -41,7 +41,7 @@ lint: $(VENV)/.dev ## ruff: rules and format
 
 typecheck: $(VENV)/.dev ## mypy on the package
 	@echo "== mypy"
-	@sh scripts/typecheck.sh $(BIN)/mypy
+	@sh scripts/typecheck.sh $(BIN)/python
 
 tiny-tulu: $(VENV)/.dev ## train the embedded models again from nothing (under 60 minutes)
 	@$(BIN)/python -m recipes.tiny_tulu

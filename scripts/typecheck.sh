@@ -1,5 +1,5 @@
 #!/bin/sh
-# Usage: scripts/typecheck.sh MYPY
+# Usage: scripts/typecheck.sh PYTHON
 # mypy knows no package mapping: kernels/ would be checked as `kernels`, and nothing would find
 # `guided_decode.kernels`. So it is shown the installed layout, as links to the sources.
 set -eu
@@ -16,7 +16,7 @@ for folder in kernels integrations; do
 done
 
 status=0
-MYPYPATH=$tree "$1" --package guided_decode >build/types.log 2>&1 || status=$?
+MYPYPATH=$tree "$1" -m mypy --package guided_decode >build/types.log 2>&1 || status=$?
 # Name the source that is to be mended, not the link.
 sed -e "s#^$tree/guided_decode/\(kernels\|integrations\)/#\1/#" -e "s#^$tree/##" build/types.log
 exit $status
