@@ -1,8 +1,9 @@
-"""Value-guided decoding: the PPO critic put to work at decoding time."""
+"""Value-guided decoding: the critic of a PPO run at work while its policy decodes."""
 
-from pathlib import Path
+from guided_decode.config import GuidanceConfig
+from guided_decode.guidance import guide
+from guided_decode.prefix import PrefixHandle
+from guided_decode.scores import Scores
 
-# In a checkout kernels/ and integrations/ stand beside this package, in a wheel inside it.
-_PACKAGE = Path(__file__).resolve().parent
-if not (_PACKAGE / "kernels").is_dir():
-    __path__.append(str(_PACKAGE.parent))
+__all__ = ["GuidanceConfig", "PrefixHandle", "Scores", "guide"]
+__version__ = "0.1.0"

@@ -1,0 +1,66 @@
+"""Which tokens are considered: top-k with ties to the lower id, cut by top-p; and the gate."""
+
+import torch
+from torch import Tensor
+
+
+def select_candidates(
+    logits: Tensor,  # [rows, vocab] any float
+    top_k: int | None = 16,
+    top_p: float = 1.0,
+) -> Tensor:
+    """Each row's candidates, by logit from the largest.
+
+    The top_k largest logits (ties go to the lower token id), of these the smallest set of largest
+    ones whose mass under the full softmax at temperature 1 reaches top_p; at least one. Tokens
+    at −inf are never candidates. top_k=None considers the whole vocabulary.
+
+    Args:
+        logits: [rows, vocab], as the engine hands them over.
+        top_k: at least 1 and at most vocab, or None.
+        top_p: in (0, 1].
+
+    Returns:
+        int64 [rows, k], padded with -1.
+
+    Raises:
+        ValueError: top_k is larger than the vocabulary.
+    """
+    vocab = logits.shape[-1]
+    k = vocab if top_k is None else top_k
+    if k > vocab:
+        raise ValueError(
+            f"top_k={k} is larger than the vocabulary of {vocab} tokens: "
+            f"expected at most {vocab}, or None for all of it"
+        )
+    candidates = _largest(logits, k)
+    chosen = logits.gather(-1, candidates).float()
+    dropped = chosen == -torch.inf
+    if top_p < 1.0:
+        mass = (chosen - log_normaliser(logits)).exp()
+        dropped |= mass.cumsum(-1) - mass >= top_p
+        dropped[:, 0] = chosen[:, 0] == -torch.inf
+    return candidates.masked_fill_(dropped, -1)
+
+
+def log_normaliser(logits: Tensor) -> Tensor:
+    """log Σ exp(l) over the vocabulary, float32 [rows, 1]."""
+    return torch.logsumexp(logits.float(), -1, keepdim=True)
+
+
+def gated_rows(logits: Tensor, gate: float) -> Tensor:
+    """Rows whose top token has probability of at least `gate`, bool [rows]."""
+    top = logits.amax(-1, keepdim=True).float()
+    return ((top - log_normaliser(logits)).exp() >= gate).squeeze(-1)
+
+
+def _largest(logits: Tensor, k: int) -> Tensor:
+    """Ids of the k largest logits, int64 [rows, k]: larger first, ties by the lower id."""
+    # torch.topk breaks ties as it likes; integers that order by (logit, −id) have none.
+    vocab = logits.shape[-1]
+    # Adding zero turns −0.0 into 0.0, which must tie with it.
+    bits = (logits.float() + 0.0).view(torch.int32).long()
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    ids = torch.arange(vocab, device=logits.device)
+    keys = (ordered << 32) + (vocab - 1 - ids)
+    return vocab - 1 - (keys.topk(k, dim=-1).values & 0xFFFFFFFF)

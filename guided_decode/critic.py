@@ -1,0 +1,206 @@
+"""The critic as a scorer: V of every candidate, one packed forward a step."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_decode.cache import Placement, PrefixCache
+from guided_decode.growable import Ints
+from guided_decode.kernels import value_head
+from guided_decode.packed_model import PackedModel
+from guided_decode.prefix import PrefixHandle
+from guided_decode.scores import LogProbs, Prefix, Scorer, Scores, TerminalRule
+from guided_decode.stats import ScorerStats
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHead:
+    """weight [labels, hidden], bias [labels] or None, and what turns outputs into one value."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Values of hidden states [tokens, hidden], float32 [tokens]."""
+        return self.transform(value_head(hidden, self.weight, self.bias))
+
+
+class CriticScorer:
+    """Scores candidates with a token-level critic, or a reward model read at the last token.
+
+    The answer of `score` depends on its arguments alone; the cache changes what it costs.
+    """
+
+    scores_vocabulary = False
+
+    def __init__(
+        self,
+        model: PackedModel,
+        head: ValueHead,
+        *,
+        terminal: TerminalRule = "baseline",
+        skip_token: int | None = None,
+        eos_token_id: int | None = None,
+        reward: Scorer | None = None,
+        reference: LogProbs | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the trunk.
+            head: the value head.
+            terminal: the terminal rule of the critic's family.
+            skip_token: BOS, where the critic was trained without it: one leading one is dropped.
+            eos_token_id: the token at which a finished response is read.
+            reward: the reward model of the "reward" terminal rule.
+            reference: the model of kl_coef.
+        """
+        if terminal == "reward" and reward is None:
+            raise ValueError(
+                'terminal="reward" was given without a reward model: pass reward=, a checkpoint '
+                "or a scorer that reads finished responses"
+            )
+        self.model = model
+        self.head = head
+        self.terminal = terminal
+        self.skip_token = skip_token
+        self.eos_token_id = eos_token_id
+        self.reward = reward
+        self.reference = reference
+        self.stats = ScorerStats()
+        self._evicted = 0
+
+    def __repr__(self) -> str:
+        cache = self.cache
+        return (
+            f"CriticScorer({self.model.name!r}, terminal={self.terminal!r}, cache_tokens="
+            f"{cache.capacity}, {cache.pool.nbytes / 2**20:.0f} MiB, {self.model.device})"
+        )
+
+    @property
+    def cache(self) -> PrefixCache:
+        return self.model.cache
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @torch.no_grad()
+    def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
+        """Values of candidates after their prefixes.
+
+        Args:
+            prefixes: rows of unpadded token ids, or handles.
+            candidates: int64 [rows, k], padded with -1.
+
+        Returns:
+            Scores on the critic's device: values float32 [rows, k], NaN where padded, and
+            baseline float32 [rows].
+
+        Raises:
+            ValueError: an empty prefix, a token outside the vocabulary, more positions than the
+                critic has, or a row that does not fit the cache.
+        """
+        begun = time.perf_counter()
+        rows, chosen = self._read(prefixes, candidates)
+        parts: list[Scores] = []
+        try:
+            while sum(len(part.baseline) for part in parts) < len(rows):
+                done = sum(len(part.baseline) for part in parts)
+                parts.append(self._score_part(rows[done:], chosen[done:]))
+        except BaseException:
+            # Slots that were handed out may not have been written.
+            self.cache.clear()
+            raise
+        self._count(begun, len(rows))
+        if not parts:
+            empty = torch.empty(candidates.shape, device=self.model.device)
+            return Scores(empty, empty.new_empty(len(empty)))
+        return Scores(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.baseline for part in parts]),
+        )
+
+    def _read(
+        self, prefixes: Sequence[Prefix], candidates: Tensor
+    ) -> tuple[list[tuple[PrefixHandle | Ints, int]], Ints]:
+        """Prefixes with what to skip, and candidates on the host; the step's one blocking copy."""
+        if candidates.ndim != 2 or len(candidates) != len(prefixes) or candidates.is_floating_point():
+            raise ValueError(
+                f"candidates came as {candidates.dtype} {list(candidates.shape)} for "
+                f"{len(prefixes)} prefixes: expected int64 [{len(prefixes)}, k], padded with -1"
+            )
+        chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)
+        self.model.check_vocabulary(chosen[chosen != -1], "candidate")
+        if chosen.shape[1] > self.vocab_size:
+            raise ValueError(
+                f"k={chosen.shape[1]} candidates a row are more than the vocabulary of "
+                f"{self.vocab_size} tokens"
+            )
+        rows = []
+        for i, given in enumerate(prefixes):
+            prefix, skip = self.model.prefix(given, i, self.skip_token)
+            self.model.check_length(prefix, skip, i, more=int((chosen[i] >= 0).any()))
+            rows.append((prefix, skip))
+        return rows, chosen
+
+    def _score_part(
+        self, rows: Sequence[tuple[PrefixHandle | Ints, int]], candidates: Ints
+    ) -> Scores:
+        """Scores as many of the rows as fit the pool together, from the first."""
+        self.cache.begin_batch()
+        placements: list[Placement] = []
+        slots = np.full(candidates.shape, -1, np.int64)
+        for i, (prefix, skip) in enumerate(rows):
+            own = candidates[i]
+            distinct, inverse = _distinct(own)
+            placement = self.cache.place(prefix, skip, distinct)
+            if placement is None and not placements:
+                self.model.refuse_too_large(prefix, skip, len(distinct))
+                # Alone it fits: what it shares the pool with is only worth keeping.
+                self.cache.clear()
+                placement = self.cache.place(prefix, skip, distinct)
+            if placement is None:
+                break
+            placements.append(placement)
+            slots[i, own >= 0] = placement.candidate_slots[inverse]
+        self._forward(placements)
+        scores = self._gather(placements, slots[: len(placements)])
+        self.cache.end_batch()
+        return scores
+
+    def _forward(self, placements: list[Placement]) -> None:
+        for batch in self.model.batches(placements):
+            hidden = self.model.forward(batch)
+            self.cache.pool.values[batch.slots] = self.head(hidden)
+            self.stats.forwards += 1
+        for placement in placements:
+            self.stats.prefix_tokens += len(placement.work.prefix)
+            self.stats.candidate_tokens += len(placement.work.candidates)
+            self.stats.cache_hits += placement.hits
+
+    def _gather(self, placements: list[Placement], slots: Ints) -> Scores:
+        last = np.array([placement.last_slot for placement in placements], np.int64)
+        packed = torch.from_numpy(np.column_stack([last, slots])).to(
+            self.model.device, non_blocking=True
+        )
+        values = self.cache.pool.values[packed.clamp(min=0)]
+        values = values.masked_fill(packed < 0, torch.nan)
+        return Scores(values[:, 1:].contiguous(), values[:, 0].contiguous())
+
+    def _count(self, begun: float, rows: int) -> None:
+        evicted = self.cache.tree.evicted
+        self.stats.evictions += evicted - self._evicted
+        self._evicted = evicted
+        self.stats.rows_scored += rows
+        self.stats.seconds += time.perf_counter() - begun
+
+
+def _distinct(candidates: Ints) -> tuple[Ints, Ints]:
+    """A row's distinct candidates, and where each unpadded one stands among them."""
+    distinct, inverse = np.unique(candidates[candidates >= 0], return_inverse=True)
+    return distinct, inverse

@@ -1,0 +1,117 @@
+"""One packed forward: the uncached prefix tokens and candidates of many rows, in one sequence."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_decode.growable import Ints
+from guided_decode.pool import SlotPool
+
+
+@dataclass(slots=True, frozen=True)
+class RowWork:
+    """What one row forwards: tokens of its prefix, then candidates after all of it.
+
+    table_row: the row's slot table. first: position of the first prefix token that is forwarded.
+    prefix, prefix_slots: int64 [n]. length: tokens of the whole prefix, the candidates'
+    position. candidates, candidate_slots: int64 [m].
+    """
+
+    table_row: int
+    first: int
+    prefix: Ints
+    prefix_slots: Ints
+    length: int
+    candidates: Ints
+    candidate_slots: Ints
+
+    @property
+    def tokens(self) -> int:
+        return len(self.prefix) + len(self.candidates)
+
+    def cut(self, at: int) -> "tuple[RowWork, RowWork]":
+        """The first `at` tokens of the work, and the rest."""
+        head, rest = min(at, len(self.prefix)), max(0, at - len(self.prefix))
+        before = replace(
+            self,
+            prefix=self.prefix[:head],
+            prefix_slots=self.prefix_slots[:head],
+            candidates=self.candidates[:rest],
+            candidate_slots=self.candidate_slots[:rest],
+        )
+        after = replace(
+            self,
+            first=self.first + head,
+            prefix=self.prefix[head:],
+            prefix_slots=self.prefix_slots[head:],
+            candidates=self.candidates[rest:],
+            candidate_slots=self.candidate_slots[rest:],
+        )
+        return before, after
+
+
+@dataclass(slots=True, frozen=True)
+class Segment:
+    """A row's stretch of the packed sequence: prefix queries, then candidate queries."""
+
+    start: int
+    prefix: int
+    candidates: int
+    first: int
+    length: int
+    table_row: int
+
+
+@dataclass(slots=True, frozen=True)
+class PackedBatch:
+    """One forward. token_ids, positions, slots: int64 [tokens], on the model's device.
+
+    A prefix query at position p reads the slots table[row, : p + 1]; a candidate reads
+    table[row, :length] and itself. Every token's key and value go to its own slot.
+    """
+
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    segments: list[Segment]
+    table: Tensor
+    pool: SlotPool
+
+
+def pack(work: list[RowWork], table: Tensor, pool: SlotPool, limit: int) -> Iterator[PackedBatch]:
+    """Cuts the rows' work, in order, into forwards of at most `limit` tokens."""
+    waiting, room = [], limit
+    for row in work:
+        while row.tokens:
+            piece, row = row.cut(room)
+            waiting.append(piece)
+            room -= piece.tokens
+            if room == 0:
+                yield _batch(waiting, table, pool)
+                waiting, room = [], limit
+    if waiting:
+        yield _batch(waiting, table, pool)
+
+
+def _batch(work: list[RowWork], table: Tensor, pool: SlotPool) -> PackedBatch:
+    sizes = np.array([row.tokens for row in work])
+    starts = np.concatenate([[0], sizes.cumsum()])
+    segments = [
+        Segment(int(start), len(w.prefix), len(w.candidates), w.first, w.length, w.table_row)
+        for w, start in zip(work, starts, strict=False)
+    ]
+    packed = np.empty((3, int(starts[-1])), np.int64)
+    np.concatenate([part for w in work for part in (w.prefix, w.candidates)], out=packed[0])
+    np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
+    np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
+    token_ids, positions, slots = torch.from_numpy(packed).to(pool.device, non_blocking=True)
+    return PackedBatch(token_ids, positions, slots, segments, table, pool)
+
+
+def _positions(work: RowWork) -> tuple[Ints, Ints]:
+    """Positions of a row's prefix tokens, and of its candidates, which share one."""
+    prefix = np.arange(work.first, work.first + len(work.prefix), dtype=np.int64)
+    return prefix, np.full(len(work.candidates), work.length, np.int64)

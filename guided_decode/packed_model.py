@@ -1,0 +1,228 @@
+"""A transformers model that runs packed forwards on a slot pool, checked against its stock self."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from guided_decode.attention import ATTENTION_NAME, SlotCache
+from guided_decode.cache import Placement, PrefixCache
+from guided_decode.growable import Ints
+from guided_decode.packed import PackedBatch, pack
+from guided_decode.pool import SlotPool
+from guided_decode.prefix import PrefixHandle, as_ints
+from guided_decode.scores import Prefix
+
+# The default pool takes at most this share of free memory, and no more than this many bytes.
+_MEMORY_SHARE = 0.25
+_MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
+
+
+class PackedModel:
+    """An unmodified transformers module, its prefix cache, and the packed forward.
+
+    The model must sit on a config of its own: its attention implementation is switched.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        *,
+        cache_tokens: int | None = None,
+        max_forward_tokens: int = 8192,
+    ) -> None:
+        """
+        Args:
+            model: trunk (AutoModel) or causal LM, in eval mode, on its device.
+            name: what errors call it.
+            cache_tokens: capacity of the slot pool; None takes a bounded share of free memory.
+            max_forward_tokens: the most tokens of one forward.
+
+        Raises:
+            ValueError: a bound below 1, or packed outputs that differ from the stock forward's.
+        """
+        for bound, given in (("cache_tokens", cache_tokens), ("max_forward_tokens",
+                                                              max_forward_tokens)):  # fmt: skip
+            if given is not None and (not isinstance(given, int) or given < 1):
+                raise ValueError(f"{bound}={given!r}: expected an integer of at least 1")
+        self.model = model
+        self.name = name
+        self.max_forward_tokens = max_forward_tokens
+        config = model.config.get_text_config()
+        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        shapes = _layer_shapes(model)
+        capacity = cache_tokens or _default_capacity(shapes, model)
+        self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
+        model.set_attn_implementation(ATTENTION_NAME)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def prefix(self, given: Prefix, row: int, skip_token: int | None) -> tuple[PrefixHandle | Ints,
+                                                                             int]:  # fmt: skip
+        """A prefix as a handle or an array, and how many leading tokens the model does not see.
+
+        Raises ValueError where the prefix is empty.
+        """
+        kept = given if isinstance(given, PrefixHandle) else as_ints(given)
+        tokens = given.tokens if isinstance(given, PrefixHandle) else kept
+        if not len(tokens):
+            raise ValueError(f"row {row} has an empty prefix: expected at least one token id")
+        # A prefix that is only BOS keeps it: the model must see something.
+        skip = int(skip_token is not None and len(tokens) > 1 and tokens[0] == skip_token)
+        return kept, skip
+
+    def check_length(self, prefix: PrefixHandle | Ints, skip: int, row: int, more: int) -> None:
+        """Raises ValueError where the model has no position for the prefix and `more` tokens."""
+        length = len(prefix) - skip + more
+        if self.max_positions is not None and length > self.max_positions:
+            raise ValueError(
+                f"row {row} needs {length} positions ({len(prefix) - skip} of its prefix, {more} "
+                f"for candidates) but {self.name} has {self.max_positions}: shorten the prompt or "
+                "lower max_new_tokens"
+            )
+
+    def refuse_too_large(self, prefix: PrefixHandle | Ints, skip: int, candidates: int) -> None:
+        """Raises ValueError where the row does not fit an empty pool."""
+        needed = len(prefix) - skip + candidates
+        if needed > self.cache.capacity:
+            raise ValueError(
+                f"cache_tokens={self.cache.capacity} is too small for one row of {self.name}: its "
+                f"prefix has {len(prefix) - skip} tokens and {candidates} candidates, so "
+                f"cache_tokens must be at least {needed}"
+            )
+
+    def check_vocabulary(self, tokens: Ints, what: str) -> None:
+        """Raises ValueError where a token id is not in the vocabulary."""
+        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
+            odd = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
+            raise ValueError(
+                f"{what} {int(odd)} is outside the vocabulary of {self.name}, which has "
+                f"{self.vocab_size} tokens: policy and scorer must share their token ids"
+            )
+
+    def batches(self, placements: Sequence[Placement]) -> list[PackedBatch]:
+        """The forwards that these rows need, in order."""
+        work = [placement.work for placement in placements]
+        for row in work:
+            self.check_vocabulary(row.prefix, "prefix token")
+        self.cache.write_tables()
+        cache = self.cache
+        return list(pack(work, cache.tables.table, cache.pool, self.max_forward_tokens))
+
+    @torch.no_grad()
+    def forward(self, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
+        """One packed forward: hidden states [tokens, hidden], or logits [n, vocab].
+
+        Args:
+            batch: the tokens.
+            read: int64 [n], for causal LMs: tokens whose logits are wanted.
+        """
+        inputs = {
+            "input_ids": batch.token_ids[None],
+            "position_ids": batch.positions[None],
+            "past_key_values": SlotCache(batch),
+            "packed": batch,
+            "use_cache": True,
+        }
+        if read is not None:
+            return self.model(**inputs, logits_to_keep=read).logits[0]
+        return self.model(**inputs).last_hidden_state[0]
+
+    @torch.no_grad()
+    def stock_forward(self, token_ids: Tensor) -> Tensor:
+        """The module's own forward without cache: [tokens, hidden], or logits [tokens, vocab]."""
+        self.model.set_attn_implementation("eager")
+        try:
+            output = self.model(input_ids=token_ids[None], use_cache=False)
+        finally:
+            self.model.set_attn_implementation(ATTENTION_NAME)
+        return (output.logits if hasattr(output, "logits") else output.last_hidden_state)[0]
+
+    def self_check(self) -> None:
+        """Compares packed outputs on a forked prefix with the stock forward.
+
+        Raises ValueError where they differ: the architecture cannot be scored in packed form.
+        """
+        window = _smallest_window(self.model)
+        length = 8 if window is None or window > 64 else window + 4
+        length = min(length, self.cache.capacity - 5, (self.max_positions or length) - 2)
+        if length < 1:
+            return
+        ids = np.random.default_rng(0).integers(0, self.vocab_size, length + 4)
+        prefix, fork = ids[:length], ids[[*range(length), length]]
+        try:
+            first = self._packed_candidates(prefix, np.unique(ids[length : length + 2]))
+            second = self._packed_candidates(fork, np.unique(ids[length + 2 :]))
+        except (TypeError, AttributeError, RuntimeError, IndexError) as error:
+            raise ValueError(
+                f"{self.name} ({type(self.model).__name__}) cannot be scored in packed form: "
+                f"{error}"
+            ) from error
+        finally:
+            self.cache.clear()
+        stock = [self._stock_candidates(prefix, np.unique(ids[length : length + 2]))]
+        stock.append(self._stock_candidates(fork, np.unique(ids[length + 2 :])))
+        packed, plain = torch.cat([first, second]).float(), torch.cat(stock).float()
+        error = float((packed - plain).norm() / plain.norm().clamp(min=1e-9))
+        allowed = 1e-3 if self.model.dtype == torch.float32 else 5e-2
+        if not error <= allowed:
+            raise ValueError(
+                f"{self.name} ({type(self.model).__name__}) cannot be scored in packed form: its "
+                f"packed outputs differ from its stock forward's by {error:.2g} of their norm, "
+                f"where {allowed:g} is allowed"
+            )
+
+    def _packed_candidates(self, prefix: Ints, candidates: Ints) -> Tensor:
+        self.cache.begin_batch()
+        placement = self.cache.place(prefix, 0, candidates)
+        assert placement is not None
+        outputs = []
+        for batch in self.batches([placement]):
+            every = torch.arange(len(batch.token_ids), device=self.device)
+            is_lm = self.model.get_output_embeddings() is not None
+            outputs.append(self.forward(batch, every if is_lm else None))
+        self.cache.end_batch()
+        return torch.cat(outputs)[-len(candidates) :]
+
+    def _stock_candidates(self, prefix: Ints, candidates: Ints) -> Tensor:
+        rows = [np.append(prefix, candidate) for candidate in candidates]
+        return torch.stack(
+            [self.stock_forward(torch.from_numpy(row).to(self.device))[-1] for row in rows]
+        )
+
+
+def _layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """(kv_heads, key_dim, value_dim) of each layer, read off a forward of one token."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        layers = model(input_ids=token, use_cache=True).past_key_values.layers
+    shapes = []
+    for layer in layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise ValueError(
+                f"{type(model).__name__} has layers that keep no keys and values (recurrent or "
+                "shared): expected attention with its own keys and values in every layer"
+            )
+        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+    return shapes
+
+
+def _default_capacity(shapes: list[tuple[int, int, int]], model: PreTrainedModel) -> int:
+    token_bytes = sum(heads * (k + v) for heads, k, v in shapes) * model.dtype.itemsize + 4
+    budget = _MOST_BYTES.get(model.device.type, 2 << 30)
+    if model.device.type == "cuda":
+        budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
+    return max(1, min(1 << 17, budget // token_bytes))
+
+
+def _smallest_window(model: PreTrainedModel) -> int | None:
+    config = model.config.get_text_config()
+    return getattr(config, "sliding_window", None)

@@ -1,0 +1,124 @@
+"""The slot pool: preallocated keys and values, one slot a token, and which slots are free."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_decode.growable import Ints
+
+
+class SlotPool:
+    """KV memory for `capacity` tokens, and each cached token's value.
+
+    keys[layer], layer_values[layer]: [capacity, kv_heads, head_dim] of the model's dtype.
+    values: float32 [capacity], V at the token in the slot.
+    """
+
+    def __init__(
+        self,
+        capacity: int,
+        layer_shapes: list[tuple[int, int, int]],
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """layer_shapes: (kv_heads, key_dim, value_dim) of each layer."""
+        self.capacity = capacity
+        # Memory that was never written is never read: it is left as it comes.
+        self.keys = [
+            torch.empty(capacity, heads, dim, dtype=dtype, device=device)
+            for heads, dim, _ in layer_shapes
+        ]
+        self.layer_values = [
+            torch.empty(capacity, heads, dim, dtype=dtype, device=device)
+            for heads, _, dim in layer_shapes
+        ]
+        self.values = torch.empty(capacity, dtype=torch.float32, device=device)
+        self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
+        self._free_count = capacity
+
+    @property
+    def free_slots(self) -> int:
+        return self._free_count
+
+    @property
+    def free_ids(self) -> Ints:
+        """The free slots, int64 [free_slots]."""
+        return self._free[: self._free_count]
+
+    @property
+    def device(self) -> torch.device:
+        return self.values.device
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the pool holds."""
+        tensors = [*self.keys, *self.layer_values, self.values]
+        return sum(tensor.nbytes for tensor in tensors)
+
+    def take(self, count: int) -> Ints:
+        """Slots for `count` tokens, int64 [count]; runs of neighbours where there are any."""
+        assert count <= self._free_count
+        taken = self._free[self._free_count - count : self._free_count][::-1].copy()
+        self._free_count -= count
+        return taken
+
+    def give_back(self, slots: Ints) -> None:
+        """Frees slots, int64 [n], none of which is free."""
+        self._free[self._free_count : self._free_count + len(slots)] = slots[::-1]
+        self._free_count += len(slots)
+
+    def reset(self) -> None:
+        """Frees every slot."""
+        self._free[:] = np.arange(self.capacity - 1, -1, -1, dtype=np.int64)
+        self._free_count = self.capacity
+
+
+class SlotTables:
+    """A row of slot ids for each live prefix: entry p holds the slot of its token p.
+
+    `table`: int32 [rows, width] on the device; it grows by doubling.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.table = torch.zeros(8, 64, dtype=torch.int32, device=device)
+        self._free = list(range(7, -1, -1))
+
+    def open_row(self) -> int:
+        """A row that nobody else uses."""
+        if not self._free:
+            rows = len(self.table)
+            self.table = torch.cat([self.table, torch.zeros_like(self.table)])
+            self._free.extend(range(2 * rows - 1, rows - 1, -1))
+        return self._free.pop()
+
+    def close_row(self, row: int) -> None:
+        """Hands a row back."""
+        self._free.append(row)
+
+    @property
+    def open_rows(self) -> int:
+        return len(self.table) - len(self._free)
+
+    def write(self, pieces: list[tuple[int, int, Ints]]) -> None:
+        """Writes (row, first position, slots) pieces, in one copy to the device."""
+        if not pieces:
+            return
+        sizes = np.array([len(slots) for _, _, slots in pieces])
+        starts = np.array([start for _, start, _ in pieces])
+        packed = np.empty((3, int(sizes.sum())), np.int64)
+        packed[0] = np.repeat(np.array([row for row, _, _ in pieces]), sizes)
+        offsets = np.repeat(starts - np.concatenate([[0], sizes.cumsum()[:-1]]), sizes)
+        packed[1] = np.arange(packed.shape[1]) + offsets
+        packed[2] = np.concatenate([slots for _, _, slots in pieces])
+        self._widen(int((starts + sizes).max()))
+        rows, positions, slots = torch.from_numpy(packed).to(self.table.device, non_blocking=True)
+        self.table[rows, positions] = slots.int()
+
+    def _widen(self, width: int) -> None:
+        have = self.table.shape[1]
+        if width > have:
+            wider = torch.zeros(
+                len(self.table), max(width, 2 * have), dtype=torch.int32, device=self.table.device
+            )
+            wider[:, :have] = self.table
+            self.table = wider

@@ -1,0 +1,40 @@
+"""What a scorer has done so far, in numbers that tests can assert on."""
+
+from dataclasses import dataclass, fields
+
+
+@dataclass(slots=True)
+class ScorerStats:
+    """Counters of one scorer, from its creation or the last `reset`.
+
+    rows_scored, rows_gated: rows whose candidates were scored; rows that the gate let pass.
+    prefix_tokens, candidate_tokens: tokens that went through the model, by what they were.
+    cache_hits: tokens of prefixes and candidates that were found in the cache.
+    evictions: tokens that were dropped from the cache to make room.
+    passthroughs: rows whose logits were handed on unguided because scoring them failed.
+    forwards, seconds: calls of the model, and time spent in `score` (seconds of host time).
+    """
+
+    rows_scored: int = 0
+    rows_gated: int = 0
+    prefix_tokens: int = 0
+    candidate_tokens: int = 0
+    cache_hits: int = 0
+    evictions: int = 0
+    passthroughs: int = 0
+    forwards: int = 0
+    seconds: float = 0.0
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that went through the model."""
+        return self.prefix_tokens + self.candidate_tokens
+
+    def reset(self) -> None:
+        """Sets every counter to zero."""
+        for field in fields(self):
+            setattr(self, field.name, field.default)
+
+    def as_dict(self) -> dict[str, float]:
+        """The counters by name, for logs and JSON."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -1,0 +1,197 @@
+"""One decoding step for many rows: candidates, gate, scores, guided logits."""
+
+import logging
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from guided_decode.candidates import gated_rows, log_normaliser, select_candidates
+from guided_decode.config import GuidanceConfig
+from guided_decode.guidance import Configs, apply_guidance, per_row, unusable_rows
+from guided_decode.scores import Prefix, Scorer, Scores
+from guided_decode.terminal import score_candidates
+
+OnError = Literal["raise", "passthrough"]
+
+logger = logging.getLogger("guided_decode")
+
+
+class _StepScores(NamedTuple):
+    scores: Scores
+    exempt: Tensor | None
+    log_ratio: Tensor | None
+
+
+def guide_rows(
+    scorer: Scorer,
+    logits: Tensor,  # [rows, vocab] any float
+    prefixes: Sequence[Prefix],
+    config: Configs,
+    *,
+    terminals: Sequence[int] = (),
+    on_error: OnError = "raise",
+) -> Tensor:
+    """Guided next-token logits of live rows.
+
+    Args:
+        scorer: what scores the candidates.
+        logits: [rows, vocab], before temperature and truncation; not changed.
+        prefixes: a row's unpadded token ids (prompt and what was generated), or its handle.
+        config: one GuidanceConfig, or one a row.
+        terminals: token ids that would end these requests.
+        on_error: what a scorer that fails, or answers NaN or infinity, does: "raise", or
+            "passthrough", which hands those rows' logits on untouched, counts them, and logs once.
+
+    Returns:
+        New logits, [rows, vocab], of the input's dtype.
+
+    Raises:
+        ValueError: top_k=None with a scorer that scores candidates one by one, kl_coef without a
+            reference; with on_error="raise" also a score that is NaN or infinite.
+    """
+    configs = per_row(config, len(logits))
+    for each in set(configs):
+        _check_supported(scorer, each)
+    if all(not c.needs_scores and c.tail == "keep" for c in configs):
+        return logits.clone()
+    candidates = _candidates(logits, configs)
+    active = _rows_to_score(scorer, logits, configs)
+    reason: object = "NaN or infinite scores"
+    try:
+        step = _score(scorer, logits, candidates, prefixes, configs, active, terminals)
+    except Exception as error:
+        if on_error == "raise" or _is_device_error(error):
+            raise
+        reason, step = error, _no_scores(candidates)
+    guided, failed = _apply(logits, candidates, configs, active, step)
+    if failed:
+        if on_error == "raise":
+            raise ValueError(
+                f"the scorer answered NaN or infinity for rows {failed}: expected finite values"
+            )
+        _count_failure(scorer, len(failed), reason)
+        guided[failed] = logits[failed]
+    return guided
+
+
+def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
+    if config.top_k is None and config.needs_scores and not scorer.scores_vocabulary:
+        raise ValueError(
+            f"top_k=None was given with {type(scorer).__name__}, which forwards every candidate: "
+            "pass a top_k (the whole vocabulary is for implicit rewards only)"
+        )
+    if config.kl_coef and scorer.reference is None:
+        raise ValueError(
+            f"kl_coef={config.kl_coef:g} was given without a reference model: "
+            "pass load_scorer(..., reference=...)"
+        )
+
+
+def _candidates(logits: Tensor, configs: Sequence[GuidanceConfig]) -> Tensor:
+    """Candidates by each row's own top_k and top_p, int64 [rows, largest k]."""
+    kinds = {(c.top_k, c.top_p) for c in configs}
+    if len(kinds) == 1:
+        return select_candidates(logits, *kinds.pop())
+    width = max(logits.shape[-1] if k is None else k for k, _ in kinds)
+    candidates = torch.full((len(logits), width), -1, device=logits.device)
+    for k, p in kinds:
+        rows = [i for i, c in enumerate(configs) if (c.top_k, c.top_p) == (k, p)]
+        chosen = select_candidates(logits[rows], k, p)
+        candidates[rows, : chosen.shape[-1]] = chosen
+    return candidates
+
+
+def _rows_to_score(
+    scorer: Scorer, logits: Tensor, configs: Sequence[GuidanceConfig]
+) -> list[int]:
+    """Indices of the rows whose advantages matter and that their gate does not let pass."""
+    wanted = [i for i, c in enumerate(configs) if c.needs_scores]
+    gates = sorted({c.gate for c in configs if c.gate is not None})
+    passed: set[int] = set()
+    for gate in gates:
+        rows = [i for i in wanted if configs[i].gate == gate]
+        hits = gated_rows(logits[rows], gate).tolist() if rows else []
+        passed.update(i for i, hit in zip(rows, hits, strict=True) if hit)
+    scorer.stats.rows_gated += len(passed)
+    return [i for i in wanted if i not in passed]
+
+
+def _score(
+    scorer: Scorer,
+    logits: Tensor,
+    candidates: Tensor,
+    prefixes: Sequence[Prefix],
+    configs: Sequence[GuidanceConfig],
+    active: list[int],
+    terminals: Sequence[int],
+) -> _StepScores:
+    """Scores of the active rows, spread over all rows; NaN elsewhere."""
+    step = _no_scores(candidates)
+    if not active:
+        return step._replace(log_ratio=torch.zeros_like(step.scores.values))
+    device = candidates.device
+    rows = torch.tensor(active, device=device)
+    chosen, own = candidates[rows], [prefixes[i] for i in active]
+    scores, exempt = score_candidates(scorer, own, chosen, terminals)
+    step.scores.values[rows] = scores.values.to(device)
+    step.scores.baseline[rows] = scores.baseline.to(device)
+    if exempt is not None:
+        spread = torch.zeros_like(candidates, dtype=torch.bool)
+        spread[rows] = exempt
+        step = step._replace(exempt=spread)
+    if any(configs[i].kl_coef for i in active):
+        assert scorer.reference is not None
+        policy = logits[rows].gather(-1, chosen.clamp(min=0)).float() - log_normaliser(logits[rows])
+        ratio = torch.full_like(step.scores.values, torch.nan)
+        ratio[rows] = policy - scorer.reference.log_probs(own, chosen).to(device)
+        step = step._replace(log_ratio=ratio)
+    return step
+
+
+def _no_scores(candidates: Tensor) -> _StepScores:
+    """NaN for every candidate: what a row has that was not scored."""
+    values = torch.full(candidates.shape, torch.nan, device=candidates.device)
+    return _StepScores(Scores(values, values.new_full((len(values),), torch.nan)), None, None)
+
+
+def _apply(
+    logits: Tensor,
+    candidates: Tensor,
+    configs: Sequence[GuidanceConfig],
+    active: list[int],
+    step: _StepScores,
+) -> tuple[Tensor, list[int]]:
+    """Guided logits, and the rows whose scores could not be used."""
+    scores, exempt, log_ratio = step
+    if log_ratio is None and any(c.kl_coef for c in configs):
+        log_ratio = torch.full_like(scores.values, torch.nan)
+    live = torch.zeros(len(logits), dtype=torch.bool)
+    live[active] = True
+    live = live.to(logits.device)
+    failed = unusable_rows(
+        candidates, scores, configs, exempt=exempt, log_ratio=log_ratio, active=live
+    )
+    guided = apply_guidance(
+        logits.clone(),
+        candidates,
+        scores,
+        configs,
+        exempt=exempt,
+        log_ratio=log_ratio,
+        active=live & ~failed,
+    )
+    return guided, failed.nonzero().flatten().tolist()
+
+
+def _count_failure(scorer: Scorer, rows: int, reason: object) -> None:
+    if scorer.stats.passthroughs == 0:
+        logger.warning("rows go on unguided because scoring failed: %s", reason)
+    scorer.stats.passthroughs += rows
+
+
+def _is_device_error(error: Exception) -> bool:
+    """Whether the device itself failed, which nothing on it survives."""
+    accelerator = getattr(torch, "AcceleratorError", None)
+    return accelerator is not None and isinstance(error, accelerator)
