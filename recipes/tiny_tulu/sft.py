@@ -1,8 +1,10 @@
 """The SFT policy: a 4-layer Llama taught on worked answers, with carries dropped."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,12 +14,15 @@ from transformers import (
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
+from transformers.trainer_callback import PrinterCallback
 
 from guided_decode import tiny_tulu
 
+Log = Callable[[dict[str, float]], None]
 IGNORED = -100  # transformers' label for tokens without a loss
 
 
@@ -25,7 +30,7 @@ IGNORED = -100  # transformers' label for tokens without a loss
 class SFTConfig:
     """Sizes and rates of the SFT run."""
 
-    steps: int = 900
+    steps: int = 600
     batch_size: int = 64
     lr: float = 2e-3
     warmup_steps: int = 50
@@ -90,14 +95,25 @@ def new_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return LlamaForCausalLM(config)
 
 
+class LogLines(TrainerCallback):
+    """Hands the Trainer's figures to `log`."""
+
+    def __init__(self, log: Log) -> None:
+        self.log = log
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+        figures = {name: float(value) for name, value in (logs or {}).items()}
+        self.log({"sft_step": float(state.global_step)} | figures)
+
+
 def train_sft(
-    tokenizer: PreTrainedTokenizerFast, config: SFTConfig, logs: Path
+    tokenizer: PreTrainedTokenizerFast, config: SFTConfig, scratch: Path, log: Log
 ) -> LlamaForCausalLM:
-    """Train a fresh policy; the Trainer's log lines go to the console."""
+    """Train a fresh policy with transformers' Trainer, which may write to `scratch`."""
     set_seed(config.seed)
     policy = new_policy(tokenizer)
     arguments = TrainingArguments(
-        output_dir=str(logs),
+        output_dir=str(scratch),
         max_steps=config.steps,
         per_device_train_batch_size=config.batch_size,
         learning_rate=config.lr,
@@ -113,6 +129,13 @@ def train_sft(
         seed=config.seed,
         remove_unused_columns=False,
     )
-    dataset = WorkedAnswers(tokenizer, config)
-    Trainer(model=policy, args=arguments, train_dataset=dataset, data_collator=collate).train()
+    trainer = Trainer(
+        model=policy,
+        args=arguments,
+        train_dataset=WorkedAnswers(tokenizer, config),
+        data_collator=collate,
+        callbacks=[LogLines(log)],
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
     return policy.eval()
