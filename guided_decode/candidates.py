@@ -8,6 +8,7 @@ def select_candidates(
     logits: Tensor,  # [rows, vocab] any float
     top_k: int | None = 16,
     top_p: float = 1.0,
+    min_keep: int = 1,
 ) -> Tensor:
     """Each row's candidates, by logit from the largest.
 
@@ -19,6 +20,7 @@ def select_candidates(
         logits: [rows, vocab], as the engine hands them over.
         top_k: at least 1 and at most vocab, or None.
         top_p: in (0, 1].
+        min_keep: top_p leaves at least so many.
 
     Returns:
         int64 [rows, k], padded with -1.
@@ -39,7 +41,7 @@ def select_candidates(
     if top_p < 1.0:
         mass = (chosen - log_normaliser(logits)).exp()
         dropped |= mass.cumsum(-1) - mass >= top_p
-        dropped[:, 0] = chosen[:, 0] == -torch.inf
+        dropped[:, :min_keep] = chosen[:, :min_keep] == -torch.inf
     return candidates.masked_fill_(dropped, -1)
 
 

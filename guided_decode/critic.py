@@ -45,6 +45,7 @@ class CriticScorer:
         *,
         terminal: TerminalRule = "baseline",
         skip_token: int | None = None,
+        bos_token_id: int | None = None,
         eos_token_id: int | None = None,
         reward: Scorer | None = None,
         reference: LogProbs | None = None,
@@ -55,6 +56,7 @@ class CriticScorer:
             head: the value head.
             terminal: the terminal rule of the critic's family.
             skip_token: BOS, where the critic was trained without it: one leading one is dropped.
+            bos_token_id: the token that begins a text, for those who look for padding.
             eos_token_id: the token at which a finished response is read.
             reward: the reward model of the "reward" terminal rule.
             reference: the model of kl_coef.
@@ -68,6 +70,7 @@ class CriticScorer:
         self.head = head
         self.terminal = terminal
         self.skip_token = skip_token
+        self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
         self.reward = reward
         self.reference = reference

@@ -78,8 +78,12 @@ def apply_guidance(
     exempt: Tensor | None = None,
     log_ratio: Tensor | None = None,
     active: Tensor | None = None,
+    min_keep: int = 1,
 ) -> Tensor:
-    """`guide` in place, for scores that are known to be usable. Arguments as there."""
+    """`guide` in place, for scores that are known to be usable.
+
+    Arguments as there; min_keep: how many scored candidates "prune" leaves at least.
+    """
     device = logits.device
     weights = torch.tensor(
         [[c.beta * (c.rule == "reweight"), _margin(c), c.kl_coef] for c in configs],
@@ -99,6 +103,7 @@ def apply_guidance(
         mean_baseline=flags[:, 1],
         scored=_scored(candidates, exempt, active),
         penalty=penalty,
+        min_keep=min_keep,
     )
 
 

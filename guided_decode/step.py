@@ -32,6 +32,7 @@ def guide_rows(
     *,
     terminals: Sequence[int] = (),
     on_error: OnError = "raise",
+    min_keep: int = 1,
 ) -> Tensor:
     """Guided next-token logits of live rows.
 
@@ -43,6 +44,7 @@ def guide_rows(
         terminals: token ids that would end these requests.
         on_error: what a scorer that fails, or answers NaN or infinity, does: "raise", or
             "passthrough", which hands those rows' logits on untouched, counts them, and logs once.
+        min_keep: how many candidates top_p and pruning leave at least (beam search needs some).
 
     Returns:
         New logits, [rows, vocab], of the input's dtype.
@@ -56,7 +58,7 @@ def guide_rows(
         _check_supported(scorer, each)
     if all(not c.needs_scores and c.tail == "keep" for c in configs):
         return logits.clone()
-    candidates = _candidates(logits, configs)
+    candidates = _candidates(logits, configs, min_keep)
     active = _rows_to_score(scorer, logits, configs)
     reason: object = "NaN or infinite scores"
     try:
@@ -65,7 +67,7 @@ def guide_rows(
         if on_error == "raise" or _is_device_error(error):
             raise
         reason, step = error, _no_scores(candidates)
-    guided, failed = _apply(logits, candidates, configs, active, step)
+    guided, failed = _apply(logits, candidates, configs, active, step, min_keep)
     if failed:
         if on_error == "raise":
             raise ValueError(
@@ -89,16 +91,16 @@ def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
         )
 
 
-def _candidates(logits: Tensor, configs: Sequence[GuidanceConfig]) -> Tensor:
+def _candidates(logits: Tensor, configs: Sequence[GuidanceConfig], min_keep: int) -> Tensor:
     """Candidates by each row's own top_k and top_p, int64 [rows, largest k]."""
     kinds = {(c.top_k, c.top_p) for c in configs}
     if len(kinds) == 1:
-        return select_candidates(logits, *kinds.pop())
+        return select_candidates(logits, *kinds.pop(), min_keep)
     width = max(logits.shape[-1] if k is None else k for k, _ in kinds)
     candidates = torch.full((len(logits), width), -1, device=logits.device)
     for k, p in kinds:
         rows = [i for i, c in enumerate(configs) if (c.top_k, c.top_p) == (k, p)]
-        chosen = select_candidates(logits[rows], k, p)
+        chosen = select_candidates(logits[rows], k, p, min_keep)
         candidates[rows, : chosen.shape[-1]] = chosen
     return candidates
 
@@ -139,7 +141,7 @@ def _score(
     step.scores.baseline[rows] = scores.baseline.to(device)
     if exempt is not None:
         spread = torch.zeros_like(candidates, dtype=torch.bool)
-        spread[rows] = exempt
+        spread[rows] = exempt.to(device)
         step = step._replace(exempt=spread)
     if any(configs[i].kl_coef for i in active):
         assert scorer.reference is not None
@@ -162,6 +164,7 @@ def _apply(
     configs: Sequence[GuidanceConfig],
     active: list[int],
     step: _StepScores,
+    min_keep: int,
 ) -> tuple[Tensor, list[int]]:
     """Guided logits, and the rows whose scores could not be used."""
     scores, exempt, log_ratio = step
@@ -181,6 +184,7 @@ def _apply(
         exempt=exempt,
         log_ratio=log_ratio,
         active=live & ~failed,
+        min_keep=min_keep,
     )
     return guided, failed.nonzero().flatten().tolist()
 

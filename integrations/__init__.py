@@ -1,1 +1,1 @@
-"""Adapters of engines to the core; importing one loads no model and no CUDA."""
+"""Adapters of engines to the core. Importing one loads no model and touches no device."""

@@ -16,6 +16,7 @@ def guide_logits(
     mean_baseline: Tensor,  # [rows] bool
     scored: Tensor,  # [rows, k] bool
     penalty: Tensor | None = None,  # [rows, k] float32
+    min_keep: int = 1,
 ) -> Tensor:
     """Rewrites each row's logits by its candidates' advantages.
 
@@ -24,7 +25,8 @@ def guide_logits(
         base  = mean over S of values           where mean_baseline, else baseline
         A(a)  = values(a) − base − penalty(a)   for a in S;  0 for the rest of C
         l'(a) = l(a) + beta · A(a)              for a in C,
-                −inf where a in S and A(a) < max over S of A − margin
+                −inf where a in S and A(a) < max over S of A − margin, unless A(a) is among
+                the min_keep largest of S
         l'(a) = l(a) where keep_tail, else −inf outside C
 
     "reweight" is margin = inf, "prune" is beta = 0. A candidate that is not scored (a terminal
@@ -42,6 +44,7 @@ def guide_logits(
         mean_baseline: bool [rows].
         scored: bool [rows, k].
         penalty: float32 [rows, k], kl_coef · (log π − log π_ref), or None.
+        min_keep: how many scored candidates of a row pruning leaves at least.
 
     Returns:
         logits.
@@ -54,8 +57,8 @@ def guide_logits(
     if penalty is not None:
         advantage = advantage - penalty
     advantage = advantage.masked_fill(~scored, 0.0)
-    best = advantage.masked_fill(~scored, -torch.inf).amax(-1, keepdim=True)
-    pruned = scored & (advantage < best - margin[:, None])
+    best = advantage.masked_fill(~scored, -torch.inf).topk(min(min_keep, valid.shape[-1])).values
+    pruned = scored & (advantage < torch.minimum(best[:, :1] - margin[:, None], best[:, -1:]))
 
     # Padding repeats the row's first candidate, so that one scatter serves ragged rows.
     first = valid.int().argmax(-1, keepdim=True)
