@@ -1,9 +1,23 @@
 """Value-guided decoding: the critic of a PPO run at work while its policy decodes."""
 
+from typing import TYPE_CHECKING, Any
+
 from guided_decode.config import GuidanceConfig
 from guided_decode.guidance import guide
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scores import Scores
 
-__all__ = ["GuidanceConfig", "PrefixHandle", "Scores", "guide"]
+if TYPE_CHECKING:
+    from guided_decode.loading import load_scorer
+
+__all__ = ["GuidanceConfig", "PrefixHandle", "Scores", "guide", "load_scorer"]
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    """Imports transformers, which takes seconds, when a scorer is first asked for."""
+    if name == "load_scorer":
+        from guided_decode.loading import load_scorer
+
+        return load_scorer
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -132,9 +132,10 @@ class CriticScorer:
         self, prefixes: Sequence[Prefix], candidates: Tensor
     ) -> tuple[list[tuple[PrefixHandle | Ints, int]], Ints]:
         """Prefixes with what to skip, and candidates on the host; the step's one blocking copy."""
-        if candidates.ndim != 2 or len(candidates) != len(prefixes) or candidates.is_floating_point():
+        shape = candidates.shape
+        if len(shape) != 2 or shape[0] != len(prefixes) or candidates.is_floating_point():
             raise ValueError(
-                f"candidates came as {candidates.dtype} {list(candidates.shape)} for "
+                f"candidates came as {candidates.dtype} {list(shape)} for "
                 f"{len(prefixes)} prefixes: expected int64 [{len(prefixes)}, k], padded with -1"
             )
         chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)

@@ -87,7 +87,9 @@ class LanguageModel:
     def _forward(self, placements: list[Placement]) -> Tensor:
         outputs = []
         for batch in self.model.batches(placements):
-            last = [s.start + s.prefix - 1 for s in batch.segments if s.first + s.prefix == s.length]
+            last = [
+                s.start + s.prefix - 1 for s in batch.segments if s.first + s.prefix == s.length
+            ]
             read = torch.tensor(last, dtype=torch.int64).to(self.model.device, non_blocking=True)
             outputs.append(self.model.forward(batch, read).float())
             self.stats.forwards += 1
@@ -114,7 +116,12 @@ class ImplicitScorer:
     reward: Scorer | None = None
 
     def __init__(
-        self, tuned: PackedModel, reference: PackedModel, *, eos_token_id: int | None = None
+        self,
+        tuned: PackedModel,
+        reference: PackedModel,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
     ) -> None:
         if tuned.vocab_size != reference.vocab_size:
             raise ValueError(
@@ -124,6 +131,7 @@ class ImplicitScorer:
         self.stats = ScorerStats()
         self._tuned = LanguageModel(tuned, self.stats)
         self._reference = LanguageModel(reference, self.stats)
+        self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
 
     def __repr__(self) -> str:

@@ -1,8 +1,7 @@
-"""A transformers model that runs packed forwards on a slot pool, checked against its stock self."""
+"""A transformers model that runs packed forwards on a slot pool."""
 
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -42,7 +41,7 @@ class PackedModel:
             max_forward_tokens: the most tokens of one forward.
 
         Raises:
-            ValueError: a bound below 1, or packed outputs that differ from the stock forward's.
+            ValueError: a bound below 1, or layers that keep no keys and values.
         """
         for bound, given in (("cache_tokens", cache_tokens), ("max_forward_tokens",
                                                               max_forward_tokens)):  # fmt: skip
@@ -52,7 +51,7 @@ class PackedModel:
         self.name = name
         self.max_forward_tokens = max_forward_tokens
         config = model.config.get_text_config()
-        self.vocab_size: int = model.get_input_embeddings().num_embeddings
+        self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         shapes = _layer_shapes(model)
         capacity = cache_tokens or _default_capacity(shapes, model)
@@ -70,7 +69,7 @@ class PackedModel:
         Raises ValueError where the prefix is empty.
         """
         kept = given if isinstance(given, PrefixHandle) else as_ints(given)
-        tokens = given.tokens if isinstance(given, PrefixHandle) else kept
+        tokens = kept.tokens if isinstance(kept, PrefixHandle) else kept
         if not len(tokens):
             raise ValueError(f"row {row} has an empty prefix: expected at least one token id")
         # A prefix that is only BOS keeps it: the model must see something.
@@ -134,68 +133,6 @@ class PackedModel:
             return self.model(**inputs, logits_to_keep=read).logits[0]
         return self.model(**inputs).last_hidden_state[0]
 
-    @torch.no_grad()
-    def stock_forward(self, token_ids: Tensor) -> Tensor:
-        """The module's own forward without cache: [tokens, hidden], or logits [tokens, vocab]."""
-        self.model.set_attn_implementation("eager")
-        try:
-            output = self.model(input_ids=token_ids[None], use_cache=False)
-        finally:
-            self.model.set_attn_implementation(ATTENTION_NAME)
-        return (output.logits if hasattr(output, "logits") else output.last_hidden_state)[0]
-
-    def self_check(self) -> None:
-        """Compares packed outputs on a forked prefix with the stock forward.
-
-        Raises ValueError where they differ: the architecture cannot be scored in packed form.
-        """
-        window = _smallest_window(self.model)
-        length = 8 if window is None or window > 64 else window + 4
-        length = min(length, self.cache.capacity - 5, (self.max_positions or length) - 2)
-        if length < 1:
-            return
-        ids = np.random.default_rng(0).integers(0, self.vocab_size, length + 4)
-        prefix, fork = ids[:length], ids[[*range(length), length]]
-        try:
-            first = self._packed_candidates(prefix, np.unique(ids[length : length + 2]))
-            second = self._packed_candidates(fork, np.unique(ids[length + 2 :]))
-        except (TypeError, AttributeError, RuntimeError, IndexError) as error:
-            raise ValueError(
-                f"{self.name} ({type(self.model).__name__}) cannot be scored in packed form: "
-                f"{error}"
-            ) from error
-        finally:
-            self.cache.clear()
-        stock = [self._stock_candidates(prefix, np.unique(ids[length : length + 2]))]
-        stock.append(self._stock_candidates(fork, np.unique(ids[length + 2 :])))
-        packed, plain = torch.cat([first, second]).float(), torch.cat(stock).float()
-        error = float((packed - plain).norm() / plain.norm().clamp(min=1e-9))
-        allowed = 1e-3 if self.model.dtype == torch.float32 else 5e-2
-        if not error <= allowed:
-            raise ValueError(
-                f"{self.name} ({type(self.model).__name__}) cannot be scored in packed form: its "
-                f"packed outputs differ from its stock forward's by {error:.2g} of their norm, "
-                f"where {allowed:g} is allowed"
-            )
-
-    def _packed_candidates(self, prefix: Ints, candidates: Ints) -> Tensor:
-        self.cache.begin_batch()
-        placement = self.cache.place(prefix, 0, candidates)
-        assert placement is not None
-        outputs = []
-        for batch in self.batches([placement]):
-            every = torch.arange(len(batch.token_ids), device=self.device)
-            is_lm = self.model.get_output_embeddings() is not None
-            outputs.append(self.forward(batch, every if is_lm else None))
-        self.cache.end_batch()
-        return torch.cat(outputs)[-len(candidates) :]
-
-    def _stock_candidates(self, prefix: Ints, candidates: Ints) -> Tensor:
-        rows = [np.append(prefix, candidate) for candidate in candidates]
-        return torch.stack(
-            [self.stock_forward(torch.from_numpy(row).to(self.device))[-1] for row in rows]
-        )
-
 
 def _layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     """(kv_heads, key_dim, value_dim) of each layer, read off a forward of one token."""
@@ -221,8 +158,3 @@ def _default_capacity(shapes: list[tuple[int, int, int]], model: PreTrainedModel
     if model.device.type == "cuda":
         budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
     return max(1, min(1 << 17, budget // token_bytes))
-
-
-def _smallest_window(model: PreTrainedModel) -> int | None:
-    config = model.config.get_text_config()
-    return getattr(config, "sliding_window", None)

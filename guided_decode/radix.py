@@ -1,12 +1,12 @@
 """A radix tree over token ids whose nodes own slots of a pool.
 
-A position in the tree is (node, depth): the first `depth` tokens of a prefix, the last of which lies
-in `node` (node.start < depth <= node.end), or (root, 0). Candidates that were scored after a
-position hang on it as one block, an array of tokens with their slots; the one that is chosen
+A position in the tree is (node, depth): the first `depth` tokens of a prefix, the last of which
+lies in `node` (node.start < depth <= node.end), or (root, 0). Candidates that were scored after
+a position hang on it as one block, an array of tokens with their slots; the one that is chosen
 moves from its block into the tree with its slot.
 
-What the current batch touched (`stamp == clock`) is pinned: it is never evicted. Unchosen candidates
-are evicted before any prefix, prefixes by least recent use and from their ends.
+What the current batch touched (`stamp == clock`) is pinned: it is never evicted. Unchosen
+candidates are evicted before any prefix, prefixes by least recent use and from their ends.
 """
 
 import heapq

@@ -105,9 +105,7 @@ def _candidates(logits: Tensor, configs: Sequence[GuidanceConfig], min_keep: int
     return candidates
 
 
-def _rows_to_score(
-    scorer: Scorer, logits: Tensor, configs: Sequence[GuidanceConfig]
-) -> list[int]:
+def _rows_to_score(scorer: Scorer, logits: Tensor, configs: Sequence[GuidanceConfig]) -> list[int]:
     """Indices of the rows whose advantages matter and that their gate does not let pass."""
     wanted = [i for i, c in enumerate(configs) if c.needs_scores]
     gates = sorted({c.gate for c in configs if c.gate is not None})

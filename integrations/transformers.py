@@ -148,10 +148,9 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
                 "input_ids has no tokens: guidance needs the prompt's token ids, pass them instead "
                 "of inputs_embeds"
             )
+        pads = [self._width - length for length in self._prompt_lengths(input_ids)]
         rows = input_ids.tolist()
-        lengths = self._prompt_lengths(input_ids)
-        self._handles = [PrefixHandle(row[len(row) - n :]) for row, n in zip(rows, lengths,
-                                                                            strict=True)]  # fmt: skip
+        self._handles = [PrefixHandle(row[n:]) for row, n in zip(rows, pads, strict=True)]
 
     def _prompt_lengths(self, input_ids: Tensor) -> list[int]:
         """Tokens of each prompt without its left padding."""
@@ -167,8 +166,7 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
                 "custom_generate=GuidedDecoding(scorer, config), which knows them"
             )
         padding = input_ids == self.pad_token_id
-        bos = getattr(self.scorer, "bos_token_id", None)
-        if self.pad_token_id == bos and bool(padding[:, 0].any()):
+        if self.pad_token_id == self.scorer.bos_token_id and bool(padding[:, 0].any()):
             raise ValueError(
                 f"pad_token_id={self.pad_token_id} is also the scorer's BOS, so padding and a "
                 "leading BOS cannot be told apart: pass attention_mask, or use "

@@ -16,8 +16,8 @@ def value_head(
 ) -> Tensor:
     """Head outputs of the rows that are read, accumulated in float32.
 
-        x = hidden[rows]                                        (all tokens when rows is None)
-        x = x / sqrt(mean(x²) + norm_eps) · (norm_offset + norm_weight)   (when norm_weight is given)
+        x = hidden[rows], or all tokens
+        x = x / sqrt(mean(x²) + norm_eps) · (norm_offset + norm_weight), if norm_weight is given
         output = x · weightᵀ + bias
 
     Args:

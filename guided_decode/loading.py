@@ -1,0 +1,239 @@
+"""`load_scorer`: a checkpoint, read as its trainer read it, ready to score candidates."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from guided_decode.checkpoint import load_causal_lm, load_checkpoint, load_tokenizer
+from guided_decode.critic import CriticScorer, ValueHead
+from guided_decode.families import BosRule
+from guided_decode.implicit import ImplicitScorer, LanguageModel
+from guided_decode.kinds import choose_family
+from guided_decode.packed_model import PackedModel
+from guided_decode.scores import LogProbs, Scorer, TerminalRule
+from guided_decode.self_check import check_packed
+from guided_decode.source import ModelLike, Source, open_source
+from guided_decode.tokenizer_match import check_tokenizers
+from guided_decode.transforms import Transform
+
+Tokenizer = str | PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What every model of one scorer is loaded with."""
+
+    device: torch.device | str | None
+    dtype: torch.dtype | None
+    revision: str | None
+    allow_pickle: bool
+    trust_remote_code: bool
+    rope_theta: float | None
+    cache_tokens: int | None
+    max_forward_tokens: int
+    policy_tokenizer: PreTrainedTokenizerBase | None
+
+    @property
+    def of_files(self) -> dict[str, Any]:
+        names = ("revision", "allow_pickle", "trust_remote_code")
+        return {name: getattr(self, name) for name in names}
+
+    @property
+    def of_weights(self) -> dict[str, Any]:
+        names = ("device", "dtype", "rope_theta")
+        return self.of_files | {name: getattr(self, name) for name in names}
+
+
+def load_scorer(
+    model: ModelLike,
+    kind: str = "auto",
+    *,
+    reward: "ModelLike | Scorer | None" = None,
+    reference: "ModelLike | LogProbs | None" = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    cache_tokens: int | None = None,
+    max_forward_tokens: int = 8192,
+    bos: BosRule | None = None,
+    terminal: TerminalRule | None = None,
+    transform: str | Transform | None = None,
+    policy_tokenizer: Tokenizer | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    rope_theta: float | None = None,
+) -> Scorer:
+    """A scorer that follows the conventions its checkpoint's trainer used.
+
+    Args:
+        model: a registered name, a Hub id, a local path, or a transformers model in memory, whose
+            weights are then shared and which is not changed.
+        kind: the checkpoint family (`guided_decode.families`); "auto" decides on positive evidence.
+        reward: a reward model that scores responses that end, in the critic's units; implies
+            terminal="reward".
+        reference: the language model of kl_coef; for kind="implicit" the tuned policy's reference.
+        device: where it runs; None is the CPU, or where the given model is.
+        dtype: of the weights; None keeps the checkpoint's, and is float32 on a CPU.
+        cache_tokens: capacity of each model's prefix cache; None takes a bounded share of memory.
+        max_forward_tokens: the most tokens of one forward.
+        bos: "keep" or "drop" one leading BOS; None follows the family.
+        terminal: the terminal rule; None follows the family.
+        transform: "sigmoid", "softmax:1", "clip:0,1", ...; None follows the family.
+        policy_tokenizer: the policy's, or its path: refused where its ids are not the scorer's.
+        revision: of the Hub repository.
+        allow_pickle: read pickled weights where there are no safetensors.
+        trust_remote_code: run code that comes with the checkpoint.
+        rope_theta: overrides the config's.
+
+    Returns:
+        A CriticScorer or ImplicitScorer.
+
+    Raises:
+        ValueError: what does not fit; names what was given, what was expected and what to do.
+    """
+    options = _Options(
+        device=device,
+        dtype=_dtype(model, device, dtype),
+        revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        rope_theta=rope_theta,
+        cache_tokens=cache_tokens,
+        max_forward_tokens=max_forward_tokens,
+        policy_tokenizer=_tokenizer(policy_tokenizer),
+    )
+    source = open_source(model, **options.of_files)
+    if not choose_family(source, kind).heads:
+        _refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
+        return _load_implicit(model, source, reference, options)
+    if reward is not None and terminal not in (None, "reward"):
+        raise ValueError(
+            f'a reward model was given with terminal={terminal!r}: expected terminal="reward", or '
+            "no reward model"
+        )
+    checkpoint = load_checkpoint(
+        model,
+        kind,
+        bos=bos,
+        terminal="reward" if reward is not None else terminal,
+        transform=transform,
+        **options.of_weights,
+    )
+    _check_tokenizer(options, checkpoint.tokenizer)
+    bos_id = _special("bos_token_id", checkpoint.tokenizer, checkpoint.trunk)
+    return CriticScorer(
+        _packed(checkpoint.trunk, checkpoint.name, options),
+        ValueHead(checkpoint.head_weight, checkpoint.head_bias, checkpoint.transform),
+        terminal=checkpoint.family.terminal,
+        skip_token=bos_id if checkpoint.family.bos == "drop" else None,
+        bos_token_id=bos_id,
+        eos_token_id=_special("eos_token_id", checkpoint.tokenizer, checkpoint.trunk),
+        reward=_load_reward(reward, options),
+        reference=None if reference is None else _load_reference(reference, options),
+    )
+
+
+def _load_implicit(
+    model: ModelLike,
+    source: Source,
+    reference: "ModelLike | LogProbs | None",
+    options: _Options,
+) -> ImplicitScorer:
+    if reference is None and source.record is not None:
+        reference = source.record.reference
+    if reference is None or not isinstance(reference, ModelLike):
+        raise ValueError(
+            f"{source.name} is scored as an implicit reward, log π* − log π_ref, but no reference "
+            "came with it: pass reference=, the model that its training started from"
+        )
+    tuned = load_causal_lm(model, **options.of_weights)
+    base_options = replace(options, revision=None)
+    base = load_causal_lm(reference, **base_options.of_weights)
+    base_source = open_source(reference, **base_options.of_files)
+    tokenizer = load_tokenizer(source)
+    for other in (tokenizer, load_tokenizer(base_source)):
+        _check_tokenizer(options, other)
+    return ImplicitScorer(
+        _packed(tuned, source.name, options),
+        _packed(base, base_source.name, options),
+        bos_token_id=_special("bos_token_id", tokenizer, tuned),
+        eos_token_id=_special("eos_token_id", tokenizer, tuned),
+    )
+
+
+def _load_reference(reference: "ModelLike | LogProbs", options: _Options) -> LogProbs:
+    if not isinstance(reference, ModelLike):
+        return reference
+    own = replace(options, revision=None, rope_theta=None)
+    source = open_source(reference, **own.of_files)
+    _check_tokenizer(own, load_tokenizer(source))
+    return LanguageModel(_packed(load_causal_lm(reference, **own.of_weights), source.name, own))
+
+
+def _load_reward(reward: "ModelLike | Scorer | None", options: _Options) -> Scorer | None:
+    if reward is None or not isinstance(reward, ModelLike):
+        return reward
+    return load_scorer(
+        reward,
+        device=options.device,
+        dtype=options.dtype,
+        cache_tokens=options.cache_tokens,
+        max_forward_tokens=options.max_forward_tokens,
+        policy_tokenizer=options.policy_tokenizer,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _packed(model: PreTrainedModel, name: str, options: _Options) -> PackedModel:
+    """The model on its slot pool, checked against its stock self."""
+    packed = PackedModel(
+        model,
+        name,
+        cache_tokens=options.cache_tokens,
+        max_forward_tokens=options.max_forward_tokens,
+    )
+    check_packed(packed)
+    return packed
+
+
+def _dtype(
+    model: ModelLike, device: torch.device | str | None, dtype: torch.dtype | None
+) -> torch.dtype | None:
+    on_cpu = device is None or torch.device(device).type == "cpu"
+    if dtype is not None or isinstance(model, PreTrainedModel) or not on_cpu:
+        return dtype
+    return torch.float32
+
+
+def _tokenizer(given: Tokenizer | None) -> PreTrainedTokenizerBase | None:
+    if not isinstance(given, str):
+        return given
+    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(given)
+    return loaded
+
+
+def _check_tokenizer(options: _Options, scorers: PreTrainedTokenizerBase | None) -> None:
+    if options.policy_tokenizer is not None and scorers is not None:
+        check_tokenizers(options.policy_tokenizer, scorers)
+
+
+def _special(
+    name: str, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
+) -> int | None:
+    """A special token's id: the tokenizer's, else the config's (the first, where it has many)."""
+    found = getattr(tokenizer, name, None)
+    if found is None:
+        found = getattr(model.config.get_text_config(), name, None)
+    return found[0] if isinstance(found, list) else found
+
+
+def _refuse_for_implicit(**given: object) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} came with an implicit reward, which has no value head: expected "
+            "only a reference; drop it"
+        )
