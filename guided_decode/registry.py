@@ -1,0 +1,214 @@
+"""Known checkpoints: what each is, what it needs, and the policy that it pairs with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from guided_decode.tiny_tulu import model_path
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The sizes that memory follows from, for a Llama-like decoder."""
+
+    layers: int
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    vocab: int
+
+    @property
+    def head_dim(self) -> int:
+        return self.hidden // self.heads
+
+    def parameters(self, *, lm_head: bool) -> int:
+        """Weights of the trunk, with the untied language-model head or without it."""
+        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
+        mlp = 3 * self.hidden * self.intermediate
+        layer = attention + mlp + 2 * self.hidden
+        embeddings = self.vocab * self.hidden * (2 if lm_head else 1)
+        return embeddings + self.layers * layer + self.hidden
+
+    def kv_bytes(self, dtype_bytes: int = 2) -> int:
+        """Bytes of keys and values that one cached token takes."""
+        return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One known checkpoint.
+
+    name: its id on the Hub, or the name of a model that is part of this package.
+    architecture: the class that its config names.
+    kind: the family of `families.FAMILIES`; None for a policy that is only decoded.
+    prompt_format: the name of a format of `prompts.FORMATS`.
+    policy: whose decoding it guides best; reference: of an implicit reward.
+    assets: which model of this package it is; None for one of the Hub's.
+    """
+
+    name: str
+    architecture: str
+    shape: Shape
+    kind: str | None
+    prompt_format: str
+    summary: str
+    policy: str | None = None
+    reference: str | None = None
+    defects: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    assets: str | None = None
+
+    @property
+    def location(self) -> str:
+        """What `from_pretrained` takes: the Hub id, or a path inside this package."""
+        return self.name if self.assets is None else str(model_path(self.assets))
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of the weights in bfloat16."""
+        return 2 * self.shape.parameters(lm_head=self.architecture.endswith("ForCausalLM"))
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Everything that `find` knows it by."""
+        ids = (self.name, *self.aliases)
+        return (*ids, *(one.rpartition("/")[2] for one in ids))
+
+
+LLAMA_2_7B = Shape(32, 4096, 11008, 32, 32, 32000)
+LLAMA_2_13B = Shape(40, 5120, 13824, 40, 40, 32000)
+LLAMA_2_70B = Shape(80, 8192, 28672, 64, 8, 32000)
+LLAMA_3_8B = Shape(32, 4096, 14336, 32, 8, 128256)
+LLAMA_3_70B = Shape(80, 8192, 28672, 64, 8, 128256)
+TULU_3_8B = Shape(32, 4096, 14336, 32, 8, 128264)
+MISTRAL_7B = Shape(32, 4096, 14336, 32, 8, 32000)
+TINY = Shape(4, 128, 344, 4, 4, 320)
+
+_EASYLM_DEFECTS = ("rope_theta 100000 in one converter's output; 10000 is right for Llama 2",)
+
+
+def _tulu_critic(name: str, policy: str, shape: Shape, aliases: tuple[str, ...] = ()) -> Record:
+    return Record(
+        name=name,
+        architecture="LlamaForTokenClassification",
+        shape=shape,
+        kind="ppo-critic",
+        prompt_format="tulu-2",
+        summary="value model of a Tulu 2.5 PPO run (EasyLM)",
+        policy=policy,
+        defects=_EASYLM_DEFECTS,
+        aliases=aliases,
+    )
+
+
+def _reward_model(name: str, policy: str, shape: Shape, prompt_format: str, of: str) -> Record:
+    return Record(
+        name=name,
+        architecture="LlamaForSequenceClassification",
+        shape=shape,
+        kind="reward-model",
+        prompt_format=prompt_format,
+        summary=f"{of} reward model, read at EOS",
+        policy=policy,
+    )
+
+
+def _tiny(part: str, kind: str | None, summary: str, reference: str | None = None) -> Record:
+    critic = part == "value"
+    return Record(
+        name=f"tiny-tulu-{part}",
+        architecture=f"LlamaFor{'TokenClassification' if critic else 'CausalLM'}",
+        shape=TINY,
+        kind=kind,
+        # The last turn ends at EOS with no newline after it, as Tulu 3's does.
+        prompt_format="tulu-3",
+        summary=summary,
+        policy="tiny-tulu-ppo" if critic else None,
+        reference=reference,
+        assets=part,
+    )
+
+
+REGISTRY: tuple[Record, ...] = (
+    # A value model starts from its reward model and has that one's size, not the policy's.
+    _tulu_critic(
+        "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm-value",
+        "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm",
+        LLAMA_2_70B,
+    ),
+    _tulu_critic(
+        "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-uf-rm-value",
+        "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-uf-rm",
+        LLAMA_2_70B,
+    ),
+    _tulu_critic(
+        "allenai/tulu-v2.5-ppo-13b-uf-mean-13b-mix-rm-value",
+        "allenai/tulu-v2.5-ppo-13b-uf-mean-13b-mix-rm",
+        LLAMA_2_13B,
+    ),
+    _tulu_critic(
+        "allenai/tulu-v2.5-ppo-13b-uf-mean-13b-uf-rm-value",
+        "allenai/tulu-v2.5-ppo-13b-uf-mean",
+        LLAMA_2_13B,
+    ),
+    _tulu_critic(
+        "hamishivi/tulu-v2.5-7b-uf-mean-7b-uf-rm-value",
+        "hamishivi/tulu-v2.5-7b-uf-mean-7b-uf-rm",
+        LLAMA_2_7B,
+        aliases=("hamishivi/tulu-v2.5-7b-uf-rm-value",),
+    ),
+    Record(
+        name="allenai/tulu-2-dpo-70b",
+        architecture="LlamaForCausalLM",
+        shape=LLAMA_2_70B,
+        kind="implicit",
+        prompt_format="tulu-2",
+        summary="DPO policy; implicit reward against its SFT model",
+        policy="allenai/tulu-2-13b",
+        reference="allenai/tulu-2-70b",
+    ),
+    _reward_model(
+        "allenai/llama-3.1-tulu-2-70b-uf-mean-rm",
+        "allenai/llama-3.1-tulu-2-70b",
+        LLAMA_3_70B,
+        "tulu-2",
+        "UltraFeedback",
+    ),
+    _reward_model(
+        "allenai/llama-3.1-tulu-2-8b-uf-mean-rm",
+        "allenai/llama-3.1-tulu-2-8b",
+        LLAMA_3_8B,
+        "tulu-2",
+        "UltraFeedback",
+    ),
+    _reward_model(
+        "allenai/Llama-3.1-Tulu-3-8B-RM",
+        "allenai/Llama-3.1-Tulu-3-8B",
+        TULU_3_8B,
+        "tulu-3",
+        "Tulu 3",
+    ),
+    Record(
+        name="ContextualAI/Contextual_KTO_Mistral_PairRM",
+        architecture="MistralForCausalLM",
+        shape=MISTRAL_7B,
+        kind="implicit",
+        prompt_format="tulu-2",
+        summary="KTO policy, third iteration; implicit reward against its base",
+        policy="mistralai/Mistral-7B-Instruct-v0.2",
+        reference="mistralai/Mistral-7B-Instruct-v0.2",
+    ),
+    _tiny("sft", None, "SFT policy and reference, part of this package"),
+    _tiny("ppo", "implicit", "PPO policy, part of this package", reference="tiny-tulu-sft"),
+    _tiny("value", "ppo-critic", "value model of the tiny-tulu PPO run, part of this package"),
+)
+
+
+def find(name_or_path: str | Path) -> Record | None:
+    """The record of a Hub id, a bare name, or a local folder whose last component is the name.
+
+    Another owner's repository of the same name is not the checkpoint.
+    """
+    given, path = str(name_or_path), Path(name_or_path)
+    known_as = {given, path.name} if path.is_dir() else {given}
+    return next((record for record in REGISTRY if known_as & set(record.names)), None)

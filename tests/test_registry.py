@@ -1,0 +1,94 @@
+"""The registry: every name resolves, and the figures are those of the real checkpoints."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from guided_decode.families import FAMILIES
+from guided_decode.prompts import FORMATS
+from guided_decode.registry import REGISTRY, find
+
+FIVE = [
+    ("allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm-value", "ppo-critic", "tulu-2"),
+    ("allenai/tulu-2-dpo-70b", "implicit", "tulu-2"),
+    ("allenai/llama-3.1-tulu-2-70b-uf-mean-rm", "reward-model", "tulu-2"),
+    ("allenai/Llama-3.1-Tulu-3-8B-RM", "reward-model", "tulu-3"),
+    ("ContextualAI/Contextual_KTO_Mistral_PairRM", "implicit", "tulu-2"),
+]
+SIBLINGS = [
+    ("hamishivi/tulu-v2.5-7b-uf-rm-value", "ppo-critic", "tulu-2"),
+    ("allenai/tulu-v2.5-ppo-13b-uf-mean-70b-uf-rm-value", "ppo-critic", "tulu-2"),
+    ("allenai/llama-3.1-tulu-2-8b-uf-mean-rm", "reward-model", "tulu-2"),
+]
+
+
+@pytest.mark.parametrize(("name", "kind", "prompt_format"), FIVE + SIBLINGS)
+def test_the_checkpoints_are_found_with_their_conventions(name, kind, prompt_format):
+    record = find(name)
+    assert record is not None
+    assert (record.kind, record.prompt_format) == (kind, prompt_format)
+
+
+@pytest.mark.parametrize(("name", "kind", "prompt_format"), FIVE + SIBLINGS)
+def test_bare_names_and_local_paths_find_the_same_record(name, kind, prompt_format, tmp_path):
+    bare = name.rpartition("/")[2]
+    assert find(bare) is find(name)
+    assert find(tmp_path / bare) is None
+    (tmp_path / bare).mkdir()
+    assert find(tmp_path / bare) is find(name)
+    assert find(f"{tmp_path}/{bare}/") is find(name)
+
+
+@pytest.mark.parametrize("name", ["tulu-2-dpo", "someone/else", "", ".", "/", "TULU-2-DPO-70B"])
+def test_other_names_are_not_found(name):
+    assert find(name) is None
+
+
+def test_another_owners_repository_of_the_same_name_is_not_the_checkpoint():
+    assert find("mirror/tulu-2-dpo-70b") is None
+
+
+def test_records_name_known_kinds_and_formats_and_fit_their_families():
+    for record in REGISTRY:
+        assert record.prompt_format in FORMATS, record.name
+        if record.kind is not None:
+            assert FAMILIES[record.kind].takes(record.architecture), record.name
+        if record.kind == "implicit":
+            assert record.reference, record.name
+
+
+def test_names_are_unique():
+    names = [name for record in REGISTRY for name in set(record.names)]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes", "kv_bytes"),
+    [
+        # Sums of the files on the Hub, in bfloat16.
+        ("tulu-v2.5-ppo-13b-uf-mean-13b-uf-rm-value", 25.7, 819_200),
+        ("tulu-v2.5-7b-uf-mean-7b-uf-rm-value", 13.2, 524_288),
+        ("Contextual_KTO_Mistral_PairRM", 14.5, 131_072),
+        ("llama-3.1-tulu-2-70b-uf-mean-rm", 139.0, 327_680),
+    ],
+)
+def test_memory_follows_from_the_shape(name, gigabytes, kv_bytes):
+    record = find(name)
+    assert record.weight_bytes / 1e9 == pytest.approx(gigabytes, abs=0.1)
+    assert record.shape.kv_bytes() == kv_bytes
+
+
+@pytest.mark.parametrize("part", ["sft", "ppo", "value"])
+def test_tiny_tulu_resolves_to_its_folder_in_the_package(part):
+    record = find(f"tiny-tulu-{part}")
+    try:
+        location = Path(record.location)
+    except FileNotFoundError as error:  # before `make tiny-tulu` has run in a new checkout
+        assert "make tiny-tulu" in str(error)  # noqa: PT017
+        return
+    config = json.loads((location / "config.json").read_text())
+    assert config["architectures"] == [record.architecture]
+    assert config["num_hidden_layers"] == record.shape.layers
+    assert config["hidden_size"] == record.shape.hidden
+    assert config["vocab_size"] == record.shape.vocab
