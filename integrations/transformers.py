@@ -120,6 +120,10 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
             return list(range(len(input_ids)))
         ends = torch.tensor(self.terminals, device=input_ids.device)
         finished = torch.isin(input_ids[:, self._width :], ends).any(-1).tolist()
+        if all(finished):
+            # `generate` stops there: an answer with what ended it has become the next prompt.
+            self._begin(input_ids)
+            return list(range(len(input_ids)))
         return [i for i, done in enumerate(finished) if not done]
 
     def _follow(self, input_ids: Tensor) -> None:
@@ -211,7 +215,7 @@ class GuidedDecoding:
             scorer: what scores the candidates.
             config: the guidance rule.
             on_error: "raise" or "passthrough", as in `guide_rows`.
-            streamer: gets the tokens; `generate` hands its own to no custom loop.
+            streamer: gets the prompt and the tokens; `generate` hands its own to no custom loop.
         """
         self.scorer = scorer
         self.config = config
@@ -243,6 +247,8 @@ class GuidedDecoding:
             on_error=self.on_error,
         )
         kwargs = {} if self.streamer is None else {"streamer": self.streamer}
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
         return loop(
             input_ids,
             logits_processor=_with_guidance(logits_processor, processor),
