@@ -1,6 +1,11 @@
 """Value-guided decoding: the critic of a PPO run at work while its policy decodes."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+# In a checkout kernels/ and integrations/ stand beside this package, in a wheel inside it.
+if not (Path(__file__).parent / "kernels").is_dir():
+    __path__.append(str(Path(__file__).resolve().parent.parent))
 
 from guided_decode.config import GuidanceConfig
 from guided_decode.guidance import guide

@@ -51,40 +51,6 @@ class Checkpoint:
         return self.family.prompt_format if self.record is None else self.record.prompt_format
 
 
-    @property
-    def bos_token_id(self) -> int | None:
-        """The tokenizer's BOS, else the config's."""
-        return self._special("bos_token_id")
-
-    @property
-    def eos_token_id(self) -> int | None:
-        """The tokenizer's EOS, else the config's (the first of several)."""
-        return self._special("eos_token_id")
-
-    def _special(self, name: str) -> int | None:
-        own = None if self.tokenizer is None else getattr(self.tokenizer, name)
-        given = getattr(self.trunk.config, name, None) if own is None else own
-        return given[0] if isinstance(given, list) else given
-
-
-def resolve_kind(
-    model: ModelLike,
-    kind: str = "auto",
-    *,
-    revision: str | None = None,
-    allow_pickle: bool = False,
-    trust_remote_code: bool = False,
-) -> str:
-    """The kind that `load_checkpoint` would take the model for; reads no weights.
-
-    Raises ValueError: an unknown kind, or no evidence under "auto".
-    """
-    source = open_source(
-        model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
-    )
-    return choose_family(source, kind).kind
-
-
 def load_checkpoint(
     model: ModelLike,
     kind: str = "auto",

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import guided_decode
+
 ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import guided_decode.kernels, guided_decode.integrations"
 # What a shell in the checkout sees when the package was never installed.
@@ -43,7 +45,7 @@ def test_transformers_does_not_take_our_kernels_for_hugging_faces():
 
 
 def test_version_is_the_distributions():
-    assert metadata.version("guided-decode").count(".") == 2
+    assert metadata.version("guided-decode") == guided_decode.__version__
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +56,7 @@ def wheel_names(tmp_path_factory):
         f"build_meta.build_wheel({str(out)!r}, {{'--build-option': ['--quiet']}})"
     )
     source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "LICENSE"):
+    for name in ("pyproject.toml", "setup.py", "LICENSE", "README.md"):
         (source / name).write_text((ROOT / name).read_text())
     for folder in ("guided_decode", "kernels", "integrations"):
         (source / folder).symlink_to(ROOT / folder)
