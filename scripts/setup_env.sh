@@ -49,7 +49,7 @@ install_cpu_torch() {
     say "no NVIDIA GPU found: installing the CPU build, $pin+cpu"
     # No retries and a short timeout: where the index is out of reach this must fail, not hang.
     # Links and extra indexes from pip's own configuration still apply.
-    pip install --no-deps --index-url "$cpu_index" --retries 0 --timeout 30 "$pin+cpu" \
+    pip install --no-deps --index-url "$cpu_index" --retries 0 --timeout 20 "$pin+cpu" \
         || say "no CPU build to be had from $cpu_index: taking the default build (it may bring CUDA)"
 }
 

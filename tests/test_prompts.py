@@ -6,6 +6,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from guided_decode.prompts import FORMATS, find_format, render, tokenise
+from guided_decode.registry import find
+from recipes.tiny_tulu.tokenizer import build_tokenizer
 
 ASK = [{"role": "user", "content": "Hi"}]
 ANSWERED = [*ASK, {"role": "assistant", "content": "Hello."}]
@@ -56,6 +58,18 @@ def by_template(name, messages, add_generation_prompt, eos):
 def test_equals_the_tokenizers_chat_template(name, messages, generate):
     ours = render(messages, name, add_generation_prompt=generate)
     assert ours == by_template(name, messages, generate, FORMATS[name].eos_token)
+
+
+@pytest.mark.parametrize(
+    ("messages", "generate"), [(ASK, True), (ASK, False), (ANSWERED, False), (SECOND, True)]
+)
+def test_tiny_tulus_format_equals_its_own_tokenizer(messages, generate):
+    own = build_tokenizer()
+    ids = tokenise(
+        own, messages, find("tiny-tulu-value").prompt_format, add_generation_prompt=generate
+    )
+    encoded = own.apply_chat_template(messages, add_generation_prompt=generate)
+    assert ids == encoded["input_ids"]
 
 
 def test_tulu_2_has_the_newline_after_the_assistant_tag():
