@@ -228,6 +228,20 @@ def test_logits_of_a_half_precision_policy(critic, dtype):
         oracle.assert_row_equal(got.float(), row, atol=0.05 if dtype == torch.bfloat16 else 0.01)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_default_dtype_of_the_callers_changes_nothing(critic, dtype):
+    prefixes, logits = rows_of("llama")
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    config = GuidanceConfig(**RULES["reweight-gate"])
+    torch.set_default_dtype(dtype)
+    try:
+        guided = guide_rows(critic, logits, prefixes, config, terminals=TERMINALS)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for prefix, own, got in zip(prefixes, logits, guided, strict=True):
+        oracle.assert_row_equal(got, brute.row(prefix, own, config, TERMINALS))
+
+
 def test_beta_zero_with_the_tail_kept_scores_nothing(critic):
     prefixes, logits = rows_of("llama")
     critic.stats.reset()
@@ -282,13 +296,14 @@ def test_a_scorer_that_raises_passes_every_row_through_where_that_is_asked(monke
     assert scorer.stats.passthroughs == len(prefixes)
 
 
-def test_a_half_precision_critic_is_close_and_answers_in_float32():
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_half_precision_critic_is_close_and_answers_in_float32(dtype):
     prefixes = models.prompts(LENGTHS, seed=3)
     tokens = torch.arange(3, 11).repeat(len(prefixes), 1)
     values = oracle.Values(models.tiny("llama", "token"))
-    scorer = load_scorer(models.saved("llama", "token"), kind="verl-critic", dtype=torch.bfloat16)
+    scorer = load_scorer(models.saved("llama", "token"), kind="verl-critic", dtype=dtype)
     scores = scorer.score(prefixes, tokens)
     assert scores.values.dtype == scores.baseline.dtype == torch.float32
     exact = torch.tensor([values.after(prefix, range(3, 11)) for prefix in prefixes])
-    # bfloat16 has 8 bits: a few percent of the values' spread, after two layers.
+    # A few percent of the values' spread, after two layers.
     assert (scores.values - exact).abs().mean() < 0.05 * exact.std()

@@ -160,6 +160,18 @@ def test_loading_leaves_the_callers_module_and_config_alone(arch):
         assert torch.equal(value, before[name]), name
 
 
+def test_loading_leaves_the_callers_dtype_mode_and_gradients_alone():
+    model = models.tiny.__wrapped__("llama", "token").train().requires_grad_(True)
+    exact = load_scorer(model, kind="verl-critic").score([[5, 6]], torch.tensor([[7]]))
+    load_scorer(model, kind="verl-critic", dtype=torch.bfloat16)
+    assert model.dtype == torch.float32
+    assert all(module.training for module in model.modules())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+    # Dropout of a model that is being trained does not reach its scores.
+    expected = oracle.Values(models.tiny("llama", "token"))([[5, 6, 7]])[0]
+    assert exact.values.item() == pytest.approx(expected, abs=1e-4)
+
+
 def test_weights_that_the_checkpoint_lacks_are_refused():
     source = Path(models.saved("llama", "token"))
     folder = Path(tempfile.mkdtemp(dir=models.scratch()))

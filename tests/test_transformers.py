@@ -8,6 +8,7 @@ from transformers import (
     LogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
     RepetitionPenaltyLogitsProcessor,
+    StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
 )
@@ -295,6 +296,26 @@ def test_finished_rows_are_never_scored(policy, scorer, route, monkeypatch):
     assert scorer.stats.rows_scored == len(live)
 
 
+class StopAt(StoppingCriteria):
+    """Ends a row at a token that `generate` does not know as an end, as stop strings do."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+def test_rows_that_a_stopping_criterion_finished_are_never_scored(policy, scorer, monkeypatch):
+    width = max(map(len, PROMPTS))
+    free = generate(policy, PROMPTS, scorer)
+    stop = int(free.sequences[1, width + 2])  # row 1 stops at its third token
+    asked = record_prefixes(scorer, monkeypatch)
+    out = generate(policy, PROMPTS, scorer, stopping_criteria=[StopAt(stop)])
+    live = [prefix for _, _, prefix in live_steps(out, PROMPTS, [*ENDS, stop])]
+    assert sorted(asked) == sorted(live)
+
+
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_pad_that_is_also_an_end(policy, scorer, route):
     prompts = [[models.EOS, 5, 6, models.EOS], [7, 8], PROMPTS[2]]
@@ -445,6 +466,12 @@ def test_one_decoding_may_serve_one_generate_call_after_another(policy, scorer):
             output_logits=True,
         )
         assert_guided(out, prompts)
+
+
+def test_inference_mode_may_come_and_go(policy, scorer):
+    for inside in (True, False):
+        with torch.inference_mode(inside):
+            assert_guided(generate(policy, PROMPTS, scorer), PROMPTS)
 
 
 def test_a_prompt_without_a_mask(policy, scorer):

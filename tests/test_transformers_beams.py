@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from guided_decode import GuidanceConfig, load_scorer
+from guided_decode.integrations.transformers import ValueGuidedLogitsProcessor
 from tests import models, oracle
 from tests.test_transformers import ENDS, PROMPTS, ROUTES, eager_to_end, generate
 
@@ -72,6 +73,20 @@ def test_beams_of_another_architecture():
         assert score == pytest.approx(expected, abs=1e-3)
 
 
+def test_beams_that_are_sampled():
+    scorer, brute = scorer_and_oracle("baseline")
+    model = eager_to_end()
+    config = GuidanceConfig(beta=0.8, top_k=8)
+    torch.manual_seed(0)
+    options = {"num_beams": 3, "num_return_sequences": 2, "length_penalty": 0.0, "top_k": 0}
+    out = generate(model, PROMPTS, scorer, config, do_sample=True, **options)
+    for score, (prompt, response) in zip(
+        out.sequences_scores.tolist(), responses(out, PROMPTS, ENDS), strict=True
+    ):
+        expected = brute.beam_score(oracle.LogProbs(model), prompt, response, config, ENDS)
+        assert score == pytest.approx(expected, abs=1e-3)
+
+
 def test_beams_share_slots_and_forward_no_prefix_twice():
     scorer, _ = scorer_and_oracle("baseline")
     scorer.stats.reset()
@@ -88,6 +103,23 @@ def test_prune_keeps_the_candidates_that_beam_search_needs(route):
     for scores in out.scores:
         assert ((scores > -torch.inf).sum(-1) >= needed).all()
     assert (out.sequences_scores > -1e6).all()
+
+
+def test_what_prune_keeps_for_beams_beyond_its_margin_has_the_largest_advantages():
+    scorer, brute = scorer_and_oracle("baseline")
+    config = GuidanceConfig(rule="prune", margin=0.2, top_k=8)
+    needed = 1 + len(ENDS)
+    processor = ValueGuidedLogitsProcessor(scorer, config, eos_token_id=ENDS, num_beams=4)
+    prompt = PROMPTS[2]
+    logits = oracle.LogProbs(eager_to_end()).logits(prompt)
+    guided = processor(torch.tensor([prompt]), logits[None].log_softmax(-1))[0]
+    row = brute.row(prompt, logits, config, ENDS)
+    scored = [a for a in row.candidates if a not in ENDS]
+    logp = oracle.log_softmax(logits.tolist())
+    advantage = brute.advantages(prompt, scored, logp, config, ENDS)
+    largest = sorted(scored, key=lambda a: -advantage[a])[:needed]
+    within = {a for a in row.candidates if row.logits[a] > -torch.inf}
+    assert set((guided > -torch.inf).nonzero().flatten().tolist()) == within | set(largest)
 
 
 @pytest.mark.parametrize("top_k", [1, 2])
