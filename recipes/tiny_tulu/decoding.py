@@ -52,7 +52,7 @@ class Reader:
         hidden[:, 0, :, seen:] = ~torch.eye(k, dtype=torch.bool)
         bias = torch.zeros(hidden.shape).masked_fill(hidden, torch.finfo(torch.float32).min)
         outputs = self._forward(candidates, bias, self.next.expand(-1, k))
-        self.cache.crop(seen)
+        self.cache.crop(-k)
         return outputs
 
     def _forward(self, tokens: Tensor, mask: Tensor, positions: Tensor) -> Tensor:
