@@ -11,8 +11,8 @@ from torch import Tensor
 from guided_decode.cache import Placement, PrefixCache
 from guided_decode.growable import Ints
 from guided_decode.kernels import value_head
-from guided_decode.packed_model import PackedModel
-from guided_decode.prefix import PrefixHandle
+from guided_decode.modes import without_autograd
+from guided_decode.packed_model import PackedModel, Row
 from guided_decode.scores import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.stats import ScorerStats
 
@@ -92,7 +92,7 @@ class CriticScorer:
     def vocab_size(self) -> int:
         return self.model.vocab_size
 
-    @torch.no_grad()
+    @without_autograd
     def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
         """Values of candidates after their prefixes.
 
@@ -111,10 +111,11 @@ class CriticScorer:
         begun = time.perf_counter()
         rows, chosen = self._read(prefixes, candidates)
         parts: list[Scores] = []
+        done = 0
         try:
-            while sum(len(part.baseline) for part in parts) < len(rows):
-                done = sum(len(part.baseline) for part in parts)
+            while done < len(rows):
                 parts.append(self._score_part(rows[done:], chosen[done:]))
+                done += len(parts[-1].baseline)
         except BaseException:
             # Slots that were handed out may not have been written.
             self.cache.clear()
@@ -128,50 +129,45 @@ class CriticScorer:
             torch.cat([part.baseline for part in parts]),
         )
 
-    def _read(
-        self, prefixes: Sequence[Prefix], candidates: Tensor
-    ) -> tuple[list[tuple[PrefixHandle | Ints, int]], Ints]:
-        """Prefixes with what to skip, and candidates on the host; the step's one blocking copy."""
+    def _read(self, prefixes: Sequence[Prefix], candidates: Tensor) -> tuple[list[Row], Ints]:
+        """Rows that were checked, and candidates on the host: the step's one blocking copy."""
         shape = candidates.shape
         if len(shape) != 2 or shape[0] != len(prefixes) or candidates.is_floating_point():
             raise ValueError(
                 f"candidates came as {candidates.dtype} {list(shape)} for "
                 f"{len(prefixes)} prefixes: expected int64 [{len(prefixes)}, k], padded with -1"
             )
-        chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)
-        self.model.check_vocabulary(chosen[chosen != -1], "candidate")
-        if chosen.shape[1] > self.vocab_size:
+        if shape[1] > self.vocab_size:
             raise ValueError(
-                f"k={chosen.shape[1]} candidates a row are more than the vocabulary of "
+                f"k={shape[1]} candidates a row are more than the vocabulary of "
                 f"{self.vocab_size} tokens"
             )
+        chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)
+        if chosen.size:
+            # -1 is padding.
+            lowest, highest = int(chosen.min()), int(chosen.max())
+            self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
         rows = []
         for i, given in enumerate(prefixes):
-            prefix, skip = self.model.prefix(given, i, self.skip_token)
-            self.model.check_length(prefix, skip, i, more=int((chosen[i] >= 0).any()))
-            rows.append((prefix, skip))
+            # Repeated candidates take one slot; they are rare enough to count only near the limit.
+            count = int((chosen[i] >= 0).sum())
+            if len(given) + count > self.cache.capacity:
+                count = len(_distinct(chosen[i])[0])
+            rows.append(self.model.row(given, i, self.skip_token, count))
         return rows, chosen
 
-    def _score_part(
-        self, rows: Sequence[tuple[PrefixHandle | Ints, int]], candidates: Ints
-    ) -> Scores:
+    def _score_part(self, rows: Sequence[Row], candidates: Ints) -> Scores:
         """Scores as many of the rows as fit the pool together, from the first."""
         self.cache.begin_batch()
         placements: list[Placement] = []
         slots = np.full(candidates.shape, -1, np.int64)
-        for i, (prefix, skip) in enumerate(rows):
-            own = candidates[i]
-            distinct, inverse = _distinct(own)
-            placement = self.cache.place(prefix, skip, distinct)
-            if placement is None and not placements:
-                self.model.refuse_too_large(prefix, skip, len(distinct))
-                # Alone it fits: what it shares the pool with is only worth keeping.
-                self.cache.clear()
-                placement = self.cache.place(prefix, skip, distinct)
+        for i, row in enumerate(rows):
+            distinct, inverse = _distinct(candidates[i])
+            placement = self.model.place(row, distinct, alone=not placements)
             if placement is None:
                 break
             placements.append(placement)
-            slots[i, own >= 0] = placement.candidate_slots[inverse]
+            slots[i, candidates[i] >= 0] = placement.candidate_slots[inverse]
         self._forward(placements)
         scores = self._gather(placements, slots[: len(placements)])
         self.cache.end_batch()

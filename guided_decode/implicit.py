@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from guided_decode.cache import Placement, PrefixCache
-from guided_decode.growable import Ints
-from guided_decode.packed_model import PackedModel
-from guided_decode.prefix import PrefixHandle
+from guided_decode.modes import without_autograd
+from guided_decode.packed_model import PackedModel, Row
 from guided_decode.scores import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.stats import ScorerStats
 
@@ -26,7 +25,7 @@ class LanguageModel:
     def cache(self) -> PrefixCache:
         return self.model.cache
 
-    @torch.no_grad()
+    @without_autograd
     def log_probs(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Tensor:
         """log π(candidate | prefix) by the full softmax, one forward of the prefix for all.
 
@@ -40,14 +39,11 @@ class LanguageModel:
         Raises:
             ValueError: as `CriticScorer.score`.
         """
-        rows = []
-        for i, given in enumerate(prefixes):
-            prefix, skip = self.model.prefix(given, i, None)
-            self.model.check_length(prefix, skip, i, more=0)
-            rows.append(prefix)
+        rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
         chosen = candidates.to(self.model.device)
-        if chosen.numel() and int(chosen.max()) >= self.model.vocab_size:
-            self.model.check_vocabulary(chosen.flatten().cpu().numpy(), "candidate")
+        if chosen.numel():
+            lowest, highest = (int(bound) for bound in chosen.aminmax())
+            self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
         done, parts = 0, []
         try:
             while done < len(rows):
@@ -61,18 +57,14 @@ class LanguageModel:
         self._evicted = self.cache.tree.evicted
         return torch.cat(parts) if parts else torch.empty(candidates.shape)
 
-    def _part(self, rows: Sequence[PrefixHandle | Ints]) -> Tensor:
+    def _part(self, rows: Sequence[Row]) -> Tensor:
         """Logits after as many of the rows as fit the pool together, float32 [rows, vocab]."""
         self.cache.begin_batch()
         placements: list[Placement] = []
         index: list[int] = []
         read: dict[int, int] = {}
-        for prefix in rows:
-            placement = self.cache.place(prefix, 0, reread_last=True)
-            if placement is None and not index:
-                self.model.refuse_too_large(prefix, 0, 0)
-                self.cache.clear()
-                placement = self.cache.place(prefix, 0, reread_last=True)
+        for row in rows:
+            placement = self.model.place(row, reread_last=True, alone=not index)
             if placement is None:
                 break
             # Rows with one prefix share the forward of its last token.

@@ -11,6 +11,7 @@ from guided_decode.critic import CriticScorer, ValueHead
 from guided_decode.families import BosRule
 from guided_decode.implicit import ImplicitScorer, LanguageModel
 from guided_decode.kinds import choose_family
+from guided_decode.modes import without_autograd
 from guided_decode.packed_model import PackedModel
 from guided_decode.scores import LogProbs, Scorer, TerminalRule
 from guided_decode.self_check import check_packed
@@ -46,6 +47,7 @@ class _Options:
         return self.of_files | {name: getattr(self, name) for name in names}
 
 
+@without_autograd
 def load_scorer(
     model: ModelLike,
     kind: str = "auto",

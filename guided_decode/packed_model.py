@@ -1,6 +1,7 @@
 """A transformers model that runs packed forwards on a slot pool."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -9,14 +10,23 @@ from transformers import PreTrainedModel
 from guided_decode.attention import ATTENTION_NAME, SlotCache
 from guided_decode.cache import Placement, PrefixCache
 from guided_decode.growable import Ints
+from guided_decode.modes import without_autograd
 from guided_decode.packed import PackedBatch, pack
 from guided_decode.pool import SlotPool
 from guided_decode.prefix import PrefixHandle, as_ints
+from guided_decode.radix import NO_INTS
 from guided_decode.scores import Prefix
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.
 _MEMORY_SHARE = 0.25
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
+
+
+class Row(NamedTuple):
+    """A row that was checked: its prefix, and how many leading tokens the model does not see."""
+
+    prefix: PrefixHandle | Ints
+    skip: int
 
 
 class PackedModel:
@@ -62,59 +72,80 @@ class PackedModel:
     def device(self) -> torch.device:
         return self.model.device
 
-    def prefix(self, given: Prefix, row: int, skip_token: int | None) -> tuple[PrefixHandle | Ints,
-                                                                             int]:  # fmt: skip
-        """A prefix as a handle or an array, and how many leading tokens the model does not see.
+    def row(self, given: Prefix, index: int, skip_token: int | None, candidates: int) -> Row:
+        """A prefix that this model can read, with `candidates` tokens after it.
 
-        Raises ValueError where the prefix is empty.
+        Args:
+            given: the prefix as the caller has it.
+            index: what errors call the row.
+            skip_token: one leading token with this id is not shown to the model; a prefix that is
+                nothing else keeps it.
+            candidates: how many distinct candidates follow.
+
+        Raises:
+            ValueError: an empty prefix, a token outside the vocabulary, more tokens than the model
+                has positions, or than the cache has slots.
         """
-        kept = given if isinstance(given, PrefixHandle) else as_ints(given)
-        tokens = kept.tokens if isinstance(kept, PrefixHandle) else kept
-        if not len(tokens):
-            raise ValueError(f"row {row} has an empty prefix: expected at least one token id")
-        # A prefix that is only BOS keeps it: the model must see something.
+        if not len(given):
+            raise ValueError(f"row {index} has an empty prefix: expected at least one token id")
+        prefix: PrefixHandle | Ints
+        if isinstance(given, PrefixHandle):
+            prefix, tokens = given, given.tokens
+            lowest, highest = given.lowest, given.highest
+        else:
+            prefix = tokens = as_ints(given)
+            lowest, highest = int(tokens.min()), int(tokens.max())
+        self.check_vocabulary(lowest, highest, f"row {index}: prefix token")
         skip = int(skip_token is not None and len(tokens) > 1 and tokens[0] == skip_token)
-        return kept, skip
+        self._check_fits(len(tokens) - skip, candidates, index)
+        return Row(prefix, skip)
 
-    def check_length(self, prefix: PrefixHandle | Ints, skip: int, row: int, more: int) -> None:
-        """Raises ValueError where the model has no position for the prefix and `more` tokens."""
-        length = len(prefix) - skip + more
-        if self.max_positions is not None and length > self.max_positions:
+    def check_vocabulary(self, lowest: int, highest: int, what: str) -> None:
+        """Raises ValueError where ids between these two are not all in the vocabulary."""
+        if lowest < 0 or highest >= self.vocab_size:
+            odd = lowest if lowest < 0 else highest
             raise ValueError(
-                f"row {row} needs {length} positions ({len(prefix) - skip} of its prefix, {more} "
-                f"for candidates) but {self.name} has {self.max_positions}: shorten the prompt or "
-                "lower max_new_tokens"
+                f"{what} {odd} is outside the vocabulary of {self.name}, which has "
+                f"{self.vocab_size} tokens: policy and scorer must share their token ids"
             )
 
-    def refuse_too_large(self, prefix: PrefixHandle | Ints, skip: int, candidates: int) -> None:
-        """Raises ValueError where the row does not fit an empty pool."""
-        needed = len(prefix) - skip + candidates
+    def _check_fits(self, length: int, candidates: int, index: int) -> None:
+        # Candidates share one position.
+        positions = length + min(candidates, 1)
+        if self.max_positions is not None and positions > self.max_positions:
+            raise ValueError(
+                f"row {index} needs {positions} positions but {self.name} has "
+                f"{self.max_positions}: shorten the prompt or lower max_new_tokens"
+            )
+        needed = length + candidates
         if needed > self.cache.capacity:
             raise ValueError(
                 f"cache_tokens={self.cache.capacity} is too small for one row of {self.name}: its "
-                f"prefix has {len(prefix) - skip} tokens and {candidates} candidates, so "
-                f"cache_tokens must be at least {needed}"
+                f"prefix has {length} tokens and {candidates} candidates, so cache_tokens must be "
+                f"at least {needed}"
             )
 
-    def check_vocabulary(self, tokens: Ints, what: str) -> None:
-        """Raises ValueError where a token id is not in the vocabulary."""
-        if len(tokens) and (int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size):
-            odd = tokens[(tokens < 0) | (tokens >= self.vocab_size)][0]
-            raise ValueError(
-                f"{what} {int(odd)} is outside the vocabulary of {self.name}, which has "
-                f"{self.vocab_size} tokens: policy and scorer must share their token ids"
-            )
+    def place(self, row: Row, candidates: Ints = NO_INTS, *, reread_last: bool = False,
+              alone: bool = False) -> Placement | None:  # fmt: skip
+        """A place in the cache for a row of `row()`; None where it has to wait for the next batch.
+
+        alone: no other row of the batch was placed, so what the cache holds may go.
+        """
+        placement = self.cache.place(row.prefix, row.skip, candidates, reread_last=reread_last)
+        if placement is None and alone:
+            self.cache.clear()
+            placement = self.cache.place(row.prefix, row.skip, candidates, reread_last=reread_last)
+            assert placement is not None
+        return placement
 
     def batches(self, placements: Sequence[Placement]) -> list[PackedBatch]:
         """The forwards that these rows need, in order."""
         work = [placement.work for placement in placements]
-        for row in work:
-            self.check_vocabulary(row.prefix, "prefix token")
         self.cache.write_tables()
         cache = self.cache
         return list(pack(work, cache.tables.table, cache.pool, self.max_forward_tokens))
 
-    @torch.no_grad()
+    @without_autograd
     def forward(self, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
         """One packed forward: hidden states [tokens, hidden], or logits [n, vocab].
 

@@ -29,11 +29,12 @@ class PrefixHandle:
     the answer stays right, the next look-up is a full one.
     """
 
-    __slots__ = ("__weakref__", "_ids", "version")
+    __slots__ = ("__weakref__", "_ids", "highest", "lowest", "version")
 
     def __init__(self, tokens: "Sequence[int] | Ints | Tensor" = ()) -> None:
-        self._ids = GrowableInts()
         self.version = 0
+        self.lowest = self.highest = 0
+        self._ids = GrowableInts()
         self.extend(tokens)
 
     def __len__(self) -> int:
@@ -49,11 +50,16 @@ class PrefixHandle:
 
     def append(self, token: int) -> None:
         """Adds one token id."""
-        self._ids.extend(np.array([token], np.int64))
+        self.extend(np.array([token], np.int64))
 
     def extend(self, tokens: "Sequence[int] | Ints | Tensor") -> None:
         """Adds token ids, [n]."""
-        self._ids.extend(as_ints(tokens))
+        ids = as_ints(tokens)
+        self._ids.extend(ids)
+        if len(ids):
+            # Kept up to date so that a scorer can check the range of a long prefix at once.
+            self.lowest = min(self.lowest, int(ids.min()))
+            self.highest = max(self.highest, int(ids.max()))
 
     def sync(self, tokens: "Sequence[int] | Ints | Tensor") -> None:
         """Makes the handle equal to `tokens`: appends what is new, resets on any other change."""
@@ -61,10 +67,11 @@ class PrefixHandle:
         if len(ids) < known or not np.array_equal(ids[:known], self.tokens):
             self.reset(ids)
         else:
-            self._ids.extend(ids[known:])
+            self.extend(ids[known:])
 
     def reset(self, tokens: "Sequence[int] | Ints | Tensor" = ()) -> None:
         """Forgets the history and starts again from `tokens`."""
         self._ids = GrowableInts()
+        self.lowest = self.highest = 0
         self.version += 1
         self.extend(tokens)

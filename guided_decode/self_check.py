@@ -6,6 +6,7 @@ from torch import Tensor
 
 from guided_decode.attention import ATTENTION_NAME
 from guided_decode.growable import Ints
+from guided_decode.modes import without_autograd
 from guided_decode.packed_model import PackedModel
 
 # Largest difference, relative to the norm of the stock outputs, by whether the dtype is float32.
@@ -13,6 +14,7 @@ _ALLOWED = {True: 1e-3, False: 5e-2}
 _LONGEST_WINDOW = 64
 
 
+@without_autograd
 def check_packed(model: PackedModel) -> None:
     """Compares packed outputs with the stock forward's, for two candidates and a fork of theirs.
 
@@ -63,7 +65,6 @@ def _packed_outputs(model: PackedModel, prefix: Ints, candidates: Ints) -> Tenso
     return torch.cat(outputs)[-len(candidates) :]
 
 
-@torch.no_grad()
 def _stock_outputs(model: PackedModel, prefix: Ints, candidates: Ints) -> Tensor:
     """The same by the module's own attention, without a cache."""
     ids = torch.from_numpy(np.stack([np.append(prefix, each) for each in candidates]))
