@@ -33,7 +33,7 @@ def read_head(source: Source, family: Family) -> Head:
     Raises ValueError: the checkpoint is of another class, has no such head, another number of
     labels or another width, or a bias that the family's trainer does not have.
     """
-    if not family.takes(source.architecture or family.architectures[0]):
+    if source.architecture and not family.takes(source.architecture):
         raise ValueError(
             f"{source.name} is a {source.architecture}: {family.kind} expects a class that ends in "
             f"{' or '.join(family.architectures)}; {_what_to_pass(source)}"

@@ -82,7 +82,7 @@ LLAMA_3_8B = Shape(32, 4096, 14336, 32, 8, 128256)
 LLAMA_3_70B = Shape(80, 8192, 28672, 64, 8, 128256)
 TULU_3_8B = Shape(32, 4096, 14336, 32, 8, 128264)
 MISTRAL_7B = Shape(32, 4096, 14336, 32, 8, 32000)
-TINY = Shape(4, 128, 344, 4, 4, 320)
+TINY = Shape(4, 128, 344, 4, 4, 287)
 
 _EASYLM_DEFECTS = ("rope_theta 100000 in one converter's output; 10000 is right for Llama 2",)
 

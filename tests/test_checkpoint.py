@@ -61,6 +61,13 @@ def test_value_heads_load_from_both_trainers_layouts(style):
     torch.testing.assert_close(outputs(checkpoint, IDS), stock(tiny("llama", "token"), IDS) + bias)
 
 
+@pytest.mark.parametrize("kind", ["ppo-critic", "value-head"])
+def test_a_config_that_names_no_class_is_judged_by_its_head(tmp_path, kind):
+    model = tiny("llama", "token")
+    checkpoint = load_checkpoint(write(tmp_path, model, architectures=None), kind)
+    torch.testing.assert_close(outputs(checkpoint, IDS), stock(model, IDS))
+
+
 def test_openrlhf_names_its_head_in_the_config_and_may_normalise(tmp_path):
     lm, head = tiny("llama", "lm"), tiny("llama", "token").score.weight.clone()
     path = write(

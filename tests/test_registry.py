@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
+from guided_decode.checkpoint import load_causal_lm, load_checkpoint
 from guided_decode.families import FAMILIES
 from guided_decode.prompts import FORMATS
-from guided_decode.registry import REGISTRY, find
+from guided_decode.registry import REGISTRY, Shape, find
+from guided_decode.tokenizer_match import check_tokenizers
 
 FIVE = [
     ("allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm-value", "ppo-critic", "tulu-2"),
@@ -82,13 +85,22 @@ def test_memory_follows_from_the_shape(name, gigabytes, kv_bytes):
 @pytest.mark.parametrize("part", ["sft", "ppo", "value"])
 def test_tiny_tulu_resolves_to_its_folder_in_the_package(part):
     record = find(f"tiny-tulu-{part}")
-    try:
-        location = Path(record.location)
-    except FileNotFoundError as error:  # before `make tiny-tulu` has run in a new checkout
-        assert "make tiny-tulu" in str(error)  # noqa: PT017
-        return
-    config = json.loads((location / "config.json").read_text())
+    config = json.loads((Path(record.location) / "config.json").read_text())
     assert config["architectures"] == [record.architecture]
-    assert config["num_hidden_layers"] == record.shape.layers
-    assert config["hidden_size"] == record.shape.hidden
-    assert config["vocab_size"] == record.shape.vocab
+    assert record.shape == Shape(
+        config["num_hidden_layers"],
+        config["hidden_size"],
+        config["intermediate_size"],
+        config["num_attention_heads"],
+        config["num_key_value_heads"],
+        config["vocab_size"],
+    )
+
+
+def test_tiny_tulus_value_model_loads_by_name_and_reads_its_policys_tokens():
+    critic = load_checkpoint("tiny-tulu-value")
+    assert (critic.family.kind, critic.family.bos) == ("ppo-critic", "drop")
+    for part in ("sft", "ppo"):
+        location = find(f"tiny-tulu-{part}").location
+        check_tokenizers(AutoTokenizer.from_pretrained(location), critic.tokenizer)
+        assert load_causal_lm(f"tiny-tulu-{part}").config.vocab_size == critic.record.shape.vocab
