@@ -9,7 +9,8 @@ from guided_decode.growable import Ints
 from guided_decode.packed import RowWork
 from guided_decode.pool import SlotPool, SlotTables
 from guided_decode.prefix import PrefixHandle
-from guided_decode.radix import NO_INTS, Node, RadixTree
+from guided_decode.radix import RadixTree
+from guided_decode.radix_node import NO_INTS, Node
 
 
 @dataclass(slots=True)
@@ -193,7 +194,7 @@ class PrefixCache:
             return
         known = self._anchors.get(handle)
         if known is None:
-            weakref.finalize(handle, self.tables.close_row, row)
+            weakref.finalize(handle, self.tables.close_row, row).atexit = False
         self._anchors[handle] = _Anchor(
             row, node, depth, node.epoch, self.tree.generation, handle.version, skip
         )

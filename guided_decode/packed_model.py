@@ -14,7 +14,7 @@ from guided_decode.modes import without_autograd
 from guided_decode.packed import PackedBatch, pack
 from guided_decode.pool import SlotPool
 from guided_decode.prefix import PrefixHandle, as_ints
-from guided_decode.radix import NO_INTS
+from guided_decode.radix_node import NO_INTS
 from guided_decode.scores import Prefix
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.

@@ -16,49 +16,7 @@ import numpy as np
 
 from guided_decode.growable import GrowableInts, Ints
 from guided_decode.pool import SlotPool
-
-NO_INTS: Ints = np.empty(0, np.int64)
-
-
-class Block:
-    """Scored candidates after one position: tokens and slots, int64 [n]; empty when evicted."""
-
-    __slots__ = ("slots", "stamp", "tokens")
-
-    def __init__(self, stamp: int) -> None:
-        self.tokens = NO_INTS
-        self.slots = NO_INTS
-        self.stamp = stamp
-
-
-class Node:
-    """A run of tokens below a parent: tokens[i] is the prefix's token start + i."""
-
-    __slots__ = (
-        "blocks", "child_slots", "child_tokens", "children", "epoch",
-        "parent", "slots", "stamp", "start", "tokens",
-    )  # fmt: skip
-
-    def __init__(self, parent: "Node | None", start: int, tokens: Ints, slots: Ints) -> None:
-        self.parent = parent
-        self.start = start
-        self.tokens = GrowableInts(tokens)
-        self.slots = GrowableInts(slots)
-        # blocks[i] holds the candidates after token start + i.
-        self.blocks: list[Block | None] = [None] * len(tokens)
-        self.children: dict[int, Node] = {}
-        self.child_tokens = GrowableInts()
-        self.child_slots = GrowableInts()
-        self.stamp = 0
-        # Grows whenever tokens leave the node, so that a remembered position can be checked.
-        self.epoch = 0
-
-    @property
-    def end(self) -> int:
-        return self.start + self.tokens.length
-
-    def block_at(self, depth: int) -> Block | None:
-        return self.blocks[depth - self.start - 1]
+from guided_decode.radix_node import NO_INTS, Block, Node
 
 
 class RadixTree:
@@ -160,7 +118,7 @@ class RadixTree:
         if block is None or not len(block.tokens):
             block = Block(self.clock)
             node.blocks[depth - node.start - 1] = block
-            heapq.heappush(self._blocks, (self.clock, next(self._order), block))
+            self._push_block(block)
         block.stamp = self.clock
         block.tokens = np.concatenate([block.tokens, tokens])
         block.slots = np.concatenate([block.slots, slots])
@@ -211,10 +169,10 @@ class RadixTree:
             if not len(block.tokens):
                 continue
             if block.stamp == self.clock:
-                heapq.heappush(self._blocks, (block.stamp, next(self._order), block))
+                self._push_block(block)
                 return False
             if block.stamp > stamp:
-                heapq.heappush(self._blocks, (block.stamp, next(self._order), block))
+                self._push_block(block)
                 continue
             self._free_block(block)
             return True
@@ -266,6 +224,13 @@ class RadixTree:
         self.pool.give_back(block.slots)
         self.evicted += len(block.slots)
         block.tokens = block.slots = NO_INTS
+
+    def _push_block(self, block: Block) -> None:
+        heapq.heappush(self._blocks, (block.stamp, next(self._order), block))
+        # Blocks whose every candidate was chosen own nothing and would never be looked at again.
+        if len(self._blocks) > 2 * self.pool.capacity + 64:
+            self._blocks = [entry for entry in self._blocks if len(entry[2].tokens)]
+            heapq.heapify(self._blocks)
 
     def _push_leaf(self, node: Node) -> None:
         heapq.heappush(self._leaves, (node.stamp, next(self._order), node))

@@ -1,0 +1,48 @@
+"""Nodes of the radix tree, and the blocks of scored candidates that hang on their positions."""
+
+import numpy as np
+
+from guided_decode.growable import GrowableInts, Ints
+
+NO_INTS: Ints = np.empty(0, np.int64)
+
+
+class Block:
+    """Scored candidates after one position: tokens and slots, int64 [n]; empty when evicted."""
+
+    __slots__ = ("slots", "stamp", "tokens")
+
+    def __init__(self, stamp: int) -> None:
+        self.tokens = NO_INTS
+        self.slots = NO_INTS
+        self.stamp = stamp
+
+
+class Node:
+    """A run of tokens below a parent: tokens[i] is the prefix's token start + i."""
+
+    __slots__ = (
+        "blocks", "child_slots", "child_tokens", "children", "epoch",
+        "parent", "slots", "stamp", "start", "tokens",
+    )  # fmt: skip
+
+    def __init__(self, parent: "Node | None", start: int, tokens: Ints, slots: Ints) -> None:
+        self.parent = parent
+        self.start = start
+        self.tokens = GrowableInts(tokens)
+        self.slots = GrowableInts(slots)
+        # blocks[i] holds the candidates after token start + i.
+        self.blocks: list[Block | None] = [None] * len(tokens)
+        self.children: dict[int, Node] = {}
+        self.child_tokens = GrowableInts()
+        self.child_slots = GrowableInts()
+        self.stamp = 0
+        # Grows whenever tokens leave the node, so that a remembered position can be checked.
+        self.epoch = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.tokens.length
+
+    def block_at(self, depth: int) -> Block | None:
+        return self.blocks[depth - self.start - 1]
