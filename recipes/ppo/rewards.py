@@ -45,4 +45,4 @@ class RewardModel:
         hidden = self.model.base_model(
             input_ids=tokens, attention_mask=mask, position_ids=positions, use_cache=False
         ).last_hidden_state
-        return self.model.score(hidden[:, -1])[:, 0].float()
+        return self.model.get_submodule("score")(hidden[:, -1])[:, 0].float()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -96,6 +97,7 @@ def sample(
     batch_size: int,
 ) -> Rollout:
     """One response for each prompt (token ids, used as they are), with the global torch seed."""
+    generator: Any = policy  # transformers types `generate` on a mixin
     settings = GenerationConfig(
         do_sample=True,
         temperature=temperature,
@@ -110,7 +112,7 @@ def sample(
     responses = []
     for start in range(0, len(prompts), batch_size):
         rows = slice(start, start + batch_size)
-        output = policy.generate(
+        output = generator.generate(
             input_ids=tokens[rows], attention_mask=mask[rows], generation_config=settings
         )
         responses.append(output[:, width:])

@@ -33,6 +33,7 @@ def new_value_model(source: PreTrainedModel) -> PreTrainedModel:
 
 def freeze_bias(model: PreTrainedModel) -> None:
     """Hold the head's bias, which the Hugging Face class has and EasyLM's lacks, at zero."""
-    if model.score.bias is not None:
-        model.score.bias.data.zero_()
-        model.score.bias.requires_grad_(False)
+    head = model.get_submodule("score")
+    if isinstance(head, nn.Linear) and head.bias is not None:
+        head.bias.data.zero_()
+        head.bias.requires_grad_(False)

@@ -80,15 +80,13 @@ def decode(
 
     Terminal rule "baseline": A = 0 for EOS.
     """
-    chats = [tiny_tulu.render(message) for message in messages]
-    prompts = tokenizer(chats, add_special_tokens=False).input_ids
-    inputs = pad_left(prompts, tokenizer.pad_token_id)
+    inputs = pad_left(prompt_ids(tokenizer, messages), tokenizer.pad_token_id)
     reader = Reader(policy, *inputs)
     critic = Reader(value_model, *inputs) if value_model is not None else None
     generator = torch.Generator().manual_seed(seed)
     generated: list[Tensor] = []
-    ended = torch.zeros(len(prompts), dtype=torch.bool)
-    kl = torch.zeros(len(prompts))
+    ended = torch.zeros(len(messages), dtype=torch.bool)
+    kl = torch.zeros(len(messages))
     while not ended.all() and len(generated) < MAX_NEW_TOKENS:
         logits = reader.outputs
         if critic is not None and config is not None:
@@ -106,6 +104,12 @@ def decode(
     responses = [_until_eos(row, tokenizer.eos_token_id) for row in rows]
     texts = tokenizer.batch_decode(responses, skip_special_tokens=True)
     return Decoded(responses, texts, kl)
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, messages: Sequence[str]) -> list[list[int]]:
+    """Each message as the policy and the critic see it: in the chat format, without BOS."""
+    chats = [tiny_tulu.render(message) for message in messages]
+    return tokenizer(chats, add_special_tokens=False).input_ids
 
 
 def _guided(logits: Tensor, critic: Reader, config: GuidanceConfig, eos_id: int) -> Tensor:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from guided_decode import GuidanceConfig, tiny_tulu
 from recipes.ppo.rollout import pad_left
-from recipes.tiny_tulu.decoding import Decoded, decode
+from recipes.tiny_tulu.decoding import Decoded, decode, prompt_ids
 from recipes.tiny_tulu.metrics import auc, paired_bootstrap
 
 BETAS = (2.0, 4.0, 6.0, 10.0)  # logits per unit of reward
@@ -117,8 +117,7 @@ def value_auc(
     family: Family, messages: Sequence[str], decoded: Decoded, right: Tensor, fraction: float
 ) -> float:
     """AUC of V, read when `fraction` of a response is there (EOS never is), for its outcome."""
-    chats = [tiny_tulu.render(message) for message in messages]
-    prompts = family.tokenizer(chats, add_special_tokens=False).input_ids
+    prompts = prompt_ids(family.tokenizer, messages)
     prefixes = [
         prompt + response[: min(len(response) - 1, int(len(response) * fraction))]
         for prompt, response in zip(prompts, decoded.responses, strict=True)

@@ -11,6 +11,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, PreTrainedTokenizerF
 from guided_decode import tiny_tulu
 from recipes.ppo import PPOConfig, PPOTrainer, new_value_model
 from recipes.ppo.trainer import Log
+from recipes.tiny_tulu.decoding import prompt_ids
 
 PROMPTS = 20_000
 
@@ -23,8 +24,8 @@ class Outcome:
 
     def __call__(self, prompts: Sequence[list[int]], responses: Sequence[list[int]]) -> Tensor:
         texts = zip(
-            self.tokenizer.batch_decode(prompts),
-            self.tokenizer.batch_decode(responses),
+            self.tokenizer.batch_decode(list(prompts)),
+            self.tokenizer.batch_decode(list(responses)),
             strict=True,
         )
         return torch.tensor([float(tiny_tulu.is_correct(p, r)) for p, r in texts])
@@ -57,7 +58,6 @@ def train_ppo(
     """
     policy, value_model = copy.deepcopy(sft), new_value_model(sft)
     messages = tiny_tulu.training_prompts(PROMPTS, seed=config.seed + 1_000)
-    chats = [tiny_tulu.render(message) for message in messages]
     trainer = PPOTrainer(
         policy,
         sft,
@@ -68,5 +68,5 @@ def train_ppo(
         pad_id=tokenizer.pad_token_id,
         log=log,
     )
-    trainer.train(tokenizer(chats, add_special_tokens=False).input_ids)
+    trainer.train(prompt_ids(tokenizer, messages))
     return policy, value_model
