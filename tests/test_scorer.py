@@ -279,6 +279,13 @@ def test_a_batch_that_is_larger_than_the_pool_is_scored_in_parts():
     assert scorer.stats.evictions > 0
 
 
+def test_a_candidate_found_as_another_prefix_is_not_evicted_by_a_later_row_of_its_batch():
+    scorer = critic(cache_tokens=4)
+    assert_scores(scorer, [[2, 6], [2, 7]], [[], []])  # 2, with children 6 and 7
+    # Row 0 reads the cached 6; row 1 needs two slots where one is free.
+    assert_scores(scorer, [[2], [8, 9]], [[6], []])
+
+
 def test_a_long_prefix_that_grew_token_by_token_and_in_chunks():
     model = models.tiny("gemma2", "token", max_position_embeddings=2048)
     scorer = load_scorer(model, kind="verl-critic", max_forward_tokens=300)
