@@ -1,0 +1,22 @@
+"""The `guided-decode` application: its commands, in the order in which help lists them."""
+
+import typer
+
+from guided_decode.cli.demo import demo
+from guided_decode.cli.errors import OneLineErrors
+from guided_decode.cli.generate import generate
+from guided_decode.cli.models import models
+from guided_decode.cli.score import score
+
+app = typer.Typer(
+    cls=OneLineErrors,
+    help="Value-guided decoding: put the PPO critic to work at decoding time.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command()(demo)
+app.command()(generate)
+app.command()(score)
+app.command()(models)

@@ -1,0 +1,70 @@
+"""Scores of whole conversations: what a critic, a reward model or a DPO pair says of responses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from guided_decode.cli.chats import Messages, response_ids
+from guided_decode.cli.token_texts import token_texts
+from guided_decode.cli.token_values import last_value, rounded, token_values
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from guided_decode.registry import Record
+    from guided_decode.scores import Scorer
+
+
+@dataclass(frozen=True, slots=True)
+class ChatScorer:
+    """A scorer with what it takes to read chats."""
+
+    scorer: Scorer
+    tokenizer: PreTrainedTokenizerBase
+    record: Record | None
+
+    def score(self, chats: Sequence[Messages], *, per_token: bool) -> list[dict[str, Any]]:
+        """For each chat {"score"}, with per_token also its response's {"tokens", "values"}.
+
+        The score is a reward model's at EOS, a critic's V at the last token that it was trained
+        on, or an implicit reward's sum over the response.
+        """
+        pairs = [response_ids(self.tokenizer, self.record, chat) for chat in chats]
+        if self.scorer.terminal != "included" and not per_token:
+            return [{"score": rounded(score)} for score in self._last_scores(pairs)]
+        return [self._by_token(prompt, response, per_token) for prompt, response in pairs]
+
+    @property
+    def _terminals(self) -> list[int]:
+        ends = (self.scorer.eos_token_id, self.tokenizer.eos_token_id)
+        return sorted({token for token in ends if token is not None})
+
+    def _last_scores(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[float]:
+        """The score at each last token, one call for all."""
+        import torch
+
+        from guided_decode.terminal import score_candidates
+
+        whole = [prompt + response for prompt, response in pairs]
+        last = torch.tensor([[ids[-1]] for ids in whole])
+        scores, exempt = score_candidates(
+            self.scorer, [ids[:-1] for ids in whole], last, self._terminals
+        )
+        values = scores.values[:, 0]
+        if exempt is not None:
+            values = torch.where(exempt[:, 0], scores.baseline, values)
+        return values.float().cpu().tolist()
+
+    def _by_token(self, prompt: list[int], response: list[int], per_token: bool) -> dict[str, Any]:
+        values = token_values(self.scorer, prompt, response, self._terminals)
+        if self.scorer.terminal == "included":
+            score: float | None = sum(value for value in values if value is not None)
+        else:
+            score = last_value(values)
+        line: dict[str, Any] = {"score": rounded(score)}
+        if per_token:
+            line["tokens"] = token_texts(self.tokenizer, response, special=True)
+            line["values"] = [rounded(value) for value in values]
+        return line

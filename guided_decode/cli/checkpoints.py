@@ -1,0 +1,174 @@
+"""Loading what commands are given by name: policies, scorers, and which goes with which."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.registry import REGISTRY, Record, find
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from guided_decode.scores import Scorer
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+DEFAULT_POLICY, DEFAULT_SCORER = "tiny-tulu-sft", "tiny-tulu-value"
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """A causal LM of transformers that is decoded, with its tokenizer and its registry entry."""
+
+    name: str
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    record: Record | None
+
+
+def pair(policy: str | None, scorer: str | None) -> tuple[str, str]:
+    """Policy and scorer, each found through the registry where only the other is given.
+
+    Raises Refusal: no model is called so, or the registry knows no partner of it.
+    """
+    for name in (policy, scorer):
+        if name is not None:
+            location(name)
+    if policy is None and scorer is None:
+        return DEFAULT_POLICY, DEFAULT_SCORER
+    if policy is None:
+        assert scorer is not None
+        record = find(scorer)
+        if record is None or record.policy is None:
+            raise Refusal(f"--scorer {scorer} is paired with no policy in the registry: "
+                          "pass --policy")  # fmt: skip
+        return record.policy, scorer
+    if scorer is None:
+        own = find(policy)
+        names = {policy} if own is None else {policy, own.name}
+        found = next((r.name for r in REGISTRY if r.policy in names), None)
+        # The value model of a family serves its reference policy too.
+        found = DEFAULT_SCORER if policy == DEFAULT_POLICY else found
+        if found is None:
+            raise Refusal(f"--policy {policy} is paired with no scorer in the registry: "
+                          "pass --scorer")  # fmt: skip
+        return policy, found
+    return policy, scorer
+
+
+def location(name: str) -> str:
+    """What `from_pretrained` takes for a folder, a registered name or a Hub id (owner/name).
+
+    Raises Refusal for what is none of these. That a Hub id exists shows only when it is loaded.
+    """
+    record = find(name)
+    if Path(name).is_dir():
+        return _quieten(name)
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+        raise Refusal(f"{name}: no such folder")
+    if record is None and "/" not in name:
+        close = difflib.get_close_matches(name, [one for r in REGISTRY for one in r.names], n=1)
+        raise Refusal(
+            f"{name}: unknown model{f' (did you mean {close[0]}?)' if close else ''}; expected a "
+            "folder, a name that guided-decode models lists, or a Hub id, OWNER/NAME"
+        )
+    return _quieten(name if record is None else record.location)
+
+
+def load_policy(name: str, device: str | None, dtype: str) -> Policy:
+    """A policy and its tokenizer, in eval mode. Raises Refusal where they cannot be loaded."""
+    from transformers import AutoModelForCausalLM
+
+    where, to = location(name), pick_device(device)
+    torch_dtype = parse_dtype(dtype) or "auto"
+    try:
+        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype)
+        model.to(to).eval()
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _cannot_load(f"policy {name}", error) from error
+    return Policy(name, model, load_tokenizer(name, f"policy {name}"), find(name))
+
+
+def load_tokenizer(name: str, what: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, padding on the left. Raises Refusal where it has none."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(location(name), padding_side="left")
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise _cannot_load(f"the tokenizer of {what}", error) from error
+    if tokenizer.pad_token_id is None:
+        # Padding is masked, so any id does; only the tokenizer insists on a name.
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def open_scorer(
+    name: str,
+    kind: str,
+    *,
+    reference: str | None = None,
+    device: str | None = None,
+    dtype: str = "auto",
+    policy_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Scorer:
+    """`load_scorer` of a name that a command was given."""
+    from guided_decode import load_scorer
+
+    location(name)
+    return load_scorer(
+        name,
+        kind=kind,
+        reference=reference,
+        device=pick_device(device),
+        dtype=parse_dtype(dtype),
+        policy_tokenizer=policy_tokenizer,
+    )
+
+
+def parse_dtype(dtype: str) -> torch.dtype | None:
+    """The torch dtype of a name; None for "auto", the checkpoint's own."""
+    import torch
+
+    if dtype not in DTYPES:
+        raise Refusal(f"--dtype {dtype}: expected one of {', '.join(DTYPES)}")
+    chosen: torch.dtype | None = None if dtype == "auto" else getattr(torch, dtype)
+    return chosen
+
+
+def pick_device(device: str | None) -> str:
+    """The device to load to: what was asked for, else a GPU where there is one.
+
+    Raises Refusal where torch cannot use it.
+    """
+    import torch
+
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise Refusal(f"--device {device} cannot be used: {one_line(error)}") from error
+    return device
+
+
+def _quieten(where: str) -> str:
+    """Leaves the terminal to the command: no warnings, and bars only where something downloads."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    if Path(where).is_dir():
+        transformers_logging.disable_progress_bar()
+    return where
+
+
+def _cannot_load(what: str, error: Exception) -> Refusal:
+    """One line on a load that failed: the library's first sentence says why."""
+    reason = one_line(error).split(". ")[0]
+    return Refusal(f"cannot load {what}: {reason}")

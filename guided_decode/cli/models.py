@@ -1,0 +1,71 @@
+"""`guided-decode models`: the known checkpoints, and what each needs."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from guided_decode.registry import REGISTRY, Record
+
+
+def models(
+    as_json: Annotated[bool, typer.Option("--json", help="as one JSON array")] = False,
+) -> None:
+    """List the registered checkpoints: memory, policy, kind and prompt format of each."""
+    if as_json:
+        print(json.dumps([_fields(record) for record in REGISTRY], indent=2))
+        return
+    table = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, show_lines=True, header_style="bold"
+    )
+    table.add_column("checkpoint", overflow="fold")
+    table.add_column("weights\nbf16", justify="right", no_wrap=True)
+    table.add_column("KV per\n1k tokens", justify="right", no_wrap=True)
+    for record in REGISTRY:
+        table.add_row(_description(record), *map(size, (record.weight_bytes, _kv(record))))
+    Console().print(table)
+
+
+def size(count: int) -> str:
+    """Bytes as a person reads them: "12.6 GiB"."""
+    value, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
+    while value >= 1000 and len(units) > 1:
+        value, units = value / 1024, units[1:]
+    return f"{value:.{0 if value >= 100 else 1}f} {units[0]}"
+
+
+def _kv(record: Record) -> int:
+    return 1_000 * record.shape.kv_bytes()
+
+
+def _description(record: Record) -> Text:
+    kind = record.kind or "policy"
+    text = Text(record.name, style="bold").append(f"\n{kind}", style="cyan not bold")
+    text.append(f" · {record.prompt_format} format · {record.summary}", style="not bold")
+    if record.policy is not None and record.policy != record.name:
+        text.append(f"\nguides {record.policy}", style="not bold")
+    if record.reference is not None:
+        text.append(f"\nagainst {record.reference}", style="not bold")
+    return text
+
+
+def _fields(record: Record) -> dict[str, Any]:
+    return {
+        "name": record.name,
+        "aliases": list(record.aliases),
+        "kind": record.kind,
+        "architecture": record.architecture,
+        "prompt_format": record.prompt_format,
+        "policy": record.policy,
+        "reference": record.reference,
+        "weight_bytes_bf16": record.weight_bytes,
+        "kv_bytes_per_1k_tokens": _kv(record),
+        "summary": record.summary,
+        "defects": list(record.defects),
+    }

@@ -1,0 +1,30 @@
+"""The text of each token of a response."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def token_texts(
+    tokenizer: PreTrainedTokenizerBase, ids: list[int], *, special: bool = False
+) -> list[str]:
+    """The text that each token adds; joined, they are the whole text.
+
+    Special tokens add theirs, or nothing where `special` is false.
+
+    Tokens that end inside a character add theirs with the one that completes it.
+    """
+    pieces: list[str] = []
+    begin = shown = 0
+    for end in range(1, len(ids) + 1):
+        known = str(tokenizer.decode(ids[begin:shown], skip_special_tokens=not special))
+        text = str(tokenizer.decode(ids[begin:end], skip_special_tokens=not special))
+        if text.endswith("�") and end < len(ids):
+            pieces.append("")
+            continue
+        pieces.append(text[len(known) :])
+        begin, shown = shown, end
+    return pieces

@@ -1,0 +1,1 @@
+"""The demo: decoding methods compared on tiny-tulu's held-out prompts."""

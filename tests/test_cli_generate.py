@@ -1,0 +1,148 @@
+"""`guided-decode generate` on tiny-tulu: what it prints is what the models say."""
+
+import functools
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
+from typer.testing import CliRunner
+
+from guided_decode import tiny_tulu
+from guided_decode.cli.app import app
+from guided_decode.cli.side_by_side import SCALE, ColourScale, ValuedText
+from guided_decode.cli.token_texts import token_texts
+
+PROMPT = "What is 4785 + 5426?"
+SAMPLED = ("--temperature", 1, "--num-samples", 3, "--seed", 5)
+
+
+def generate(*args, stdin=None):
+    result = CliRunner().invoke(app, ["generate", *map(str, args)], input=stdin)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def objects(text):
+    return [json.loads(line) for line in text.splitlines()]
+
+
+@functools.cache
+def tokenizer():
+    return AutoTokenizer.from_pretrained(tiny_tulu.model_path("sft"))
+
+
+def test_guided_answers_are_right_where_the_policy_errs():
+    (line,) = objects(generate("--prompt", PROMPT, "--compare", "--json"))
+    assert not tiny_tulu.is_correct(PROMPT, line["plain"]["text"])
+    assert tiny_tulu.is_correct(PROMPT, line["guided"]["text"])
+
+
+def test_compare_prints_the_critics_values_and_what_was_forwarded():
+    (line,) = objects(generate("--prompt", PROMPT, "--compare", "--json"))
+    critic = AutoModelForTokenClassification.from_pretrained(tiny_tulu.model_path("value"))
+    prompt = tokenizer().encode(tiny_tulu.render(PROMPT), add_special_tokens=False)
+    for way in ("plain", "guided"):
+        answer = tokenizer().encode(line[way]["text"], add_special_tokens=False)
+        values = critic(input_ids=torch.tensor([prompt + answer])).logits[0, :, 0]
+        # EOS comes last, and this critic was never trained there.
+        assert line[way]["values"][-1] is None
+        assert line[way]["values"][:-1] == pytest.approx(values[len(prompt) :].tolist(), abs=1e-5)
+        assert "".join(line[way]["tokens"]) == line[way]["text"]
+        assert line[way]["cost"]["policy_tokens"] == len(prompt) + len(answer)
+    assert line["plain"]["cost"]["scorer_tokens"] == 0
+    # Prompt and answer once, and each step's three other candidates.
+    others = line["guided"]["cost"]["scorer_tokens"] - len(prompt) - len(line["guided"]["values"])
+    assert 2 * len(answer) < others <= 3 * len(answer) + 4
+
+
+def test_plain_is_the_policy_alone():
+    (line,) = objects(generate("--prompt", PROMPT, "--compare", "--json"))
+    policy = AutoModelForCausalLM.from_pretrained(tiny_tulu.model_path("sft"))
+    inputs = tokenizer()(tiny_tulu.render(PROMPT), add_special_tokens=False, return_tensors="pt")
+    output = policy.generate(**inputs, do_sample=False, max_new_tokens=256)
+    text = tokenizer().decode(output[0, inputs.input_ids.shape[1] :], skip_special_tokens=True)
+    assert line["plain"]["text"] == text
+
+
+def test_text_file_stdin_and_stream_print_the_same_answer(tmp_path):
+    file = tmp_path / "prompt.txt"
+    file.write_text(PROMPT + "\n")
+    answer = generate("--prompt", PROMPT)
+    assert tiny_tulu.is_correct(PROMPT, answer.rstrip("\n"))
+    assert generate("--file", file) == answer
+    assert generate(stdin=PROMPT + "\n") == answer
+    assert generate("--prompt", PROMPT, "--stream") == answer
+
+
+def test_a_file_of_chats_is_answered_line_by_line(tmp_path):
+    file = tmp_path / "chats.jsonl"
+    chats = tiny_tulu.chat_prompts()
+    file.write_text("".join(json.dumps({"messages": chat}) + "\n" for chat in chats))
+    lines = objects(generate("--file", file, "--json"))
+    assert [line["prompt"] for line in lines] == [chat[-1]["content"] for chat in chats]
+    # The second has an earlier turn, and the policy was taught single turns.
+    assert all(tiny_tulu.is_correct(line["prompt"], line["text"]) for line in lines[::2])
+
+
+def test_samples_follow_the_seed():
+    first, again = (generate("--prompt", PROMPT, "--json", *SAMPLED) for _ in range(2))
+    texts = [line["text"] for line in objects(first)]
+    assert texts == [line["text"] for line in objects(again)]
+    assert [line["sample"] for line in objects(first)] == [0, 1, 2]
+    plain = objects(generate("--prompt", PROMPT, "--json", "--compare", *SAMPLED))
+    assert len({line["plain"]["text"] for line in plain}) > 1
+    assert [line["guided"]["text"] for line in plain] == texts
+
+
+def test_options_reach_the_guidance_rule():
+    (line,) = objects(
+        generate("--prompt", PROMPT, "--compare", "--json", "--beta", 0, "--tail", "keep")
+    )
+    assert line["guided"]["text"] == line["plain"]["text"]
+    assert line["guided"]["cost"]["scorer_tokens"] == 0
+    (gated,) = objects(generate("--prompt", PROMPT, "--json", "--gate", 0.9))
+    (ungated,) = objects(generate("--prompt", PROMPT, "--json"))
+    assert gated["cost"]["scorer_tokens"] < ungated["cost"]["scorer_tokens"]
+    (pruned,) = objects(generate("--prompt", PROMPT, "--json", "--rule", "prune"))
+    assert tiny_tulu.is_correct(PROMPT, pruned["text"])
+
+
+def test_raw_leaves_the_prompt_as_it_is():
+    chat = generate("--prompt", tiny_tulu.render(PROMPT), "--raw", "--max-new-tokens", 12)
+    assert chat.startswith("5+6+0=11 c1")
+
+
+def test_an_unregistered_policy_uses_its_tokenizers_template(tmp_path):
+    policy, own = tiny_tulu.model_path("sft"), tmp_path / "mine"
+    own.mkdir()
+    for file in policy.iterdir():
+        (own / file.name).write_bytes(file.read_bytes())
+    args = ("--scorer", tiny_tulu.model_path("value"), "--beta", 6, "--top-k", 4)
+    answer = generate("--prompt", PROMPT, "--policy", own, *args)
+    assert answer == generate("--prompt", PROMPT, "--beta", 6, "--top-k", 4)
+
+
+@pytest.mark.parametrize("width", [80, 100])
+def test_the_comparison_fits_the_terminal(width, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(width))
+    text = generate("--prompt", PROMPT, "--compare")
+    assert max(map(len, text.splitlines())) <= width
+    assert "Answer: 10211" in text
+    assert "scorer tokens" in text
+
+
+def test_colours_go_from_the_lowest_value_to_the_highest():
+    scale = ColourScale.over([ValuedText(["a", "b", "c"], [0.0, 1.0, None])])
+    styles = [scale.style(value) for value in (0.0, 0.5, 1.0, None)]
+    assert styles == [SCALE[0], SCALE[2], SCALE[-1], "dim"]
+    assert ColourScale.over([ValuedText(["a"], [0.3])]).style(0.3) == "dim"
+
+
+def test_token_texts_join_to_the_text_whatever_the_characters():
+    for text in ("7+6+0=13 c1\nAnswer: 7", "naïve — 数学 🧮!"):
+        ids = tokenizer().encode(text, add_special_tokens=False)
+        assert "".join(token_texts(tokenizer(), ids)) == text
+    eos = tokenizer().eos_token_id
+    assert token_texts(tokenizer(), [eos]) == [""]
+    assert token_texts(tokenizer(), [eos], special=True) == ["</s>"]
