@@ -108,6 +108,7 @@ class RadixTree:
             at = depth - node.start
             _look_up(candidates, node.tokens.view[at : at + 1], node.slots.view[at : at + 1], slots)
         elif node.child_tokens.length:
+            node.children_stamp = self.clock
             _look_up(candidates, node.child_tokens.view, node.child_slots.view, slots)
         return slots
 
@@ -168,14 +169,13 @@ class RadixTree:
             stamp, _, block = heapq.heappop(self._blocks)
             if not len(block.tokens):
                 continue
-            if block.stamp == self.clock:
-                self._push_block(block)
+            if stamp == block.stamp < self.clock:
+                self._free_block(block)
+                return True
+            self._push_block(block)
+            # The oldest is of this batch, and so are all others.
+            if stamp == self.clock:
                 return False
-            if block.stamp > stamp:
-                self._push_block(block)
-                continue
-            self._free_block(block)
-            return True
         return False
 
     def _evict_leaf(self, slots: int) -> bool:
@@ -184,14 +184,12 @@ class RadixTree:
             stamp, _, node = heapq.heappop(self._leaves)
             if node.children or not node.tokens.length:
                 continue
-            if node.stamp == self.clock:
-                self._push_leaf(node)
+            if stamp == node.last_used < self.clock:
+                self._shorten(node, max(0, node.tokens.length - slots))
+                return True
+            self._push_leaf(node)
+            if stamp == self.clock:
                 return False
-            if node.stamp > stamp:
-                self._push_leaf(node)
-                continue
-            self._shorten(node, max(0, node.tokens.length - slots))
-            return True
         return False
 
     def _shorten(self, node: Node, length: int) -> None:
@@ -215,7 +213,7 @@ class RadixTree:
         keep = parent.child_tokens.view != first
         parent.child_tokens = GrowableInts(parent.child_tokens.view[keep])
         parent.child_slots = GrowableInts(parent.child_slots.view[keep])
-        parent.stamp = max(parent.stamp, node.stamp)
+        parent.stamp = max(parent.stamp, node.last_used)
         if not parent.children and parent is not self.root:
             self._push_leaf(parent)
 
@@ -233,7 +231,7 @@ class RadixTree:
             heapq.heapify(self._blocks)
 
     def _push_leaf(self, node: Node) -> None:
-        heapq.heappush(self._leaves, (node.stamp, next(self._order), node))
+        heapq.heappush(self._leaves, (node.last_used, next(self._order), node))
 
     def nodes(self) -> list[Node]:
         """Every node but the root, parents first."""

@@ -22,7 +22,7 @@ class Node:
     """A run of tokens below a parent: tokens[i] is the prefix's token start + i."""
 
     __slots__ = (
-        "blocks", "child_slots", "child_tokens", "children", "epoch",
+        "blocks", "child_slots", "child_tokens", "children", "children_stamp", "epoch",
         "parent", "slots", "stamp", "start", "tokens",
     )  # fmt: skip
 
@@ -37,12 +37,19 @@ class Node:
         self.child_tokens = GrowableInts()
         self.child_slots = GrowableInts()
         self.stamp = 0
+        # When children were last read as candidates: a time for all of them, for O(1) work.
+        self.children_stamp = 0
         # Grows whenever tokens leave the node, so that a remembered position can be checked.
         self.epoch = 0
 
     @property
     def end(self) -> int:
         return self.start + self.tokens.length
+
+    @property
+    def last_used(self) -> int:
+        """The batch that last read a token of the node."""
+        return self.stamp if self.parent is None else max(self.stamp, self.parent.children_stamp)
 
     def block_at(self, depth: int) -> Block | None:
         return self.blocks[depth - self.start - 1]
