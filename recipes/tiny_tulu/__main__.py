@@ -15,7 +15,7 @@ from transformers import LlamaForCausalLM
 from recipes.tiny_tulu.measure import measure
 from recipes.tiny_tulu.ppo import ppo_config, train_ppo
 from recipes.tiny_tulu.release import CRITIC, POLICY, release
-from recipes.tiny_tulu.report import table
+from recipes.tiny_tulu.report import WIDTH, table
 from recipes.tiny_tulu.sft import SFTConfig, train_sft
 from recipes.tiny_tulu.tokenizer import build_tokenizer
 
@@ -37,18 +37,19 @@ def main() -> None:
     runs = [
         json.loads((arguments.out / f"seed{s}/results.json").read_text()) for s in arguments.seeds
     ]
-    Console().print(table(runs))
+    Console(width=max(WIDTH, Console().width)).print(table(runs))
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m recipes.tiny_tulu", description=__doc__)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="training seeds")
     parser.add_argument("--out", type=Path, default=Path("out/tiny_tulu"), help="output folder")
-    parser.add_argument("--threads", type=int, default=0, help="torch threads (0: torch's choice)")
+    parser.add_argument(
+        "--threads", type=int, default=1, help="torch threads; 1 repeats to the bit"
+    )
     parser.add_argument("--resume", action="store_true", help="keep models that are there")
     arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(arguments.threads)
     return arguments
 
 

@@ -13,13 +13,16 @@ RUNS = {
 }
 
 
+WIDTH = 120  # a log file or a pipe has no width of its own
+
+
 def table(seeds: Sequence[dict[str, Any]]) -> Table:
     """One row for each seed, policy and way of decoding."""
     result = Table(title="tiny-tulu: held-out accuracy without and with the PPO run's value model")
-    for column in ("seed", "policy", "alone", "guided", "gain", "95%", "beta", "k"):
-        result.add_column(column, justify="left" if column == "policy" else "right")
-    for column in ("KL/token", "AUC half", "AUC end"):
-        result.add_column(column, justify="right")
+    result.add_column("seed", justify="right", no_wrap=True)
+    result.add_column("policy", no_wrap=True)
+    for column in ("alone", "guided", "gain", "95%", "beta", "k", "KL", "AUC half", "AUC end"):
+        result.add_column(column, justify="right", no_wrap=True)
     for seed in seeds:
         for key, label in RUNS.items():
             result.add_row(str(seed["seed"]), label, *_cells(seed[key]))
@@ -28,6 +31,7 @@ def table(seeds: Sequence[dict[str, Any]]) -> Table:
 
 
 def _cells(run: dict[str, Any]) -> list[str]:
+    """Gains in points; KL(guided ‖ policy) in nats a token; AUC of V for sampled responses."""
     return [
         f"{run['accuracy']:.1%}",
         f"{run['guided']:.1%}",
@@ -35,7 +39,7 @@ def _cells(run: dict[str, Any]) -> list[str]:
         f"{run['gain_low'] * 100:+.1f} to {run['gain_high'] * 100:+.1f}",
         f"{run['beta']:g}",
         str(run["top_k"]),
-        f"{run['kl_per_token']:.3f}",
+        f"{run['kl_per_token']:.4f}",
         f"{run['auc_half']:.3f}" if "auc_half" in run else "",
         f"{run['auc_end']:.3f}" if "auc_end" in run else "",
     ]
