@@ -1,8 +1,8 @@
 """Attention of a packed forward, as a function that unmodified transformers modules call.
 
 A prefix query sees its prefix up to itself; a candidate sees its prefix and itself, and no other
-candidate. Keys and values lie in the slot pool; the prefix is read once for all candidates of a
-row and for all query heads of a group.
+candidate. Keys and values lie in the slot pool, where the cache has just put this forward's own;
+they are read once for all candidates of a row and for all query heads of a group.
 """
 
 from typing import Any
@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from guided_decode.packed import PackedBatch, Segment
+from guided_decode.packed import PackedBatch
+from guided_decode.reads import Stretch, stretches
 
 ATTENTION_NAME = "guided_decode"
 
@@ -65,12 +66,17 @@ def packed_attention(
     """
     _refuse_unknown(module, attention_mask, dropout, packed, unknown)
     assert packed is not None
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    scaled = query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    keys, values = packed.pool.keys[layer], packed.pool.layer_values[layer]
     output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
-    for segment in packed.segments:
-        _attend(output, query[0], key[0], value[0], packed, segment, layer, scale,
-                sliding_window, softcap)  # fmt: skip
+    for stretch in stretches(packed, sliding_window):
+        own = scaled[:, stretch.queries]
+        output[stretch.queries] = (
+            _attend_fused(own, keys, values, stretch)
+            if stretch.long and softcap is None
+            else _attend(own, keys, values, stretch, softcap)
+        )
     return output[None], None
 
 
@@ -101,94 +107,51 @@ def _refuse_unknown(
 
 
 def _attend(
-    output: Tensor,  # [tokens, heads, value_dim], written
-    query: Tensor,  # [heads, tokens, head_dim]
-    key: Tensor,  # [kv_heads, tokens, head_dim]
-    value: Tensor,  # [kv_heads, tokens, value_dim]
-    packed: PackedBatch,
-    segment: Segment,
-    layer: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> None:
-    keys, values = packed.pool.keys[layer], packed.pool.layer_values[layer]
-    table = packed.table[segment.table_row]
-    if segment.prefix:
-        span = slice(segment.start, segment.start + segment.prefix)
-        last = segment.first + segment.prefix
-        low = 0 if window is None else max(0, segment.first - window + 1)
-        slots = table[low:last]
-        output[span] = _attend_prefix(
-            query[:, span], keys[slots], values[slots], segment.first - low, scale, window, softcap
-        )
-    if segment.candidates:
-        start = segment.start + segment.prefix
-        span = slice(start, start + segment.candidates)
-        low = 0 if window is None else max(0, segment.length - window + 1)
-        slots = table[low : segment.length]
-        output[span] = _attend_candidates(
-            query[:, span], key[:, span], value[:, span], keys[slots], values[slots], scale, softcap
-        )
-
-
-def _attend_prefix(
-    query: Tensor,  # [heads, n, head_dim]
-    keys: Tensor,  # [length, kv_heads, head_dim]
-    values: Tensor,  # [length, kv_heads, value_dim]
-    first: int,
-    scale: float,
-    window: int | None,
+    query: Tensor,  # [heads, n, head_dim], scaled
+    keys: Tensor,  # [capacity, kv_heads, head_dim]
+    values: Tensor,  # [capacity, kv_heads, value_dim]
+    stretch: Stretch,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention of n queries, the first of which stands at key `first`: [n, heads, dim]."""
-    n, length = query.shape[1], len(keys)
-    behind = (torch.arange(first, first + n, device=query.device)[:, None]
-              - torch.arange(length, device=query.device))  # fmt: skip
-    seen = behind >= 0
-    if window is not None:
-        seen &= behind < window
-    k, v = keys.transpose(0, 1), values.transpose(0, 1)
-    if softcap is None:
-        plain = first == 0 and n == length and (window is None or window >= n)
-        out = F.scaled_dot_product_attention(
-            query[None], k[None], v[None], attn_mask=None if plain else seen,
-            is_causal=plain, scale=scale, enable_gqa=True,
-        )[0]  # fmt: skip
-        return out.transpose(0, 1)
-    groups = query.shape[0] // k.shape[0]
-    q = query.unflatten(0, (k.shape[0], groups))
-    scores = _cap((q * scale) @ k[:, None].transpose(-1, -2), softcap)
-    weights = scores.float().masked_fill(~seen, -torch.inf).softmax(-1).to(query.dtype)
-    return (weights @ v[:, None]).flatten(0, 1).transpose(0, 1)
-
-
-def _attend_candidates(
-    query: Tensor,  # [heads, n, head_dim]
-    own_key: Tensor,  # [kv_heads, n, head_dim]
-    own_value: Tensor,  # [kv_heads, n, value_dim]
-    keys: Tensor,  # [length, kv_heads, head_dim]
-    values: Tensor,  # [length, kv_heads, value_dim]
-    scale: float,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of n candidates to one shared prefix and each to itself: [n, heads, value_dim]."""
+    """Attention of n queries to the columns of their stretch: [n, heads, value_dim]."""
     heads, n, _ = query.shape
-    kv_heads, length = keys.shape[1], len(keys)
-    q = (query * scale).view(kv_heads, heads // kv_heads, n, -1)
-    scores = q.new_empty(kv_heads, heads // kv_heads * n, length + 1)
-    scores[:, :, :length] = torch.bmm(q.flatten(1, 2), keys.permute(1, 2, 0))
-    scores[:, :, length] = (q * own_key[:, None]).sum(-1).flatten(1, 2)
+    kv_heads = keys.shape[1]
+    q = query.reshape(kv_heads, heads // kv_heads * n, -1)
+    pieces = [q @ k.permute(1, 2, 0) for k in _read(keys, stretch)]
+    scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
     if softcap is not None:
-        scores = _cap(scores, softcap)
+        scores = torch.tanh(scores / softcap) * softcap
+    mask = stretch.mask
+    if mask is None and stretch.long:
+        mask = scores.new_full((n, n), -torch.inf).triu_(1)
+    if mask is not None:
+        scores.view(kv_heads, -1, n, scores.shape[-1])[..., -mask.shape[1] :] += mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    shared = torch.bmm(weights[:, :, :length], values.transpose(0, 1))
-    own = weights[:, :, length].view(kv_heads, -1, n, 1) * own_value[:, None]
-    return (shared.view(kv_heads, -1, n, own.shape[-1]) + own).flatten(0, 1).transpose(0, 1)
+    first, *others = _read(values, stretch)
+    start = len(first)
+    output = weights[..., :start] @ first.transpose(0, 1)
+    for v in others:
+        output.baddbmm_(weights[..., start : start + len(v)], v.transpose(0, 1))
+        start += len(v)
+    return output.view(heads, n, -1).transpose(0, 1)
 
 
-def _cap(scores: Tensor, softcap: float) -> Tensor:
-    return torch.tanh(scores / softcap) * softcap
+def _attend_fused(query: Tensor, keys: Tensor, values: Tensor, stretch: Stretch) -> Tensor:
+    """The same for a long stretch, whose columns are one piece and in order."""
+    (k,), (v,) = _read(keys, stretch), _read(values, stretch)
+    out = F.scaled_dot_product_attention(
+        query[None], k.transpose(0, 1)[None], v.transpose(0, 1)[None], attn_mask=stretch.mask,
+        is_causal=stretch.mask is None, scale=1.0, enable_gqa=True,
+    )  # fmt: skip
+    return out[0].transpose(0, 1)
+
+
+def _read(pool: Tensor, stretch: Stretch) -> list[Tensor]:
+    """The pool's rows of each run, without a copy, and of the gathered slots: [n, heads, dim]."""
+    pieces = [pool[start:end] for start, end in stretch.runs]
+    if len(stretch.gathered):
+        pieces.append(pool.index_select(0, stretch.gathered))
+    return pieces
 
 
 AttentionInterface.register(ATTENTION_NAME, packed_attention)

@@ -1,7 +1,8 @@
 """One packed forward: the uncached prefix tokens and candidates of many rows, in one sequence."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -9,6 +10,9 @@ from torch import Tensor
 
 from guided_decode.growable import Ints
 from guided_decode.pool import SlotPool
+
+if TYPE_CHECKING:
+    from guided_decode.reads import Stretch
 
 
 @dataclass(slots=True, frozen=True)
@@ -71,6 +75,7 @@ class PackedBatch:
 
     A prefix query at position p reads the slots table[row, : p + 1]; a candidate reads
     table[row, :length] and itself. Every token's key and value go to its own slot.
+    stretches: by sliding window, what was worked out from these, once for all layers.
     """
 
     token_ids: Tensor
@@ -79,6 +84,12 @@ class PackedBatch:
     segments: list[Segment]
     table: Tensor
     pool: SlotPool
+    stretches: "dict[int | None, list[Stretch]]" = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's keys."""
+        return self.pool.keys[0].dtype
 
 
 def pack(work: list[RowWork], table: Tensor, pool: SlotPool, limit: int) -> Iterator[PackedBatch]:

@@ -1,0 +1,149 @@
+"""What each query of a packed forward reads: runs of neighbouring slots in place, others gathered.
+
+A prompt takes neighbouring slots of a fresh pool, which are read without a copy; generated tokens
+lie between the candidates that were not chosen. Attention does not mind the order of its keys:
+only the mask has to follow it.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_decode.packed import PackedBatch, Segment
+
+# A shorter run costs more as two matrix products of its own than as a copy.
+_SHORTEST_RUN = 64
+# A longer chunk of prefix goes through fused attention, which wants its keys in order.
+_LONGEST_SHORT_CHUNK = 64
+
+Runs = tuple[tuple[int, int], ...]
+_NO_RUNS: Runs = ()
+
+
+@dataclass(slots=True, frozen=True)
+class Stretch:
+    """Neighbouring queries that share their keys, the columns of one score matrix.
+
+    queries: where they stand in the packed sequence. runs: (first slot, one past the last) of the
+    columns that are read in place; those of `gathered`, int64 [n] on the pool's device, follow.
+    mask: [queries, m] of the model's dtype, 0 where a query sees one of the last m columns, else
+    −inf; None where all see all. long: many queries, over columns in order, with a whole mask,
+    or None where the queries are the columns and each sees those up to itself.
+    """
+
+    queries: slice
+    runs: Runs
+    gathered: Tensor
+    mask: Tensor | None
+    long: bool = False
+
+
+def stretches(batch: PackedBatch, window: int | None) -> list[Stretch]:
+    """The batch's queries with what they read, under a sliding window or none."""
+    known = batch.stretches.get(window)
+    if known is None:
+        known = [part for segment in batch.segments for part in _split(batch, segment, window)]
+        batch.stretches[window] = known
+    return known
+
+
+def _split(batch: PackedBatch, segment: Segment, window: int | None) -> list[Stretch]:
+    if segment.prefix <= _LONGEST_SHORT_CHUNK:
+        return [_short(batch, segment, segment.prefix, window)]
+    chunk = [_long(batch, segment, window)]
+    return [*chunk, _short(batch, segment, 0, window)] if segment.candidates else chunk
+
+
+def _short(batch: PackedBatch, segment: Segment, chunk: int, window: int | None) -> Stretch:
+    """The last `chunk` prefix tokens that a segment forwards, and its candidates."""
+    n, middle = segment.candidates, segment.start + segment.prefix
+    first = segment.first + segment.prefix - chunk
+    low = _lowest(first, window)
+    queries = slice(middle - chunk, middle + n)
+    own = batch.positions[queries]
+    # Under a window the later of the queries may not see all that the first one sees.
+    cut = window is not None and chunk > 0 and first + chunk - 1 + (n > 0) - window >= low
+    if cut:
+        runs, before = _NO_RUNS, _slots(batch, segment, low, first)
+        columns = torch.cat([torch.arange(low, first, device=own.device), own])
+    else:
+        runs, before = _in_place(batch, segment, low, first)
+        columns = own
+    mask = None
+    if not chunk:
+        mask = _each_itself(n, batch.dtype, own.device) if n > 1 else None
+    elif chunk + n > 1:
+        mask = _mask(own, columns, window, n, batch.dtype)
+    return Stretch(queries, runs, torch.cat([before, batch.slots[queries]]), mask)
+
+
+def _long(batch: PackedBatch, segment: Segment, window: int | None) -> Stretch:
+    """The prefix tokens that a segment forwards."""
+    first, last = segment.first, segment.first + segment.prefix
+    low = _lowest(first, window)
+    queries = slice(segment.start, segment.start + segment.prefix)
+    runs, slots = _in_place(batch, segment, low, last)
+    if len(runs) != 1 or len(slots):
+        runs, slots = _NO_RUNS, _slots(batch, segment, low, last)
+    mask = None
+    if first or (window is not None and window < last):
+        own = batch.positions[queries]
+        columns = torch.arange(low, last, device=own.device)
+        mask = _mask(own, columns, window, 0, batch.dtype)
+    return Stretch(queries, runs, slots, mask, long=True)
+
+
+def _lowest(position: int, window: int | None) -> int:
+    """The first position that a query at `position` sees."""
+    return 0 if window is None else max(0, position - window + 1)
+
+
+def _slots(batch: PackedBatch, segment: Segment, low: int, high: int) -> Tensor:
+    return batch.table[segment.table_row, low:high].long()
+
+
+def _in_place(batch: PackedBatch, segment: Segment, low: int, high: int) -> tuple[Runs, Tensor]:
+    """Runs among a row's slots, and the slots outside them; other devices keep no table here."""
+    slots = batch.table[segment.table_row, low:high]
+    if slots.device.type != "cpu" or high - low < _SHORTEST_RUN:
+        return _NO_RUNS, slots.long()
+    table = slots.numpy()
+    edges = np.flatnonzero(np.diff(table) != 1) + 1
+    edges = np.concatenate([[0], edges, [len(table)]])
+    long = np.flatnonzero(np.diff(edges) >= _SHORTEST_RUN)
+    outside = np.ones(len(table), bool)
+    for start, end in zip(edges[long], edges[long + 1], strict=True):
+        outside[start:end] = False
+    starts, ends = table[edges[long]].tolist(), table[edges[long + 1] - 1].tolist()
+    runs = tuple((start, end + 1) for start, end in zip(starts, ends, strict=True))
+    return runs, torch.from_numpy(table[outside]).long()
+
+
+def _mask(
+    queries: Tensor,  # [n] int64, positions
+    columns: Tensor,  # [m] int64, positions
+    window: int | None,
+    candidates: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """0 where a query sees a column, else −inf; the last queries are candidates, and columns."""
+    behind = queries[:, None] - columns
+    seen = behind >= 0
+    if window is not None:
+        seen &= behind < window
+    if candidates:
+        # They share a position, but none sees another.
+        seen[-candidates:, -candidates:] = torch.eye(
+            candidates, dtype=torch.bool, device=seen.device
+        )
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
+
+
+@functools.lru_cache(maxsize=64)
+def _each_itself(candidates: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The mask among a row's candidates."""
+    position = torch.zeros(candidates, dtype=torch.int64, device=device)
+    return _mask(position, position, None, candidates, dtype)
