@@ -1,0 +1,71 @@
+"""The benchmark's ways give the same guided logits, and it refuses to report otherwise."""
+
+import json
+
+import pytest
+import torch
+
+from benchmarks import baselines, lookahead, pairs
+from benchmarks.baselines import Copied, Models, Ours, Recomputed, Shape
+from guided_decode import GuidanceConfig
+
+SMALL = Shape(layers=2, hidden=32, intermediate=48, heads=2, vocab=97)
+
+
+@pytest.fixture(scope="module")
+def small():
+    with torch.no_grad():
+        return Models.random(SMALL, cache_tokens=2000)
+
+
+@pytest.fixture
+def ways(small):
+    prompts = torch.randint(3, SMALL.vocab, (3, 70), generator=torch.Generator().manual_seed(0))
+    config = GuidanceConfig(top_k=4)
+    return {
+        "ours": Ours(small, prompts, config),
+        "copied": Copied(small, prompts, config),
+        "recomputed": Recomputed(small, prompts, config, sample=3),
+    }
+
+
+def test_all_ways_agree(ways):
+    assert 0 < pairs.check_equal(pairs.Case(3, 70, 4), ways, steps=6) < 1e-5
+
+
+def test_a_way_that_differs_is_found(ways):
+    ways["copied"].baseline += 1e-3
+    with pytest.raises(pairs.DisagreementError, match="ours and copied differ by 0.001 at step 0"):
+        pairs.check_equal(pairs.Case(3, 70, 4), ways)
+
+
+def test_recomputation_scales_the_rows_that_it_times(small):
+    prompts = torch.randint(3, SMALL.vocab, (3, 9))
+    way = Recomputed(small, prompts, GuidanceConfig(top_k=4))
+    assert way.next_logits().shape == (1, SMALL.vocab)
+    assert way.seconds(2) > 0
+    assert way.cache.get_seq_length() == 9  # it stays where it stands
+
+
+def test_a_run_writes_its_table_and_its_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lookahead, "Shape", lambda: SMALL)
+    arguments = ["--batch", "1", "2", "--prefix", "12", "--k", "2", "--pairs", "3"]
+    assert lookahead.main([*arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    written = json.loads((tmp_path / "lookahead.json").read_text())
+    assert [case["batch"] for case in written["cases"]] == [1, 2]
+    assert all(len(case["seconds"]["ours"]) == 3 for case in written["cases"])
+    verdict = written["targets"][-1]
+    assert ("not met" in shown) == (not verdict["met"])
+    assert "faster than copied and recomputed" in (tmp_path / "lookahead.txt").read_text()
+
+
+def test_nothing_is_reported_where_the_ways_differ(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(lookahead, "Shape", lambda: SMALL)
+    monkeypatch.setattr(
+        baselines.Copied, "next_logits", lambda way: way.policy_logits() + 1.0, raising=True
+    )
+    arguments = ["--batch", "1", "--prefix", "12", "--k", "2", "--pairs", "1"]
+    assert lookahead.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "nothing is reported" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
