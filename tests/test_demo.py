@@ -147,8 +147,8 @@ def test_conclusions_say_which_way_it_came_out():
 
     right, wrong = "Answer: 2000", "Answer: 1000"
     (sentence,) = conclusions([outcome("b", 8, right, 500), outcome("gated", 1, wrong, 1000)])
-    assert "gate 0% for 1000 tokens" in sentence
-    assert "best of 8 100% for 500 (0.5 times as many)" in sentence
+    assert "a gate, 0% right for 1000 tokens" in sentence
+    assert "best of 8, 100% for 500 (0.5 times as many)" in sentence
 
 
 @pytest.mark.parametrize("width", [80, 100])

@@ -39,8 +39,12 @@ def demo(
     """Compare decoding methods on a small built-in model family; nothing is downloaded."""
     if plot is not None:
         _check_plot(plot, no_plot)
+    import torch
+
     from guided_decode.tiny_tulu import held_out_prompts
 
+    # The models are so small that a second thread waits more than it works.
+    torch.set_num_threads(1)
     models = _load()
     messages = held_out_prompts(prompts)
     outcomes = _measure(models, messages, batch_size, seed)

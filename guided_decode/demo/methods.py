@@ -12,7 +12,8 @@ SAMPLES = 8
 class Method:
     """One way of decoding.
 
-    name: in the table. curve: which line of the plot it is a point of; label: its text there.
+    name: in the table. curve: which line of the plot it is a point of, if any; label: its text
+    there.
     sample: at temperature 1; else greedy. config: of guidance. best_of: samples a prompt, of
     which the critic's favourite is the answer. shown: whether it has a row in the table.
     """
@@ -40,10 +41,10 @@ def reweight(top_k: int | None) -> Method:
 
 
 METHODS = (
-    Method("plain, greedy", "greedy", "plain", sample=False),
+    Method("plain, greedy", "greedy", sample=False),
     Method("plain, sampled", "best of n", "n=1"),
     best_of(SAMPLES),
-    Method("guided, greedy", "greedy", "guided", sample=False, config=REWEIGHT),
+    Method("guided, greedy", "", sample=False, config=REWEIGHT),
     reweight(REWEIGHT.top_k),
     Method("guided, reweight, gated", "gated", config=GATED),
     Method("guided, prune", "prune", config=PRUNE),

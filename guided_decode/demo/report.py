@@ -19,7 +19,9 @@ NOTES = (
 
 def table(outcomes: Sequence[Outcome]) -> Table:
     """A row for each method, a section for each policy."""
-    result = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    result = Table(
+        box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
+    )
     result.add_column("\nmethod", no_wrap=True)
     for header in ("\naccuracy", "\n95%", "KL/\ntoken", "policy\ntokens", "scorer\ntokens"):
         result.add_column(header, justify="right", no_wrap=True)
@@ -41,12 +43,12 @@ def conclusions(outcomes: Sequence[Outcome]) -> list[str]:
         shown = [o for o in outcomes if o.policy == policy and o.method.shown]
         samples = next(o for o in shown if o.method.best_of > 1)
         gated = next(o for o in shown if o.method.curve == "gated")
-        ratio = gated.tokens_per_answer / samples.tokens_per_answer
+        ratio = samples.tokens_per_answer / gated.tokens_per_answer
         sentences.append(
-            f"{policy} policy: guided with a gate {gated.accuracy:.0%} for "
-            f"{gated.tokens_per_answer:.0f} tokens an answer, best of {samples.method.best_of} "
-            f"{samples.accuracy:.0%} for {samples.tokens_per_answer:.0f} ({1 / ratio:.1f} times "
-            "as many)."
+            f"{policy} policy: guided with a gate, {gated.accuracy:.0%} right for "
+            f"{gated.tokens_per_answer:.0f} tokens an answer; best of {samples.method.best_of}, "
+            f"{samples.accuracy:.0%} for {samples.tokens_per_answer:.0f} ({ratio:.1f} times as "
+            "many)."
         )
     return sentences
 
