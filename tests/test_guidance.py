@@ -110,6 +110,22 @@ def test_top_k_of_none_is_the_whole_vocabulary():
     assert torch.equal(select_candidates(logits, None, 1.0), everything)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("k", [1, 16, 300, 5003])
+def test_candidates_of_a_large_vocabulary_with_many_ties(dtype, k):
+    generator = torch.Generator().manual_seed(k)
+    logits = torch.randn(4, 5003, generator=generator).mul(2).round().to(dtype)
+    logits[1] = 0.0
+    logits[2, ::3] = -INF
+    logits[3] = torch.where(logits[3] > 0, 0.0, -0.0)
+    # A view with strides of its own, as engines hand over.
+    strided = logits.t().contiguous().t()
+    ordered = torch.sort(logits.float() + 0.0, dim=-1, descending=True, stable=True)
+    expected = ordered.indices.masked_fill(ordered.values == -INF, -1)[:, :k]
+    assert torch.equal(select_candidates(logits, k, 1.0), expected)
+    assert torch.equal(select_candidates(strided, k, 1.0), expected)
+
+
 def test_top_k_beyond_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match=r"5\b.*vocabulary.*4\b"):
         select_candidates(torch.zeros(1, 4), 5, 1.0)

@@ -449,6 +449,25 @@ def test_going_on_after_an_end_with_the_same_processor_is_a_new_generation(polic
         assert prompt[-1] in ENDS
 
 
+def test_another_prompt_of_just_the_next_length_is_a_new_generation(policy, scorer):
+    processor = ValueGuidedLogitsProcessor(scorer, CONFIG)
+    first = PROMPTS[0]
+    # Begins as the first prompt, and is one token longer than what the processor saw last.
+    second = first + models.prompts([6], seed=9)[0]
+    for prompt in (first, second):
+        out = policy.generate(
+            torch.tensor([prompt]),
+            eos_token_id=None,
+            max_new_tokens=6,
+            do_sample=False,
+            logits_processor=[processor],
+            return_dict_in_generate=True,
+            output_scores=True,
+            output_logits=True,
+        )
+        assert_guided(out, [prompt], ends=[])
+
+
 def test_one_decoding_may_serve_one_generate_call_after_another(policy, scorer):
     guided = GuidedDecoding(scorer, CONFIG)
     for prompts in (PROMPTS, PROMPTS[1:2], PROMPTS[::-1]):
