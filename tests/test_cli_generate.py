@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
-from guided_decode.cli.side_by_side import SCALE, ColourScale, ValuedText
+from guided_decode.cli.side_by_side import SCALE, ColourScale, ValuedText, side_by_side
 from guided_decode.cli.token_texts import token_texts
 
 PROMPT = "What is 4785 + 5426?"
@@ -137,6 +137,16 @@ def test_colours_go_from_the_lowest_value_to_the_highest():
     styles = [scale.style(value) for value in (0.0, 0.5, 1.0, None)]
     assert styles == [SCALE[0], SCALE[2], SCALE[-1], "dim"]
     assert ColourScale.over([ValuedText(["a"], [0.3])]).style(0.3) == "dim"
+
+
+def test_a_line_ends_with_its_last_value_or_with_the_sum_so_far():
+    pieces, values = ["a\n", "b", ""], [0.25, 0.5, None]
+    assert ValuedText(pieces, values).so_far == [0.25, 0.5, 0.5]
+    assert ValuedText(pieces, values, summed=True).so_far == [0.25, 0.75, 0.75]
+    assert ValuedText(["", "a"], [None, 1.0]).so_far == [None, 1.0]
+    table, legend = side_by_side([("one", ValuedText(pieces, values, summed=True))])
+    assert [list(column.cells) for column in table.columns][1] == ["0.25", "0.75"]
+    assert "the sum so far" in legend.plain
 
 
 def test_token_texts_join_to_the_text_whatever_the_characters():

@@ -42,7 +42,8 @@ def compare(setup: Setup, messages: Messages, *, as_json: bool) -> None:
 def _valued(setup: Setup, prompt: list[int], response: list[int]) -> ValuedText:
     ends = terminal_ids(setup.policy.model)
     values = token_values(setup.scorer, prompt, response, ends)
-    return ValuedText(token_texts(setup.policy.tokenizer, response), values)
+    texts = token_texts(setup.policy.tokenizer, response)
+    return ValuedText(texts, values, summed=setup.scorer.terminal == "included")
 
 
 def _figures(plain: Decoded, guided: Decoded, pairs: list[tuple[ValuedText, ...]]) -> Table:

@@ -10,8 +10,6 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from guided_decode.cli.token_values import last_value
-
 # From the lowest value to the highest; readable on dark and on light ground, and by the
 # colour-blind.
 SCALE = ("#d95f02", "#c4804a", "#8f8f8f", "#5a93b8", "#1f8fd6")
@@ -19,14 +17,29 @@ SCALE = ("#d95f02", "#c4804a", "#8f8f8f", "#5a93b8", "#1f8fd6")
 
 @dataclass(frozen=True, slots=True)
 class ValuedText:
-    """A response by tokens: their text, and the value of each (None where it means nothing)."""
+    """A response by tokens: their text, and the value of each (None where it means nothing).
+
+    summed: the values are rewards of single tokens, whose sum so far is what V is elsewhere.
+    """
 
     pieces: list[str]
     values: list[float | None]
+    summed: bool = False
+
+    @property
+    def so_far(self) -> list[float | None]:
+        """After each token, the last value, or the sum; None before the first."""
+        known: list[float | None] = []
+        for value in self.values:
+            last = known[-1] if known else None
+            if value is not None:
+                last = value + (last or 0.0) if self.summed else value
+            known.append(last)
+        return known
 
     @property
     def last(self) -> float | None:
-        return last_value(self.values)
+        return self.so_far[-1] if self.values else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,14 +62,15 @@ class ColourScale:
         share = (value - self.low) / (self.high - self.low)
         return SCALE[min(int(share * len(SCALE)), len(SCALE) - 1)]
 
-    def legend(self) -> Text:
-        """What the colours mean."""
-        text = Text("value ", style="dim")
+    def legend(self, summed: bool) -> Text:
+        """What the colours and the numbers mean."""
+        text = Text("value of a token ", style="dim")
         text.append(f"{self.low:.2f} ", style=SCALE[0])
         for colour in SCALE:
             text.append("██", style=colour)
         text.append(f" {self.high:.2f}", style=SCALE[-1])
-        return text.append("   at the right, a line's last", style="dim")
+        right = "the sum so far" if summed else "a line's last"
+        return text.append(f"   at the right: {right}", style="dim")
 
 
 def side_by_side(columns: Sequence[tuple[str, ValuedText]]) -> tuple[Table, Text]:
@@ -68,15 +82,14 @@ def side_by_side(columns: Sequence[tuple[str, ValuedText]]) -> tuple[Table, Text
         table.add_column("value", justify="right", style="dim", no_wrap=True)
     for lines in zip_longest(*(_lines(response, scale) for _, response in columns)):
         table.add_row(*(cell for line in lines for cell in (line or ("", ""))))
-    return table, scale.legend()
+    return table, scale.legend(any(response.summed for _, response in columns))
 
 
 def _lines(response: ValuedText, scale: ColourScale) -> list[tuple[Text, str]]:
     """Each line of a response: its coloured text, and the value at its end."""
     lines: list[tuple[Text, str]] = []
     text, value = Text(), None
-    for piece, own in zip(response.pieces, response.values, strict=True):
-        value = value if own is None else own
+    for piece, own, value in zip(response.pieces, response.values, response.so_far, strict=True):
         head, *rest = piece.split("\n")
         text.append(head, scale.style(own))
         for part in rest:
@@ -88,4 +101,5 @@ def _lines(response: ValuedText, scale: ColourScale) -> list[tuple[Text, str]]:
 
 
 def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    # Adding zero turns −0.0 into 0.0.
+    return "" if value is None else f"{round(value, 2) + 0.0:.2f}"
