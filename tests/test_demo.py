@@ -2,7 +2,9 @@
 
 import io
 import json
+import runpy
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -179,6 +181,14 @@ def test_without_matplotlib_the_demo_says_how_to_get_it(outcomes, monkeypatch, t
     _draw(outcomes, None)
     assert "pip install 'guided-decode[plots]'" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
+
+
+def test_the_example_of_generate_runs(capsys):
+    path = Path(__file__).parent.parent / "examples" / "hf_generate.py"
+    runpy.run_path(str(path), run_name="__main__")
+    plain, guided = capsys.readouterr().out.split("\nguided\n")[:2]
+    assert "Answer: 10211" not in plain
+    assert guided.splitlines()[4] == "Answer: 10211"
 
 
 def test_json_has_the_figures_of_the_table(outcomes):
