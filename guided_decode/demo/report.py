@@ -10,9 +10,9 @@ from guided_decode.demo.chosen import GATED, PRUNE, REWEIGHT
 from guided_decode.demo.measure import Outcome
 
 NOTES = (
-    f"guided: beta {REWEIGHT.beta:g} and k {REWEIGHT.top_k}, gated at {GATED.gate:g}; prune: margin "
-    f"{PRUNE.margin:g}, top-p {PRUNE.top_p:g}; chosen on other prompts. All but greedy sample at "
-    "temperature 1.",
+    f"guided: beta {REWEIGHT.beta:g} and k {REWEIGHT.top_k}, gated at {GATED.gate:g}; "
+    f"prune: margin {PRUNE.margin:g}, top-p {PRUNE.top_p:g}; chosen on other prompts. "
+    "All but greedy sample at temperature 1.",
     "accuracy, with its 95% interval (Wilson).",
     "KL/token: from the policy at temperature 1, in nats, exact at each step; of a greedy "
     "decoder, −log π of its tokens; of best of n, an upper bound.",
