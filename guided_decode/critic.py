@@ -122,7 +122,7 @@ class CriticScorer:
             raise
         self._count(begun, len(rows))
         if not parts:
-            empty = torch.empty(candidates.shape, device=self.model.device)
+            empty = torch.empty(candidates.shape, dtype=torch.float32, device=self.model.device)
             return Scores(empty, empty.new_empty(len(empty)))
         return Scores(
             torch.cat([part.values for part in parts]),

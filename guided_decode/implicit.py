@@ -55,7 +55,7 @@ class LanguageModel:
             raise
         self.stats.evictions += self.cache.tree.evicted - self._evicted
         self._evicted = self.cache.tree.evicted
-        return torch.cat(parts) if parts else torch.empty(candidates.shape)
+        return torch.cat(parts) if parts else torch.empty(candidates.shape, dtype=torch.float32)
 
     def _part(self, rows: Sequence[Row]) -> Tensor:
         """Logits after as many of the rows as fit the pool together, float32 [rows, vocab]."""

@@ -152,7 +152,7 @@ def _score(
 
 def _no_scores(candidates: Tensor) -> _StepScores:
     """NaN for every candidate: what a row has that was not scored."""
-    values = torch.full(candidates.shape, torch.nan, device=candidates.device)
+    values = torch.full(candidates.shape, torch.nan, dtype=torch.float32, device=candidates.device)
     return _StepScores(Scores(values, values.new_full((len(values),), torch.nan)), None, None)
 
 

@@ -64,6 +64,6 @@ def _final_rewards(scorer: Scorer, prefixes: Sequence[Prefix], ends: Tensor) -> 
         )
     rows = ends.any(-1).nonzero().flatten().tolist()
     last = torch.full((len(rows), 1), reward.eos_token_id, dtype=torch.int64)
-    rewards = torch.full((len(prefixes),), torch.nan)
+    rewards = torch.full((len(prefixes),), torch.nan, dtype=torch.float32)
     rewards[rows] = reward.score([prefixes[i] for i in rows], last).values[:, 0].float().cpu()
     return rewards

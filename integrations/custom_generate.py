@@ -1,0 +1,131 @@
+"""The `custom_generate` route: the stock decoding loops with guidance in the right place."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation import logits_process
+from transformers.generation.configuration_utils import GenerationMode
+from transformers.generation.streamers import BaseStreamer
+
+from guided_decode.config import GuidanceConfig
+from guided_decode.integrations.logits_processor import (
+    ValueGuidedLogitsProcessor,
+    WatchedCriteria,
+    token_ids,
+)
+from guided_decode.scores import Scorer
+from guided_decode.step import OnError
+
+# Guidance acts before these: on the policy's logits at temperature 1, over all tokens.
+_AFTER_GUIDANCE = tuple(
+    getattr(logits_process, name)
+    for name in (
+        "TemperatureLogitsWarper", "TopHLogitsWarper", "TopKLogitsWarper", "TopPLogitsWarper",
+        "MinPLogitsWarper", "TypicalLogitsWarper", "EpsilonLogitsWarper", "EtaLogitsWarper",
+        "WatermarkLogitsProcessor", "SynthIDTextWatermarkLogitsProcessor", "LogitNormalization",
+    )
+    if hasattr(logits_process, name)
+)  # fmt: skip
+
+
+class GuidedDecoding:
+    """`custom_generate` callable: the stock decoding loops with guidance in the right place.
+
+    Greedy, sampling, several return sequences and beam search, with left padding. Guidance acts
+    after penalties and other processors, before temperature, top-k and top-p.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        config: GuidanceConfig,
+        *,
+        on_error: OnError = "raise",
+        streamer: BaseStreamer | None = None,
+    ) -> None:
+        """
+        Args:
+            scorer: what scores the candidates.
+            config: the guidance rule.
+            on_error: "raise" or "passthrough", as in `guide_rows`.
+            streamer: gets the prompt and the tokens; `generate` hands its own to no custom loop.
+        """
+        self.scorer = scorer
+        self.config = config
+        self.on_error: OnError = on_error
+        self.streamer = streamer
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What `generate` calls; returns what the stock loop of the mode returns.
+
+        Raises:
+            ValueError: a generation mode without a stock loop, or what the processor refuses.
+        """
+        loop = _stock_loop(model, generation_config)
+        mask = model_kwargs.get("attention_mask")
+        beams = generation_config.num_beams or 1
+        # Beam search keeps its finished beams apart: the processor sees live ones only.
+        watched = WatchedCriteria(stopping_criteria) if beams == 1 else None
+        processor = ValueGuidedLogitsProcessor(
+            self.scorer,
+            self.config,
+            eos_token_id=_terminal_ids(generation_config),
+            attention_mask=torch.ones_like(input_ids) if mask is None else mask,
+            num_beams=beams,
+            on_error=self.on_error,
+            stopped=watched,
+        )
+        kwargs = {} if self.streamer is None else {"streamer": self.streamer}
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        return loop(
+            input_ids,
+            logits_processor=_with_guidance(logits_processor, processor),
+            stopping_criteria=stopping_criteria if watched is None else watched,
+            generation_config=generation_config,
+            **kwargs,
+            **model_kwargs,
+        )
+
+
+def _stock_loop(model: PreTrainedModel, config: GenerationConfig) -> Any:
+    mode = config.get_generation_mode()
+    if mode in (GenerationMode.GREEDY_SEARCH, GenerationMode.SAMPLE):
+        return model._sample
+    if mode in (GenerationMode.BEAM_SEARCH, GenerationMode.BEAM_SAMPLE):
+        return model._beam_search
+    raise ValueError(
+        f"generation mode {mode.value!r} cannot be guided: expected greedy search, sampling, "
+        "beam search or beam sampling"
+    )
+
+
+def _with_guidance(
+    processors: LogitsProcessorList, guidance: ValueGuidedLogitsProcessor
+) -> LogitsProcessorList:
+    """The processors with guidance before the first that reshapes the distribution."""
+    at = next(
+        (i for i, each in enumerate(processors) if isinstance(each, _AFTER_GUIDANCE)),
+        len(processors),
+    )
+    return LogitsProcessorList([*processors[:at], guidance, *processors[at:]])
+
+
+def _terminal_ids(config: GenerationConfig) -> list[int]:
+    prepared = getattr(config, "_eos_token_tensor", None)
+    return prepared.flatten().tolist() if prepared is not None else token_ids(config.eos_token_id)
