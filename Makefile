@@ -23,7 +23,8 @@ $(VENV)/.dev: $(SETUP)
 	@touch $@ $(VENV)/.run
 
 demo: $(VENV)/.run ## plain and guided decoding side by side, with figures
-	@$(BIN)/guided-decode demo
+	@mkdir -p out
+	@$(BIN)/guided-decode demo --plot out/guided-decode-demo.png
 
 test: lint typecheck ## lint, types and tests (at most 20 minutes)
 	@echo "== tests (those marked slow: make test-full)"
@@ -47,7 +48,7 @@ tiny-tulu: $(VENV)/.dev ## train the embedded models again from nothing (under 6
 	@$(BIN)/python -m recipes.tiny_tulu
 
 benchmark: $(VENV)/.dev ## time guided decoding against plain and brute force
-	@$(BIN)/python benchmarks/lookahead.py
+	@$(BIN)/python -m benchmarks.lookahead
 
 clean: ## remove caches and build output (the virtual environment stays: rm -r .venv)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
