@@ -49,7 +49,8 @@ class PrefixCache:
         self._anchors: weakref.WeakKeyDictionary[PrefixHandle, _Anchor] = (
             weakref.WeakKeyDictionary()
         )
-        self._scratch: list[int] = []
+        # Slot tables of this batch's plain prefixes, and of handles that are not placed yet.
+        self._scratch: set[int] = set()
         self._pieces: list[tuple[int, int, Ints]] = []
 
     @property
@@ -94,9 +95,8 @@ class PrefixCache:
 
     def end_batch(self) -> None:
         """Unpins what the batch placed."""
-        for row in self._scratch:
-            self.tables.close_row(row)
-        self._scratch.clear()
+        while self._scratch:
+            self.tables.close_row(self._scratch.pop())
         self._pieces.clear()
         self.tree.begin_batch()
 
@@ -130,7 +130,6 @@ class PrefixCache:
             slots = self.tree.candidate_slots(node, depth, candidates)
         fresh, missing = tokens[depth:], slots < 0
         if not self.tree.make_room(len(fresh) + int(missing.sum())):
-            self._close(handle, row)
             return None
         if len(fresh):
             pieces.append(self.pool.take(len(fresh)))
@@ -172,13 +171,11 @@ class PrefixCache:
 
     def _position(self, handle: PrefixHandle | None, skip: int) -> tuple[Node, int, int]:
         """Where to look up from, and the slot table to write to."""
-        if handle is None:
+        anchor = None if handle is None else self._anchors.get(handle)
+        if handle is None or anchor is None:
             row = self.tables.open_row()
-            self._scratch.append(row)
+            self._scratch.add(row)
             return self.tree.root, 0, row
-        anchor = self._anchors.get(handle)
-        if anchor is None:
-            return self.tree.root, 0, self.tables.open_row()
         valid = (
             anchor.generation == self.tree.generation
             and anchor.epoch == anchor.node.epoch
@@ -194,15 +191,11 @@ class PrefixCache:
             return
         known = self._anchors.get(handle)
         if known is None:
+            self._scratch.discard(row)
             weakref.finalize(handle, self.tables.close_row, row).atexit = False
         self._anchors[handle] = _Anchor(
             row, node, depth, node.epoch, self.tree.generation, handle.version, skip
         )
-
-    def _close(self, handle: PrefixHandle | None, row: int) -> None:
-        """Hands back the table of a row that was not placed, unless its handle keeps it."""
-        if handle is not None and handle not in self._anchors:
-            self.tables.close_row(row)
 
     def _owned(self) -> list[Ints]:
         """The slots that the tree owns, by node and block."""

@@ -8,6 +8,8 @@ Rule = Literal["reweight", "prune"]
 Tail = Literal["mask", "keep"]
 Baseline = Literal["prefix", "mean"]
 
+_FLOAT32_MAX = 3.4028234e38
+
 
 @dataclass(frozen=True, slots=True)
 class GuidanceConfig:
@@ -90,11 +92,12 @@ def _check_number(
     bounds = [f"at least {least:g}" if least is not None else ""]
     bounds += [f"above {above:g}" if above is not None else ""]
     bounds += [f"at most {most:g}" if most is not None else ""]
-    wanted = " and ".join(["a finite number", *filter(None, bounds)])
+    wanted = " and ".join(["a finite float32 number", *filter(None, bounds)])
     fits = (
         isinstance(given, int | float)
         and not isinstance(given, bool)
         and math.isfinite(given)
+        and abs(given) <= _FLOAT32_MAX
         and (least is None or given >= least)
         and (above is None or given > above)
         and (most is None or given <= most)

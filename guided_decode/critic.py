@@ -16,6 +16,8 @@ from guided_decode.packed_model import PackedModel, Row
 from guided_decode.scores import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.stats import ScorerStats
 
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
+
 
 @dataclass(frozen=True, slots=True)
 class ValueHead:
@@ -132,7 +134,7 @@ class CriticScorer:
     def _read(self, prefixes: Sequence[Prefix], candidates: Tensor) -> tuple[list[Row], Ints]:
         """Rows that were checked, and candidates on the host: the step's one blocking copy."""
         shape = candidates.shape
-        if len(shape) != 2 or shape[0] != len(prefixes) or candidates.is_floating_point():
+        if len(shape) != 2 or shape[0] != len(prefixes) or candidates.dtype not in _INTEGERS:
             raise ValueError(
                 f"candidates came as {candidates.dtype} {list(shape)} for "
                 f"{len(prefixes)} prefixes: expected int64 [{len(prefixes)}, k], padded with -1"

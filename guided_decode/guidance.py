@@ -58,7 +58,7 @@ def guide(
             f"the scores of rows {bad.nonzero().flatten().tolist()[:8]} are NaN or infinite: "
             "expected finite values for every candidate that is neither padded nor exempt"
         )
-    return apply_guidance(
+    guided = apply_guidance(
         logits.clone(),
         candidates,
         scores,
@@ -67,6 +67,13 @@ def guide(
         log_ratio=log_ratio,
         active=active,
     )
+    bad = overflowed_rows(logits, guided, candidates, configs)
+    if bad.any():
+        raise ValueError(
+            f"the guided logits of rows {bad.nonzero().flatten().tolist()[:8]} are beyond "
+            f"{logits.dtype}: expected a smaller beta or smaller scores"
+        )
+    return guided
 
 
 def apply_guidance(
@@ -126,6 +133,18 @@ def unusable_rows(
         penalised = torch.tensor([c.kl_coef != 0 for c in configs], device=candidates.device)
         bad |= penalised[:, None] & ~torch.isfinite(log_ratio)
     return (bad & scored).any(-1) | (scored.any(-1) & ~torch.isfinite(scores.baseline))
+
+
+def overflowed_rows(
+    logits: Tensor, guided: Tensor, candidates: Tensor, configs: Sequence[GuidanceConfig]
+) -> Tensor:
+    """Rows in which finite numbers gave a logit that no dtype holds, bool [rows]."""
+    index = candidates.clamp(min=0)
+    before, after = logits.gather(-1, index), guided.gather(-1, index)
+    # Pruning alone gives −inf.
+    pruned = torch.tensor([c.rule == "prune" for c in configs], device=logits.device)[:, None]
+    broken = ~torch.isfinite(after) & ~(pruned & (after == -torch.inf))
+    return (broken & torch.isfinite(before) & (candidates >= 0)).any(-1)
 
 
 def per_row(config: Configs, rows: int) -> Sequence[GuidanceConfig]:

@@ -1,6 +1,7 @@
-"""The mode that models run in here: no autograd, and tensors that outlive the caller's mode."""
+"""The mode that models run in here: the caller's autograd, inference and autocast modes end."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -11,15 +12,19 @@ R = TypeVar("R")
 
 
 def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
-    """Runs a function without autograd, and outside inference mode if the caller is in it.
+    """Runs a function without autograd, autocast or inference mode.
 
-    Tensors that are made in inference mode cannot be written to outside of it, and a cache lives
-    longer than the call that fills it.
+    A cache lives longer than the call that fills it: tensors that are made in inference mode cannot
+    be written to outside of it, and keys of another precision would change later answers.
     """
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with torch.inference_mode(False), torch.no_grad():
+        with ExitStack() as modes:
+            modes.enter_context(torch.inference_mode(False))
+            modes.enter_context(torch.no_grad())
+            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
+                modes.enter_context(torch.autocast(device, enabled=False))
             return function(*args, **kwargs)
 
     return run

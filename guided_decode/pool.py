@@ -35,6 +35,12 @@ class SlotPool:
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
         self._free_count = capacity
 
+    def like(self, capacity: int) -> "SlotPool":
+        """An empty pool for the same model, of another capacity."""
+        layers = zip(self.keys, self.layer_values, strict=True)
+        shapes = [(k.shape[1], k.shape[2], v.shape[2]) for k, v in layers]
+        return SlotPool(capacity, shapes, self.keys[0].dtype, self.device)
+
     @property
     def free_slots(self) -> int:
         return self._free_count
@@ -80,19 +86,19 @@ class SlotTables:
 
     def __init__(self, device: torch.device) -> None:
         self.table = torch.zeros(8, 64, dtype=torch.int32, device=device)
-        self._free = list(range(7, -1, -1))
+        self._free = set(range(8))
 
     def open_row(self) -> int:
         """A row that nobody else uses."""
         if not self._free:
             rows = len(self.table)
             self.table = torch.cat([self.table, torch.zeros_like(self.table)])
-            self._free.extend(range(2 * rows - 1, rows - 1, -1))
+            self._free.update(range(rows, 2 * rows))
         return self._free.pop()
 
     def close_row(self, row: int) -> None:
         """Hands a row back."""
-        self._free.append(row)
+        self._free.add(row)
 
     @property
     def open_rows(self) -> int:

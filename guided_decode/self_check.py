@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from guided_decode.attention import ATTENTION_NAME
+from guided_decode.cache import PrefixCache
 from guided_decode.growable import Ints
 from guided_decode.modes import without_autograd
 from guided_decode.packed_model import PackedModel
@@ -18,12 +19,11 @@ _LONGEST_WINDOW = 64
 def check_packed(model: PackedModel) -> None:
     """Compares packed outputs with the stock forward's, for two candidates and a fork of theirs.
 
-    Leaves the cache empty. Raises ValueError where they differ, or where the model passes its
+    In a pool of its own. Raises ValueError where they differ, or where the model passes its
     attention what the packed one does not know: it cannot be scored in packed form.
     """
     length = _prefix_length(model)
-    if length < 1:
-        return
+    own, model.cache = model.cache, PrefixCache(model.cache.pool.like(length + 5))
     ids = np.random.default_rng(0).integers(0, model.vocab_size, length + 4)
     rows = [(ids[:length], np.unique(ids[length : length + 2]))]
     rows.append((ids[: length + 1], np.unique(ids[length + 2 :])))
@@ -33,7 +33,7 @@ def check_packed(model: PackedModel) -> None:
     except (TypeError, AttributeError, RuntimeError, IndexError) as error:
         raise ValueError(f"{refused}: {error}") from error
     finally:
-        model.cache.clear()
+        model.cache = own
     stock = torch.cat([_stock_outputs(model, *row) for row in rows]).float()
     differs = float((packed - stock).norm() / stock.norm().clamp(min=1e-9))
     allowed = _ALLOWED[model.model.dtype == torch.float32]
@@ -48,7 +48,7 @@ def _prefix_length(model: PackedModel) -> int:
     """Tokens to check with: more than a sliding window holds, if it is small."""
     window = getattr(model.model.config.get_text_config(), "sliding_window", None)
     length = 8 if window is None or window > _LONGEST_WINDOW else window + 4
-    return min(length, model.cache.capacity - 5, (model.max_positions or length + 2) - 2)
+    return max(1, min(length, (model.max_positions or length + 2) - 2))
 
 
 def _packed_outputs(model: PackedModel, prefix: Ints, candidates: Ints) -> Tensor:

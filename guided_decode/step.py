@@ -9,7 +9,13 @@ from torch import Tensor
 
 from guided_decode.candidates import gated_rows, log_normaliser, select_candidates
 from guided_decode.config import GuidanceConfig
-from guided_decode.guidance import Configs, apply_guidance, per_row, unusable_rows
+from guided_decode.guidance import (
+    Configs,
+    apply_guidance,
+    overflowed_rows,
+    per_row,
+    unusable_rows,
+)
 from guided_decode.scores import Prefix, Scorer, Scores
 from guided_decode.terminal import score_candidates
 
@@ -51,9 +57,11 @@ def guide_rows(
 
     Raises:
         ValueError: top_k=None with a scorer that scores candidates one by one, kl_coef without a
-            reference; with on_error="raise" also a score that is NaN or infinite.
+            reference, another number of prefixes than rows; with on_error="raise" also a score
+            that is NaN or infinite.
     """
     configs = per_row(config, len(logits))
+    _check_call(logits, prefixes, on_error)
     for each in set(configs):
         _check_supported(scorer, each)
     if all(not c.needs_scores and c.tail == "keep" for c in configs):
@@ -71,11 +79,21 @@ def guide_rows(
     if failed:
         if on_error == "raise":
             raise ValueError(
-                f"the scorer answered NaN or infinity for rows {failed}: expected finite values"
+                f"the scorer answered NaN or infinity for rows {failed}, or so much that their "
+                "logits overflow: expected finite values"
             )
         _count_failure(scorer, len(failed), reason)
         guided[failed] = logits[failed]
     return guided
+
+
+def _check_call(logits: Tensor, prefixes: Sequence[Prefix], on_error: OnError) -> None:
+    if on_error not in ("raise", "passthrough"):
+        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'passthrough'")
+    if len(prefixes) != len(logits):
+        raise ValueError(
+            f"{len(prefixes)} prefixes came with logits of {len(logits)} rows: expected one a row"
+        )
 
 
 def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
@@ -184,6 +202,7 @@ def _apply(
         active=live & ~failed,
         min_keep=min_keep,
     )
+    failed |= overflowed_rows(logits, guided, candidates, configs)
     return guided, failed.nonzero().flatten().tolist()
 
 

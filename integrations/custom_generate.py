@@ -69,9 +69,12 @@ class GuidedDecoding:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
+        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """What `generate` calls; returns what the stock loop of the mode returns.
+
+        tokenizer: named so that `generate` keeps it for its stop strings; not used here.
 
         Raises:
             ValueError: a generation mode without a stock loop, or what the processor refuses.
@@ -79,7 +82,12 @@ class GuidedDecoding:
         loop = _stock_loop(model, generation_config)
         mask = model_kwargs.get("attention_mask")
         beams = generation_config.num_beams or 1
-        # Beam search keeps its finished beams apart: the processor sees live ones only.
+        if beams > 1 and self.streamer is not None:
+            raise ValueError(
+                f"a streamer was given with {beams} beams: tokens are known when beam search ends; "
+                "drop the streamer, or use one beam"
+            )
+        # Beam search asks its criteria about candidates, not rows.
         watched = WatchedCriteria(stopping_criteria) if beams == 1 else None
         processor = ValueGuidedLogitsProcessor(
             self.scorer,
@@ -118,11 +126,10 @@ def _stock_loop(model: PreTrainedModel, config: GenerationConfig) -> Any:
 def _with_guidance(
     processors: LogitsProcessorList, guidance: ValueGuidedLogitsProcessor
 ) -> LogitsProcessorList:
-    """The processors with guidance before the first that reshapes the distribution."""
-    at = next(
-        (i for i, each in enumerate(processors) if isinstance(each, _AFTER_GUIDANCE)),
-        len(processors),
-    )
+    """The processors with guidance before the last ones, which reshape the distribution."""
+    at = len(processors)
+    while at and isinstance(processors[at - 1], _AFTER_GUIDANCE):
+        at -= 1
     return LogitsProcessorList([*processors[:at], guidance, *processors[at:]])
 
 

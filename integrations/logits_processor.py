@@ -3,11 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteriaList
 
 from guided_decode.config import GuidanceConfig
+from guided_decode.integrations.padding import masked_ids, masked_lengths, unmasked_lengths
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scores import Scorer
 from guided_decode.step import OnError, guide_rows
@@ -32,8 +34,10 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
     """Guides each live row's next-token logits by a scorer.
 
     One object serves one `generate` call after another; it takes a call whose ids do not continue
-    the last ones as a new generation, whose prompt is what it is given. Finished rows (a terminal
-    among the generated tokens) are neither scored nor changed.
+    the last ones as a new generation, whose prompt is what it is given. An attention mask belongs
+    to one batch of prompts: assign `attention_mask` before the next. Finished rows (a terminal among
+    the generated tokens) are neither scored nor changed; rows that another stopping criterion
+    finished are known on the `custom_generate` route only.
     """
 
     def __init__(
@@ -71,6 +75,9 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         self.terminals = token_ids(eos_token_id)
         self.attention_mask = attention_mask
         self.stopped = stopped
+        self.num_beams = num_beams
+        # The mask that was used last, and the ids that it hid.
+        self._padding: tuple[Tensor | None, set[int]] = (None, set())
         self.min_keep = _beam_candidates(config, num_beams, len(self.terminals))
         self.reset()
 
@@ -110,23 +117,37 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
     def _live_rows(self, input_ids: Tensor) -> list[int]:
         if self.stopped is not None and self.stopped.finished is not None:
             return (~self.stopped.finished).nonzero().flatten().tolist()
+        every = list(range(len(input_ids)))
         if not self.terminals or input_ids.shape[1] == self._width:
-            return list(range(len(input_ids)))
+            return every
         ends = torch.tensor(self.terminals, device=input_ids.device)
-        finished = torch.isin(input_ids[:, self._width :], ends).any(-1).tolist()
-        if all(finished):
-            # `generate` stops there: an answer with what ended it has become the next prompt.
+        ended = torch.isin(input_ids[:, self._width :], ends)
+        if self._is_next_turn(input_ids, ended):
             self._begin(input_ids)
-            return list(range(len(input_ids)))
-        return [i for i, done in enumerate(finished) if not done]
+            return every
+        return (~ended.any(-1)).nonzero().flatten().tolist()
+
+    def _is_next_turn(self, input_ids: Tensor, ended: Tensor) -> bool:
+        """Whether answers, with what ended them, have become the next prompts.
+
+        `generate` stops when every row has ended, and appends nothing but padding to one that has.
+        """
+        if self.num_beams > 1 or self.stopped is not None:
+            return False
+        if self.attention_mask is not None and self.attention_mask.shape[1] != input_ids.shape[1]:
+            return False
+        if self.pad_token_id is None:
+            return bool(ended.any(-1).all())
+        goes_on = ended[:, :-1].any(-1) & (input_ids[:, -1] != self.pad_token_id)
+        return bool(ended.any(-1).all() | goes_on.any())
 
     def _follow(self, input_ids: Tensor) -> None:
         """Brings the handles up to date: one token more, beams reordered, or new prompts."""
-        if not self._continues(input_ids):
+        parents = self._parents(input_ids) if self._continues(input_ids) else None
+        if parents is None:
             self._begin(input_ids)
         else:
-            if not torch.equal(input_ids[:, :-1], self._ids):
-                self._reorder(input_ids[:, :-1])
+            self._reorder(parents)
             for handle, token in zip(self._handles, input_ids[:, -1].tolist(), strict=True):
                 handle.append(token)
         self._ids = input_ids.clone()
@@ -139,54 +160,62 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
             and torch.equal(input_ids[:, : self._width], self._ids[:, : self._width])
         )
 
-    def _begin(self, input_ids: Tensor) -> None:
-        self._width = input_ids.shape[1]
-        if self._width == 0:
-            raise ValueError(
-                "input_ids has no tokens: guidance needs the prompt's token ids, pass them instead "
-                "of inputs_embeds"
-            )
-        pads = [self._width - length for length in self._prompt_lengths(input_ids)]
-        rows = input_ids.tolist()
-        self._handles = [PrefixHandle(row[n:]) for row, n in zip(rows, pads, strict=True)]
-
-    def _prompt_lengths(self, input_ids: Tensor) -> list[int]:
-        """Tokens of each prompt without its left padding."""
-        rows, width = input_ids.shape
-        if self.attention_mask is not None:
-            return _masked_lengths(self.attention_mask, rows, width)
-        if rows == 1:
-            return [width]
-        if self.pad_token_id is None or not self.terminals:
-            raise ValueError(
-                f"a batch of {rows} rows came without pad_token_id or eos_token_id: pass both (and "
-                "attention_mask, if padding may be mistaken), or use "
-                "custom_generate=GuidedDecoding(scorer, config), which knows them"
-            )
-        padding = input_ids == self.pad_token_id
-        if self.pad_token_id == self.scorer.bos_token_id and bool(padding[:, 0].any()):
-            raise ValueError(
-                f"pad_token_id={self.pad_token_id} is also the scorer's BOS, so padding and a "
-                "leading BOS cannot be told apart: pass attention_mask, or use "
-                "custom_generate=GuidedDecoding(scorer, config)"
-            )
-        leading = padding.int().cumprod(-1).sum(-1)
-        return (width - leading).tolist()
-
-    def _reorder(self, histories: Tensor) -> None:
-        """Gives each row the handle of the last step's row whose history it continues."""
-        same = (histories[:, None] == self._ids[None]).all(-1)
+    def _parents(self, input_ids: Tensor) -> list[int] | None:
+        """For each row the last step's row that it continues; None where there is none."""
+        rows = len(input_ids)
+        if torch.equal(input_ids[:, :-1], self._ids):
+            return list(range(rows))
+        # Beams are reordered within their prompt.
+        group = self.num_beams if rows % self.num_beams == 0 and self.num_beams > 1 else rows
+        now = input_ids[:, :-1].reshape(rows // group, group, -1)
+        before = self._ids.view(rows // group, group, -1)
+        same = (now[:, :, None] == before[:, None]).all(-1)
         if not bool(same.any(-1).all()):
-            raise ValueError(
-                "the ids do not continue those of the last step: call reset() between generations"
-            )
+            return None
+        first = torch.arange(0, rows, group, device=same.device)[:, None]
+        return (same.int().argmax(-1) + first).flatten().tolist()
+
+    def _reorder(self, parents: list[int]) -> None:
         taken: set[int] = set()
         handles = []
-        for parent in same.int().argmax(-1).tolist():
+        for parent in parents:
             handle = self._handles[parent]
             handles.append(PrefixHandle(handle.tokens) if parent in taken else handle)
             taken.add(parent)
         self._handles = handles
+
+    def _begin(self, input_ids: Tensor) -> None:
+        width = input_ids.shape[1]
+        if width == 0:
+            raise ValueError(
+                "input_ids has no tokens: guidance needs the prompt's token ids, pass them instead "
+                "of inputs_embeds"
+            )
+        pads = [width - length for length in self._prompt_lengths(input_ids)]
+        rows = input_ids.tolist()
+        self._handles = [PrefixHandle(row[n:]) for row, n in zip(rows, pads, strict=True)]
+        self._width = width
+
+    def _prompt_lengths(self, input_ids: Tensor) -> list[int]:
+        """Tokens of each prompt without its left padding."""
+        if self.attention_mask is None:
+            return unmasked_lengths(
+                input_ids,
+                self.pad_token_id,
+                self.scorer.bos_token_id,
+                ends_are_known=bool(self.terminals),
+            )
+        lengths = masked_lengths(self.attention_mask, *input_ids.shape)
+        hidden = masked_ids(input_ids, lengths)
+        known_mask, padding = self._padding
+        if known_mask is self.attention_mask and not hidden <= padding:
+            raise ValueError(
+                f"attention_mask hides token ids {sorted(hidden)[:8]}, where the last batch had "
+                f"{sorted(padding)[:8]}: it belongs to other prompts; assign the new batch's mask "
+                "to the processor's attention_mask"
+            )
+        self._padding = (self.attention_mask, hidden)
+        return lengths
 
 
 def _beam_candidates(config: GuidanceConfig, num_beams: int, terminals: int) -> int:
@@ -207,23 +236,8 @@ def _beam_candidates(config: GuidanceConfig, num_beams: int, terminals: int) -> 
     return needed
 
 
-def _masked_lengths(mask: Tensor, rows: int, width: int) -> list[int]:
-    if mask.ndim != 2 or mask.shape[1] != width or not len(mask) or rows % len(mask):
-        raise ValueError(
-            f"attention_mask came with shape {list(mask.shape)} for input_ids of {[rows, width]}: "
-            f"expected [prompts, {width}] with a number of prompts that divides {rows}"
-        )
-    real = mask != 0
-    if not bool((real[:, :-1] <= real[:, 1:]).all()) or not bool(real[:, -1].all()):
-        raise ValueError(
-            "attention_mask has padding behind tokens: expected padding on the left only "
-            "(tokenizer.padding_side='left')"
-        )
-    return real.sum(-1).repeat_interleave(rows // len(mask)).tolist()
-
-
-def token_ids(given: int | Sequence[int] | None) -> list[int]:
+def token_ids(given: "int | Sequence[int] | Tensor | None") -> list[int]:
     """No id, one, or several, as a list."""
     if given is None:
         return []
-    return [given] if isinstance(given, int) else [int(token) for token in given]
+    return [int(token) for token in np.atleast_1d(np.asarray(given))]
