@@ -35,9 +35,9 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
 
     One object serves one `generate` call after another; it takes a call whose ids do not continue
     the last ones as a new generation, whose prompt is what it is given. An attention mask belongs
-    to one batch of prompts: assign `attention_mask` before the next. Finished rows (a terminal among
-    the generated tokens) are neither scored nor changed; rows that another stopping criterion
-    finished are known on the `custom_generate` route only.
+    to one batch of prompts: assign `attention_mask` before the next. Finished rows (a terminal
+    among the generated tokens) are neither scored nor changed; rows that another stopping
+    criterion finished are known on the `custom_generate` route only.
     """
 
     def __init__(

@@ -181,20 +181,20 @@ def critic(arch, kind, cache_tokens, max_forward_tokens):
 
 
 @pytest.mark.parametrize("arch", ["llama", "gemma2"])
-@settings(max_examples=60)
+@settings(max_examples=150)
 @given(cache_tokens=CACHE_TOKENS, forward_tokens=FORWARD_TOKENS, seed=SEED, steps=STEPS)
 def test_any_schedule_equals_brute_force(arch, cache_tokens, forward_tokens, seed, steps):
     run(critic(arch, "verl-critic", cache_tokens, forward_tokens), Critic(arch), seed, steps)
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(cache_tokens=CACHE_TOKENS, seed=SEED, steps=STEPS)
 def test_any_schedule_of_a_critic_without_bos(cache_tokens, seed, steps):
     scorer = critic("llama", "ppo-critic", cache_tokens, 4096)
     run(scorer, Critic("llama", drop_bos=True), seed, steps)
 
 
-@settings(max_examples=40)
+@settings(max_examples=100)
 @given(cache_tokens=CACHE_TOKENS, forward_tokens=FORWARD_TOKENS, seed=SEED, steps=STEPS)
 def test_any_schedule_of_an_implicit_reward(cache_tokens, forward_tokens, seed, steps):
     scorer = load_scorer(
