@@ -69,12 +69,9 @@ class GuidedDecoding:
         logits_processor: LogitsProcessorList,
         stopping_criteria: StoppingCriteriaList,
         generation_config: GenerationConfig,
-        tokenizer: Any = None,
         **model_kwargs: Any,
     ) -> Any:
         """What `generate` calls; returns what the stock loop of the mode returns.
-
-        tokenizer: named so that `generate` keeps it for its stop strings; not used here.
 
         Raises:
             ValueError: a generation mode without a stock loop, or what the processor refuses.
