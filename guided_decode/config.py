@@ -92,7 +92,7 @@ def _check_number(
     bounds = [f"at least {least:g}" if least is not None else ""]
     bounds += [f"above {above:g}" if above is not None else ""]
     bounds += [f"at most {most:g}" if most is not None else ""]
-    wanted = " and ".join(["a finite float32 number", *filter(None, bounds)])
+    wanted = " and ".join(["a finite number (float32)", *filter(None, bounds)])
     fits = (
         isinstance(given, int | float)
         and not isinstance(given, bool)

@@ -187,7 +187,7 @@ def start(source, output):
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_loses_nothing(tmp_path, stop):
-    given = chats(300)
+    given = chats(1500)
     source, output = write(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
     process = start(source, output)
     process.send_signal(stop)
