@@ -31,7 +31,7 @@ def score(*args):
 
 
 def chats(n):
-    prompts = tiny_tulu.validation_prompts(n)
+    prompts = tiny_tulu.held_out_prompts(n)
     return [
         {"id": f"sum-{i}", "prompt": p, "response": tiny_tulu.worked_answer(*tiny_tulu.operands(p))}
         for i, p in enumerate(prompts)
@@ -187,7 +187,7 @@ def start(source, output):
 
 @pytest.mark.parametrize("stop", [signal.SIGKILL, signal.SIGINT])
 def test_a_run_that_is_stopped_loses_nothing(tmp_path, stop):
-    given = chats(1500)
+    given = chats(1000)
     source, output = write(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
     process = start(source, output)
     process.send_signal(stop)
