@@ -69,15 +69,14 @@ def packed_attention(
     scaled = query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = packed.pool.keys[layer], packed.pool.layer_values[layer]
-    output = query.new_empty(query.shape[2], query.shape[1], value.shape[-1])
+    outputs = []
     for stretch in stretches(packed, sliding_window):
         own = scaled[:, stretch.queries]
-        output[stretch.queries] = (
-            _attend_fused(own, keys, values, stretch)
-            if stretch.long and softcap is None
-            else _attend(own, keys, values, stretch, softcap)
-        )
-    return output[None], None
+        if stretch.long and softcap is None:
+            outputs.append(_attend_fused(own, keys, values, stretch))
+        else:
+            outputs.append(_attend(own, keys, values, stretch, softcap))
+    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
 
 
 def _refuse_unknown(
@@ -117,23 +116,39 @@ def _attend(
     heads, n, _ = query.shape
     kv_heads = keys.shape[1]
     q = query.reshape(kv_heads, heads // kv_heads * n, -1)
-    pieces = [q @ k.permute(1, 2, 0) for k in _read(keys, stretch)]
-    scores = pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
     mask = stretch.mask
     if mask is None and stretch.long:
-        mask = scores.new_full((n, n), -torch.inf).triu_(1)
-    if mask is not None:
-        scores.view(kv_heads, -1, n, scores.shape[-1])[..., -mask.shape[1] :] += mask
+        mask = q.new_full((n, n), -torch.inf).triu_(1)
+    if mask is not None and kv_heads < heads:
+        mask = mask.repeat(heads // kv_heads, 1)
+    scores = _scores(q, [k.permute(1, 2, 0) for k in _read(keys, stretch)], mask, softcap)
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
     first, *others = _read(values, stretch)
     start = len(first)
-    output = weights[..., :start] @ first.transpose(0, 1)
+    output = torch.bmm(weights[..., :start], first.transpose(0, 1))
     for v in others:
         output.baddbmm_(weights[..., start : start + len(v)], v.transpose(0, 1))
         start += len(v)
     return output.view(heads, n, -1).transpose(0, 1)
+
+
+def _scores(
+    q: Tensor,  # [kv_heads, m, head_dim]
+    keys: list[Tensor],  # [kv_heads, head_dim, columns] each
+    mask: Tensor | None,  # [m, columns of the last piece]
+    softcap: float | None,
+) -> Tensor:
+    """Masked scores of m queries, [kv_heads, m, columns of all pieces]."""
+    pieces = [torch.bmm(q, k) for k in keys[:-1]]
+    if mask is None or softcap is not None:
+        pieces.append(torch.bmm(q, keys[-1]))
+    else:
+        pieces.append(torch.baddbmm(mask, q, keys[-1]))
+    if softcap is not None:
+        pieces = [torch.tanh(piece / softcap) * softcap for piece in pieces]
+        if mask is not None:
+            pieces[-1] += mask
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
 def _attend_fused(query: Tensor, keys: Tensor, values: Tensor, stretch: Stretch) -> Tensor:

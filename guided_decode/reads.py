@@ -5,11 +5,11 @@ lie between the candidates that were not chosen. Attention does not mind the ord
 only the mask has to follow it.
 """
 
-import functools
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from guided_decode.packed import PackedBatch, Segment
@@ -29,9 +29,10 @@ class Stretch:
 
     queries: where they stand in the packed sequence. runs: (first slot, one past the last) of the
     columns that are read in place; those of `gathered`, int64 [n] on the pool's device, follow.
-    mask: [queries, m] of the model's dtype, 0 where a query sees one of the last m columns, else
-    −inf; None where all see all. long: many queries, over columns in order, with a whole mask,
-    or None where the queries are the columns and each sees those up to itself.
+    mask: [queries, m] of the model's dtype, 0 where a query sees one of the last piece's columns
+    (`gathered`, or the only run), else −inf; None where all see all. long: many queries, over one
+    piece whose columns are in order; there None means that the queries are the columns, and each
+    sees those up to itself.
     """
 
     queries: slice
@@ -69,15 +70,13 @@ def _short(batch: PackedBatch, segment: Segment, chunk: int, window: int | None)
     if cut:
         runs, before = _NO_RUNS, _slots(batch, segment, low, first)
         columns = torch.cat([torch.arange(low, first, device=own.device), own])
+        mask = _mask(own, columns, window, n, batch.dtype)
     else:
         runs, before = _in_place(batch, segment, low, first)
-        columns = own
-    mask = None
-    if not chunk:
-        mask = _each_itself(n, batch.dtype, own.device) if n > 1 else None
-    elif chunk + n > 1:
-        mask = _mask(own, columns, window, n, batch.dtype)
-    return Stretch(queries, runs, torch.cat([before, batch.slots[queries]]), mask)
+        seen = _mask(own, own, window, n, batch.dtype) if chunk else _each_itself(n, batch)
+        mask = F.pad(seen, (len(before), 0))
+    gathered = torch.cat([before, batch.slots[queries]])
+    return Stretch(queries, runs, gathered, mask if len(own) > 1 else None)
 
 
 def _long(batch: PackedBatch, segment: Segment, window: int | None) -> Stretch:
@@ -111,15 +110,15 @@ def _in_place(batch: PackedBatch, segment: Segment, low: int, high: int) -> tupl
     if slots.device.type != "cpu" or high - low < _SHORTEST_RUN:
         return _NO_RUNS, slots.long()
     table = slots.numpy()
-    edges = np.flatnonzero(np.diff(table) != 1) + 1
-    edges = np.concatenate([[0], edges, [len(table)]])
-    long = np.flatnonzero(np.diff(edges) >= _SHORTEST_RUN)
-    outside = np.ones(len(table), bool)
-    for start, end in zip(edges[long], edges[long + 1], strict=True):
+    jumps = (table[1:] - table[:-1] != 1).nonzero()[0]
+    edges = np.empty(len(jumps) + 2, np.int64)
+    edges[0], edges[1:-1], edges[-1] = 0, jumps + 1, len(table)
+    outside, runs = np.ones(len(table), bool), []
+    for at in (edges[1:] - edges[:-1] >= _SHORTEST_RUN).nonzero()[0].tolist():
+        start, end = edges[at], edges[at + 1]
         outside[start:end] = False
-    starts, ends = table[edges[long]].tolist(), table[edges[long + 1] - 1].tolist()
-    runs = tuple((start, end + 1) for start, end in zip(starts, ends, strict=True))
-    return runs, torch.from_numpy(table[outside]).long()
+        runs.append((int(table[start]), int(table[end - 1]) + 1))
+    return tuple(runs), torch.from_numpy(table[outside].astype(np.int64))
 
 
 def _mask(
@@ -136,14 +135,13 @@ def _mask(
         seen &= behind < window
     if candidates:
         # They share a position, but none sees another.
-        seen[-candidates:, -candidates:] = torch.eye(
-            candidates, dtype=torch.bool, device=seen.device
-        )
+        seen[-candidates:, -candidates:].fill_(False).fill_diagonal_(True)
     return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, -torch.inf)
 
 
-@functools.lru_cache(maxsize=64)
-def _each_itself(candidates: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The mask among a row's candidates."""
-    position = torch.zeros(candidates, dtype=torch.int64, device=device)
-    return _mask(position, position, None, candidates, dtype)
+def _each_itself(candidates: int, batch: PackedBatch) -> Tensor:
+    """The mask among a row's candidates, which share a position."""
+    hidden = torch.full(
+        (candidates, candidates), -torch.inf, dtype=batch.dtype, device=batch.positions.device
+    )
+    return hidden.fill_diagonal_(0.0)
