@@ -1,5 +1,7 @@
 """Which tokens are considered: top-k with ties to the lower id, cut by top-p; and the gate."""
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -28,21 +30,44 @@ def select_candidates(
     Raises:
         ValueError: top_k is larger than the vocabulary.
     """
+    return select_candidates_per_row(logits, [top_k], [top_p], min_keep)
+
+
+def select_candidates_per_row(
+    logits: Tensor,  # [rows, vocab] any float
+    top_k: Sequence[int | None],
+    top_p: Sequence[float],
+    min_keep: int = 1,
+) -> Tensor:
+    """`select_candidates` with a top_k and a top_p a row (or one of each for all rows).
+
+    One selection, as wide as the largest top_k: int64 [rows, largest k], padded with -1.
+    """
     vocab = logits.shape[-1]
-    k = vocab if top_k is None else top_k
-    if k > vocab:
+    widths = [vocab if k is None else k for k in top_k]
+    width = max(widths, default=1)
+    if width > vocab:
         raise ValueError(
-            f"top_k={k} is larger than the vocabulary of {vocab} tokens: "
+            f"top_k={width} is larger than the vocabulary of {vocab} tokens: "
             f"expected at most {vocab}, or None for all of it"
         )
-    candidates = _largest(logits, k)
+    candidates = _largest(logits, width)
     chosen = logits.gather(-1, candidates).float()
     dropped = chosen == -torch.inf
-    if top_p < 1.0:
+    if min(top_p, default=1.0) < 1.0:
+        # The mass of all candidates may round to 1 before the last one: 1 cuts nothing.
+        cuts = _column([p if p < 1.0 else torch.inf for p in top_p], torch.float32, logits.device)
         mass = (chosen - log_normaliser(logits)).exp()
-        dropped |= mass.cumsum(-1) - mass >= top_p
+        dropped |= mass.cumsum(-1) - mass >= cuts
         dropped[:, :min_keep] = chosen[:, :min_keep] == -torch.inf
+    if min(widths, default=width) < width:
+        place = torch.arange(width, device=logits.device)
+        dropped |= place >= _column(widths, torch.int64, logits.device)
     return candidates.masked_fill_(dropped, -1)
+
+
+def _column(numbers: Sequence[float], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(numbers, dtype=dtype).to(device, non_blocking=True)[:, None]
 
 
 def log_normaliser(logits: Tensor) -> Tensor:

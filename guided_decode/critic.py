@@ -131,6 +131,15 @@ class CriticScorer:
             torch.cat([part.baseline for part in parts]),
         )
 
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why `score` would refuse this prefix with so many candidates, or None."""
+        reasons = [self.model.refusal(prefix, self.skip_token, candidates)]
+        if self.reward is not None:
+            reasons.append(self.reward.refusal(prefix, 1))
+        if self.reference is not None:
+            reasons.append(self.reference.refusal(prefix, candidates))
+        return next((reason for reason in reasons if reason is not None), None)
+
     def _read(self, prefixes: Sequence[Prefix], candidates: Tensor) -> tuple[list[Row], Ints]:
         """Rows that were checked, and candidates on the host: the step's one blocking copy."""
         shape = candidates.shape

@@ -57,6 +57,10 @@ class LanguageModel:
         self._evicted = self.cache.tree.evicted
         return torch.cat(parts) if parts else torch.empty(candidates.shape, dtype=torch.float32)
 
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why `log_probs` would refuse this prefix, or None."""
+        return self.model.refusal(prefix, None, 0)
+
     def _part(self, rows: Sequence[Row]) -> Tensor:
         """Logits after as many of the rows as fit the pool together, float32 [rows, vocab]."""
         self.cache.begin_batch()
@@ -151,3 +155,8 @@ class ImplicitScorer:
         self.stats.rows_scored += len(prefixes)
         self.stats.seconds += time.perf_counter() - begun
         return Scores(values, values.new_zeros(len(values)))
+
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why `score` would refuse this prefix, or None."""
+        tuned = self._tuned.refusal(prefix, candidates)
+        return tuned if tuned is not None else self._reference.refusal(prefix, candidates)

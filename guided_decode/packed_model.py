@@ -100,6 +100,14 @@ class PackedModel:
         self._check_fits(len(tokens) - skip, candidates, index)
         return Row(prefix, skip)
 
+    def refusal(self, given: Prefix, skip_token: int | None, candidates: int) -> str | None:
+        """What `row` would raise, or None."""
+        try:
+            self.row(given, 0, skip_token, candidates)
+        except ValueError as error:
+            return str(error).removeprefix("row 0: ")
+        return None
+
     def check_vocabulary(self, lowest: int, highest: int, what: str) -> None:
         """Raises ValueError where ids between these two are not all in the vocabulary."""
         if lowest < 0 or highest >= self.vocab_size:

@@ -31,6 +31,10 @@ class LogProbs(Protocol):
         """log pi_ref(candidate | prefix), float32 [rows, k]; NaN where padded."""
         ...
 
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why a row with this many candidates cannot be scored, or None: `ValueError`'s text."""
+        ...
+
 
 @runtime_checkable
 class Scorer(Protocol):
@@ -59,4 +63,8 @@ class Scorer(Protocol):
 
     def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
         """Values of candidates, int64 [rows, k] padded with -1, after unpadded prefixes."""
+        ...
+
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why a row with this many candidates cannot be scored, or None: `ValueError`'s text."""
         ...

@@ -1,13 +1,13 @@
 """One decoding step for many rows: candidates, gate, scores, guided logits."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
-from guided_decode.candidates import gated_rows, log_normaliser, select_candidates
+from guided_decode.candidates import gated_rows, log_normaliser, select_candidates_per_row
 from guided_decode.config import GuidanceConfig
 from guided_decode.guidance import (
     Configs,
@@ -20,6 +20,8 @@ from guided_decode.scores import Prefix, Scorer, Scores
 from guided_decode.terminal import score_candidates
 
 OnError = Literal["raise", "passthrough"]
+# Token ids that would end any of the rows, or one collection of them a row.
+Terminals = Collection[int] | Sequence[Collection[int]]
 
 logger = logging.getLogger("guided_decode")
 
@@ -36,7 +38,7 @@ def guide_rows(
     prefixes: Sequence[Prefix],
     config: Configs,
     *,
-    terminals: Sequence[int] = (),
+    terminals: Terminals = (),
     on_error: OnError = "raise",
     min_keep: int = 1,
 ) -> Tensor:
@@ -47,9 +49,10 @@ def guide_rows(
         logits: [rows, vocab], before temperature and truncation; not changed.
         prefixes: a row's unpadded token ids (prompt and what was generated), or its handle.
         config: one GuidanceConfig, or one a row.
-        terminals: token ids that would end these requests.
-        on_error: what a scorer that fails, or answers NaN or infinity, does: "raise", or
-            "passthrough", which hands those rows' logits on untouched, counts them, and logs once.
+        terminals: token ids that would end these requests, or one collection of them a row.
+        on_error: what a scorer that fails, refuses a row, or answers NaN or infinity, does:
+            "raise", or "passthrough", which hands those rows' logits on untouched, counts them,
+            and logs once. A row that is refused does not keep the others from being scored.
         min_keep: how many candidates top_p and pruning leave at least (beam search needs some).
 
     Returns:
@@ -66,24 +69,30 @@ def guide_rows(
         _check_supported(scorer, each)
     if all(not c.needs_scores and c.tail == "keep" for c in configs):
         return logits.clone()
+    ends = _per_row_terminals(terminals, len(logits))
     candidates = _candidates(logits, configs, min_keep)
     active = _rows_to_score(scorer, logits, configs)
+    refused: dict[int, str] = {}
+    if on_error == "passthrough":
+        refused = _refused_rows(scorer, prefixes, candidates, active, logits.shape[-1])
+        active = [i for i in active if i not in refused]
     reason: object = "NaN or infinite scores"
     try:
-        step = _score(scorer, logits, candidates, prefixes, configs, active, terminals)
+        step = _score(scorer, logits, candidates, prefixes, configs, active, ends)
     except Exception as error:
         if on_error == "raise" or _is_device_error(error):
             raise
         reason, step = error, _no_scores(candidates)
     guided, failed = _apply(logits, candidates, configs, active, step, min_keep)
-    if failed:
-        if on_error == "raise":
-            raise ValueError(
-                f"the scorer answered NaN or infinity for rows {failed}, or so much that their "
-                "logits overflow: expected finite values"
-            )
-        _count_failure(scorer, len(failed), reason)
-        guided[failed] = logits[failed]
+    if failed and on_error == "raise":
+        raise ValueError(
+            f"the scorer answered NaN or infinity for rows {failed}, or so much that their "
+            "logits overflow: expected finite values"
+        )
+    if failed or refused:
+        untouched = [*failed, *refused]
+        _count_failure(scorer, len(untouched), next(iter(refused.values()), reason))
+        guided[untouched] = logits[untouched]
     return guided
 
 
@@ -109,18 +118,39 @@ def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
         )
 
 
+def _per_row_terminals(terminals: Terminals, rows: int) -> Sequence[Collection[int]]:
+    shared = [each for each in terminals if not isinstance(each, Collection)]
+    if shared or not terminals:
+        return [shared] * rows
+    each_row = [each for each in terminals if isinstance(each, Collection)]
+    if len(each_row) != rows:
+        raise ValueError(
+            f"terminals came for {len(each_row)} rows with logits of {rows}: expected token ids, "
+            "or one collection of them a row"
+        )
+    return each_row
+
+
 def _candidates(logits: Tensor, configs: Sequence[GuidanceConfig], min_keep: int) -> Tensor:
     """Candidates by each row's own top_k and top_p, int64 [rows, largest k]."""
-    kinds = {(c.top_k, c.top_p) for c in configs}
-    if len(kinds) == 1:
-        return select_candidates(logits, *kinds.pop(), min_keep)
-    width = max(logits.shape[-1] if k is None else k for k, _ in kinds)
-    candidates = torch.full((len(logits), width), -1, device=logits.device)
-    for k, p in kinds:
-        rows = [i for i, c in enumerate(configs) if (c.top_k, c.top_p) == (k, p)]
-        chosen = select_candidates(logits[rows], k, p, min_keep)
-        candidates[rows, : chosen.shape[-1]] = chosen
-    return candidates
+    if len({(c.top_k, c.top_p) for c in configs}) == 1:
+        configs = configs[:1]
+    top_k, top_p = [c.top_k for c in configs], [c.top_p for c in configs]
+    return select_candidates_per_row(logits, top_k, top_p, min_keep)
+
+
+def _refused_rows(
+    scorer: Scorer, prefixes: Sequence[Prefix], candidates: Tensor, active: list[int], vocab: int
+) -> dict[int, str]:
+    """The rows that the scorer would refuse, with its reasons."""
+    width = candidates.shape[-1]
+    reasons = ((i, scorer.refusal(prefixes[i], width)) for i in active)
+    refused = {i: reason for i, reason in reasons if reason is not None}
+    if vocab > scorer.vocab_size:
+        unknown = (candidates >= scorer.vocab_size).any(-1).tolist()
+        reason = f"a candidate is outside the scorer's vocabulary of {scorer.vocab_size} tokens"
+        refused.update({i: reason for i in active if unknown[i]})
+    return refused
 
 
 def _rows_to_score(scorer: Scorer, logits: Tensor, configs: Sequence[GuidanceConfig]) -> list[int]:
@@ -143,7 +173,7 @@ def _score(
     prefixes: Sequence[Prefix],
     configs: Sequence[GuidanceConfig],
     active: list[int],
-    terminals: Sequence[int],
+    terminals: Sequence[Collection[int]],
 ) -> _StepScores:
     """Scores of the active rows, spread over all rows; NaN elsewhere."""
     step = _no_scores(candidates)
@@ -152,7 +182,8 @@ def _score(
     device = candidates.device
     rows = torch.tensor(active, device=device)
     chosen, own = candidates[rows], [prefixes[i] for i in active]
-    scores, exempt = score_candidates(scorer, own, chosen, terminals)
+    ends = [terminals[i] for i in active]
+    scores, exempt = score_candidates(scorer, own, chosen, ends)
     step.scores.values[rows] = scores.values.to(device)
     step.scores.baseline[rows] = scores.baseline.to(device)
     if exempt is not None:

@@ -1,6 +1,6 @@
 """Scoring with the terminal rule: what Q is for a candidate that would end the request."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,9 +21,9 @@ def score_candidates(
     scorer: Scorer,
     prefixes: Sequence[Prefix],
     candidates: Tensor,  # [rows, k] int64, -1 where padded
-    terminals: Sequence[int],
+    terminals: Sequence[Collection[int]],  # one collection a row
 ) -> TerminalScores:
-    """Scores candidates; those in `terminals` get their Q by the scorer's terminal rule.
+    """Scores candidates; a row's `terminals` among them get their Q by the scorer's terminal rule.
 
     "baseline": they are not scored and exempt. "critic": Q = V(prefix + EOS), EOS being the
     critic's own. "reward": Q = the reward model's score of the response that ends here.
@@ -46,11 +46,14 @@ def score_candidates(
     return TerminalScores(Scores(torch.where(ends, rewards[:, None], values), baseline), None)
 
 
-def _is_terminal(candidates: Tensor, terminals: Sequence[int]) -> Tensor | None:
-    if not terminals:
+def _is_terminal(candidates: Tensor, terminals: Sequence[Collection[int]]) -> Tensor | None:
+    width = max(map(len, terminals), default=0)
+    if not width:
         return None
-    ids = torch.tensor(list(terminals), device=candidates.device)
-    ends = (candidates[..., None] == ids).any(-1) & (candidates >= 0)
+    # Candidates of -1 are padding, so -2 pads terminals.
+    ids = torch.tensor([[*ends, *[-2] * (width - len(ends))] for ends in terminals])
+    ids = ids.to(candidates.device, non_blocking=True)
+    ends = (candidates[..., None] == ids[:, None]).any(-1)
     return ends if bool(ends.any()) else None
 
 

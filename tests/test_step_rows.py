@@ -1,0 +1,89 @@
+"""Rows of one step that differ: in their settings, in what ends them, in what can be scored."""
+
+import pytest
+import torch
+
+from guided_decode import GuidanceConfig, load_scorer
+from guided_decode.candidates import select_candidates, select_candidates_per_row
+from guided_decode.step import guide_rows
+from tests import models, oracle
+
+LENGTHS = [3, 17, 1, 40, 8, 25]
+CONFIGS = [
+    GuidanceConfig(beta=1.7, top_k=8),
+    GuidanceConfig(beta=0.5, top_k=3, top_p=0.6, tail="keep"),
+    GuidanceConfig(rule="prune", margin=0.8, top_k=16),
+    GuidanceConfig(beta=-1.0, top_k=1, tail="keep"),
+    GuidanceConfig(beta=0.0, tail="keep"),
+    GuidanceConfig(beta=2.0, top_k=12, gate=0.3),
+]
+
+
+def critic(**options):
+    return load_scorer(models.saved("llama", "token"), kind="verl-critic", **options)
+
+
+def step():
+    policy = oracle.LogProbs(models.tiny("llama", "lm", seed=1))
+    prefixes = models.prompts(LENGTHS, seed=3)
+    return prefixes, torch.stack([policy.logits(prefix) for prefix in prefixes])
+
+
+def test_a_selection_of_each_rows_own_equals_the_rows_alone():
+    logits = torch.randn(6, 101, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    top_k, top_p = [1, 8, 101, 3, 40, None], [1.0, 0.5, 0.9, 0.1, 1.0, 0.7]
+    together = select_candidates_per_row(logits, top_k, top_p)
+    for row, k, p, got in zip(logits, top_k, top_p, together, strict=True):
+        alone = select_candidates(row[None], k, p)[0]
+        assert got[got >= 0].tolist() == alone[alone >= 0].tolist()
+
+
+def test_terminals_of_each_row():
+    prefixes, logits = step()
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    terminals = [[], [models.EOS], list(range(30, 60)), [5], range(40, 44), {7, 8, 9}]
+    guided = guide_rows(critic(), logits, prefixes, CONFIGS, terminals=terminals)
+    for i, got in enumerate(guided):
+        oracle.assert_row_equal(got, brute.row(prefixes[i], logits[i], CONFIGS[i], terminals[i]))
+
+
+def test_terminals_for_another_number_of_rows_are_refused():
+    prefixes, logits = step()
+    with pytest.raises(ValueError, match="terminals came for 2 rows with logits of 6"):
+        guide_rows(critic(), logits, prefixes, CONFIGS, terminals=[[1], [2]])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda row: row * (models.POSITIONS // len(row) + 1), "positions"),
+        (lambda row: [*row, models.VOCAB], "outside the vocabulary"),
+        (lambda row: [], "empty prefix"),
+    ],
+)
+def test_a_refused_row_passes_through_alone(spoil, reason, caplog):
+    prefixes, logits = step()
+    expected = guide_rows(critic(), logits, prefixes, CONFIGS)
+    prefixes[2] = spoil(prefixes[2])
+    scorer = critic()
+    guided = guide_rows(scorer, logits, prefixes, CONFIGS, on_error="passthrough")
+    assert torch.equal(guided[2], logits[2])
+    others = [0, 1, 3, 4, 5]
+    torch.testing.assert_close(guided[others], expected[others], rtol=0, atol=1e-5)
+    assert scorer.stats.passthroughs == 1
+    assert reason in caplog.text
+    with pytest.raises(ValueError, match=reason):
+        guide_rows(critic(), logits, prefixes, CONFIGS)
+
+
+def test_a_candidate_that_the_critic_does_not_know_passes_its_row_through():
+    prefixes, logits = step()
+    expected = guide_rows(critic(), logits, prefixes, CONFIGS)
+    wider = torch.cat([logits, torch.full((len(logits), 11), -50.0)], -1)
+    wider[1, models.VOCAB + 4] = 60.0
+    scorer = critic()
+    guided = guide_rows(scorer, wider, prefixes, CONFIGS, on_error="passthrough")
+    assert torch.equal(guided[1], wider[1])
+    others = [0, 2, 3, 5]
+    torch.testing.assert_close(guided[others, : models.VOCAB], expected[others], rtol=0, atol=1e-4)
+    assert scorer.stats.passthroughs == 1
