@@ -50,7 +50,7 @@ class ChatScorer:
         whole = [prompt + response for prompt, response in pairs]
         last = torch.tensor([[ids[-1]] for ids in whole])
         scores, exempt = score_candidates(
-            self.scorer, [ids[:-1] for ids in whole], last, self._terminals
+            self.scorer, [ids[:-1] for ids in whole], last, [self._terminals] * len(whole)
         )
         values = scores.values[:, 0]
         if exempt is not None:

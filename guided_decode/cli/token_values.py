@@ -43,7 +43,9 @@ def token_values(
     for start in range(len(prompt), len(whole), _ROWS):
         ends = range(start, min(start + _ROWS, len(whole)))
         tokens = whole[start : ends.stop, None]
-        scores, exempt = score_candidates(scorer, [whole[:i] for i in ends], tokens, terminals)
+        scores, exempt = score_candidates(
+            scorer, [whole[:i] for i in ends], tokens, [terminals] * len(ends)
+        )
         row = scores.values[:, 0].float().cpu().tolist()
         skipped = [False] * len(row) if exempt is None else exempt[:, 0].tolist()
         values += [None if skip else v for v, skip in zip(row, skipped, strict=True)]
