@@ -1,0 +1,27 @@
+"""The kernels' own tests once more, in Triton's interpreter, which must be chosen before import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.kernel_cases import INTERPRETED
+
+TESTS = Path(__file__).parent
+FILES = sorted(TESTS.glob("test_kernel_*.py"))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
+def test_kernels_hold_in_the_interpreter():
+    files = [str(file) for file in FILES if file != Path(__file__)]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "gpu and not slow", "-rf", *files],
+        cwd=TESTS.parent,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]
+    assert " passed" in run.stdout
