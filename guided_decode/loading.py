@@ -33,6 +33,7 @@ class _Options:
     trust_remote_code: bool
     rope_theta: float | None
     cache_tokens: int | None
+    live_tokens: int | None
     max_forward_tokens: int
     policy_tokenizer: PreTrainedTokenizerBase | None
 
@@ -57,6 +58,7 @@ def load_scorer(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
     cache_tokens: int | None = None,
+    live_tokens: int | None = None,
     max_forward_tokens: int = 8192,
     bos: BosRule | None = None,
     terminal: TerminalRule | None = None,
@@ -79,6 +81,8 @@ def load_scorer(
         device: where it runs; None is the CPU, or where the given model is.
         dtype: of the weights; None keeps the checkpoint's, and is float32 on a CPU.
         cache_tokens: capacity of each model's prefix cache; None takes a bounded share of memory.
+        live_tokens: the most tokens that are live at once; the default of cache_tokens takes no
+            more than these.
         max_forward_tokens: the most tokens of one forward.
         bos: "keep" or "drop" one leading BOS; None follows the family.
         terminal: the terminal rule; None follows the family.
@@ -103,6 +107,7 @@ def load_scorer(
         trust_remote_code=trust_remote_code,
         rope_theta=rope_theta,
         cache_tokens=cache_tokens,
+        live_tokens=live_tokens,
         max_forward_tokens=max_forward_tokens,
         policy_tokenizer=_tokenizer(policy_tokenizer),
     )
@@ -182,6 +187,7 @@ def _load_reward(reward: "ModelLike | Scorer | None", options: _Options) -> Scor
         device=options.device,
         dtype=options.dtype,
         cache_tokens=options.cache_tokens,
+        live_tokens=options.live_tokens,
         max_forward_tokens=options.max_forward_tokens,
         policy_tokenizer=options.policy_tokenizer,
         allow_pickle=options.allow_pickle,
@@ -195,6 +201,7 @@ def _packed(model: PreTrainedModel, name: str, options: _Options) -> PackedModel
         model,
         name,
         cache_tokens=options.cache_tokens,
+        live_tokens=options.live_tokens,
         max_forward_tokens=options.max_forward_tokens,
     )
     check_packed(packed)

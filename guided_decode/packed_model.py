@@ -41,6 +41,7 @@ class PackedModel:
         name: str,
         *,
         cache_tokens: int | None = None,
+        live_tokens: int | None = None,
         max_forward_tokens: int = 8192,
     ) -> None:
         """
@@ -48,13 +49,18 @@ class PackedModel:
             model: trunk (AutoModel) or causal LM, in eval mode, on its device.
             name: what errors call it.
             cache_tokens: capacity of the slot pool; None takes a bounded share of free memory.
+            live_tokens: the most tokens that are live at once, which bounds that default.
             max_forward_tokens: the most tokens of one forward.
 
         Raises:
             ValueError: a bound below 1, or layers that keep no keys and values.
         """
-        for bound, given in (("cache_tokens", cache_tokens), ("max_forward_tokens",
-                                                              max_forward_tokens)):  # fmt: skip
+        bounds = {
+            "cache_tokens": cache_tokens,
+            "live_tokens": live_tokens,
+            "max_forward_tokens": max_forward_tokens,
+        }
+        for bound, given in bounds.items():
             if given is not None and (not isinstance(given, int) or given < 1):
                 raise ValueError(f"{bound}={given!r}: expected an integer of at least 1")
         self.model = model
@@ -64,7 +70,7 @@ class PackedModel:
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         shapes = _layer_shapes(model)
-        capacity = cache_tokens or _default_capacity(shapes, model)
+        capacity = cache_tokens or min(live_tokens or 1 << 17, _default_capacity(shapes, model))
         self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
         model.set_attn_implementation(ATTENTION_NAME)
 

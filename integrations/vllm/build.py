@@ -1,0 +1,176 @@
+"""An engine's guidance from vLLM's configuration: what is refused, and what is loaded."""
+
+import contextlib
+import logging
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
+from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
+from guided_decode.loading import load_scorer
+from guided_decode.scores import Scorer
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+logger = logging.getLogger("guided_decode")
+
+_FORWARD_TOKENS = 8192
+
+
+def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngine:
+    """The guidance of one worker; the scorer is loaded on the rank that scores only.
+
+    Raises ValueError: the configuration is wrong, the scorer does not fit, or the engine has what
+    guidance cannot serve.
+    """
+    _log_with_vllm()
+    config = config_of(vllm_config.additional_config)
+    refuse_unsupported(vllm_config)
+    parallel = vllm_config.parallel_config
+    scores, broadcast = _ranks(parallel)
+    scorer = _load(config, vllm_config, device) if scores else None
+    return GuidedEngine(
+        config,
+        scorer,
+        end_ids=_end_ids(vllm_config.model_config),
+        groups=parallel.data_parallel_size == 1,
+        broadcast=broadcast,
+    )
+
+
+def refuse_unsupported(vllm_config: "VllmConfig") -> None:
+    """Raises ValueError: what this engine does, why guidance cannot serve it, what to do."""
+    model = vllm_config.model_config
+    if vllm_config.speculative_config is not None:
+        raise ValueError(
+            "speculative decoding is on: vLLM does not run custom logits processors with it; "
+            "start the server without --speculative-config"
+        )
+    if model.enable_prompt_embeds:
+        raise ValueError(
+            "prompt embeddings are on, but guidance needs token ids: start the server without "
+            "--enable-prompt-embeds"
+        )
+    if getattr(model, "supports_multimodal_inputs", False):
+        raise ValueError(
+            "this policy takes images, sound or video, which no critic reads: start the server "
+            "with --language-model-only, or --limit-mm-per-prompt with 0 for each of them"
+        )
+    if getattr(vllm_config.parallel_config, "enable_batch_sharded_sampling", False):
+        raise ValueError(
+            "batch-sharded sampling is on, where each rank samples other rows: start the server "
+            "without it"
+        )
+
+
+def _ranks(parallel: Any) -> tuple[bool, Broadcast | None]:
+    """Whether this rank scores, and how its result reaches the others."""
+    if parallel.tensor_parallel_size == 1 and parallel.pipeline_parallel_size == 1:
+        return True, None
+    from vllm.distributed.parallel_state import get_pp_group, get_tp_group
+
+    if not get_pp_group().is_last_rank:
+        return False, None
+    group = get_tp_group()
+    if group.world_size == 1:
+        return True, None
+    return group.rank_in_group == 0, lambda tensor: group.broadcast(tensor, src=0)
+
+
+def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) -> Scorer:
+    model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
+    # A step's scorer activations then stay below those of the policy, which vLLM profiles.
+    forward = config.max_forward_tokens or min(_FORWARD_TOKENS, scheduler.max_num_batched_tokens)
+    row_tokens = model.max_model_len + config.max_top_k
+    on = torch.device(config.device) if config.device else device
+    with _explained(config, on):
+        scorer = load_scorer(
+            config.scorer,
+            config.kind,
+            reward=config.reward,
+            reference=config.reference,
+            device=on,
+            dtype=None if config.dtype is None else getattr(torch, config.dtype),
+            cache_tokens=config.cache_tokens,
+            live_tokens=scheduler.max_num_seqs * row_tokens,
+            max_forward_tokens=forward,
+            bos=config.bos,
+            terminal=config.terminal,
+            transform=config.transform,
+            policy_tokenizer=_policy_tokenizer(model),
+            revision=config.revision,
+            allow_pickle=config.allow_pickle,
+            trust_remote_code=config.trust_remote_code,
+            rope_theta=config.rope_theta,
+        )
+        if on.type != "cpu":
+            _run_once(scorer, forward, model.max_model_len)
+    if config.top_k is None and not scorer.scores_vocabulary:
+        raise ValueError(
+            f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
+            "set top_k (the whole vocabulary is for implicit rewards only)"
+        )
+    reason = scorer.refusal([0] * (model.max_model_len - 1), config.max_top_k)
+    if reason is not None:
+        logger.warning(
+            "requests near max_model_len=%d go unguided: %s", model.max_model_len, reason
+        )
+    logger.info("%r scores the candidates; defaults: %s", scorer, config.guidance)
+    return scorer
+
+
+@contextlib.contextmanager
+def _explained(config: ServerConfig, device: torch.device) -> Iterator[None]:
+    """Turns running out of memory into what can be done about it."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not out_of_memory and "allocate memory" not in str(error):
+            raise
+        raise ValueError(
+            f"the scorer {config.scorer} does not fit on {device}: {error}. Take a smaller one, "
+            "dtype=bfloat16, a smaller cache_tokens or max_forward_tokens, another device "
+            '("cuda:1", "cpu"), or more GPUs for the policy (--tensor-parallel-size), which leaves '
+            "room on each"
+        ) from error
+
+
+def _run_once(scorer: Scorer, tokens: int, most: int) -> None:
+    """The largest forward of a step, so that the device's libraries have their workspaces."""
+    length = max(1, min(tokens, most) - 1)
+    while length > 1 and scorer.refusal([0] * length, 1) is not None:
+        length //= 2
+    rows = [[i % scorer.vocab_size, *[0] * (length - 1)] for i in range(max(1, tokens // length))]
+    scorer.score(rows, torch.zeros(len(rows), 1, dtype=torch.int64))
+    scorer.stats.reset()
+
+
+def _policy_tokenizer(model: Any) -> Any:
+    if model.skip_tokenizer_init:
+        logger.warning("without the policy's tokenizer its ids cannot be compared to the scorer's")
+        return None
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(
+        model.tokenizer,
+        revision=model.tokenizer_revision,
+        trust_remote_code=model.trust_remote_code,
+    )
+
+
+def _end_ids(model: Any) -> Collection[int]:
+    """What vLLM adds to every request's stop_token_ids: the generation config's EOS."""
+    given = model.try_get_generation_config().get("eos_token_id")
+    return () if given is None else (given,) if isinstance(given, int) else tuple(given)
+
+
+def _log_with_vllm() -> None:
+    """vLLM configures its own logger only: ours writes where that one does."""
+    ours, theirs = logging.getLogger("guided_decode"), logging.getLogger("vllm")
+    if not ours.handlers and not logging.getLogger().handlers:
+        ours.handlers = list(theirs.handlers)
+        ours.setLevel(theirs.level)

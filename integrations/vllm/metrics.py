@@ -1,0 +1,114 @@
+"""What the processor did, on the server's /metrics and in a log line now and then.
+
+The counters are the worker's. They reach /metrics through prometheus_client's multiprocess
+directory: PROMETHEUS_MULTIPROC_DIR must be set before the server starts.
+"""
+
+import functools
+import logging
+import time
+from dataclasses import dataclass, fields
+from typing import Any
+
+from guided_decode.stats import ScorerStats
+
+logger = logging.getLogger("guided_decode")
+
+_HELP = {
+    "guided_rows": "rows handed to guidance",
+    "wasted_rows": "rows guided whose sample was dropped (prompts still being prefilled)",
+    "unguided_rows": "rows that asked but whose tokens vLLM did not hand over",
+    "clamps": "wishes of requests that were not granted in full",
+    "pruned_siblings": "samples ended by their siblings",
+    "seconds": "seconds in the processor",
+    "rows_scored": "rows whose candidates were scored",
+    "rows_gated": "rows that the gate let pass",
+    "prefix_tokens": "tokens of prefixes that went through the scorer",
+    "candidate_tokens": "candidates that went through the scorer",
+    "cache_hits": "tokens found in the scorer's cache",
+    "evictions": "tokens dropped from the scorer's cache",
+    "passthroughs": "rows that went on unguided because scoring failed",
+    "forwards": "forwards of the scorer",
+    "scorer_seconds": "seconds in the scorer",
+}
+_GAUGES = {
+    "live_rows": "requests of the batch that asked for guidance or pruning",
+    "groups": "groups of siblings with a live member",
+}
+
+
+@dataclass(slots=True)
+class StepCounts:
+    """What the processor counts itself; the rest is the scorer's."""
+
+    guided_rows: int = 0
+    wasted_rows: int = 0
+    unguided_rows: int = 0
+    clamps: int = 0
+    pruned_siblings: int = 0
+    seconds: float = 0.0
+
+
+class Metrics:
+    """Publishes the counters of one engine's processor and its scorer."""
+
+    def __init__(self, counts: StepCounts, scorer: ScorerStats, *, log_every: float) -> None:
+        self._counts, self._scorer = counts, scorer
+        self._log_every = log_every
+        self._published = dict.fromkeys(_HELP, 0.0)
+        self._logged = dict(self._published)
+        self._logged_at = time.monotonic()
+        self._collectors = _collectors()
+
+    def publish(self, **gauges: float) -> None:
+        """Brings /metrics up to date, and logs once the interval is over."""
+        now = self._numbers()
+        for name, collector in self._collectors.items():
+            if name in gauges:
+                collector.set(gauges[name])
+            elif name in now and now[name] > self._published[name]:
+                collector.inc(now[name] - self._published[name])
+        self._published = now
+        if self._log_every and time.monotonic() - self._logged_at >= self._log_every:
+            self._log(now)
+
+    def _numbers(self) -> dict[str, float]:
+        own = {field.name: getattr(self._counts, field.name) for field in fields(self._counts)}
+        scorer = self._scorer.as_dict()
+        scorer["scorer_seconds"] = scorer.pop("seconds")
+        return own | scorer
+
+    def _log(self, now: dict[str, float]) -> None:
+        new = {name: now[name] - self._logged[name] for name in now}
+        self._logged, self._logged_at = now, time.monotonic()
+        if not new["guided_rows"] and not new["pruned_siblings"]:
+            return
+        forwarded = new["prefix_tokens"] + new["candidate_tokens"]
+        logger.info(
+            "guided rows: %d (%d gated, %d wasted, %d passed through), scorer tokens: %d, cache "
+            "hit rate: %.1f%%, evicted: %d, clamps: %d, pruned siblings: %d, seconds: %.2f (%.2f "
+            "in the scorer)",
+            new["guided_rows"], new["rows_gated"], new["wasted_rows"],
+            new["passthroughs"] + new["unguided_rows"], forwarded,
+            100 * new["cache_hits"] / max(1.0, new["cache_hits"] + forwarded),
+            new["evictions"], new["clamps"], new["pruned_siblings"],
+            new["seconds"], new["scorer_seconds"],
+        )  # fmt: skip
+
+
+@functools.cache
+def _collectors() -> dict[str, Any]:
+    """One collector a number, made once a process; none without prometheus_client."""
+    try:
+        from prometheus_client import Counter, Gauge
+    except ImportError:
+        return {}
+    counters = {
+        name: Counter(f"guided_decode_{name}", f"guided-decode: {text}")
+        for name, text in _HELP.items()
+    }
+    gauges = {
+        name: Gauge(f"guided_decode_{name}", f"guided-decode: {text}", multiprocess_mode="livesum")
+        for name, text in _GAUGES.items()
+    }
+    return counters | gauges

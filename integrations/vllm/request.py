@@ -1,0 +1,289 @@
+"""What a request asks for: flat keys in `vllm_xargs`, checked by the front end and the worker."""
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple, Protocol, cast
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+
+from guided_decode.config import GuidanceConfig, Rule, Tail
+from guided_decode.integrations.vllm.server_config import ServerConfig, sentence
+
+# The keys that change a setting of GuidanceConfig; each of them asks for guidance.
+_SETTINGS = ("beta", "top_k", "top_p", "rule", "margin", "tail", "gate")
+_GROUP = ("group", "group_size", "keep", "every", "prune_token")
+# Leaves every row's logits as they are, and scores nothing.
+_UNGUIDED = GuidanceConfig(beta=0.0, tail="keep")
+
+
+class SamplingParams(Protocol):
+    """What is read of vLLM's SamplingParams."""
+
+    extra_args: dict[str, Any] | None
+    stop_token_ids: list[int] | None
+    ignore_eos: bool
+    min_tokens: int
+    structured_outputs: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Pruning:
+    """Siblings: which group, how many there are and survive, how often they are compared.
+
+    token: the id that ends a pruned sibling; one of its stop_token_ids.
+    """
+
+    group: str
+    size: int
+    keep: int
+    every: int
+    token: int
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What one request gets: its guidance, what ends it, and its group."""
+
+    config: GuidanceConfig
+    terminals: tuple[int, ...]
+    pruning: Pruning | None = None
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether guidance can change a logit; a request may only be in a group."""
+        return self.config.needs_scores or self.config.tail != "keep"
+
+
+class Keys(BaseModel):
+    """The keys of `vllm_xargs` that begin with `guide`, without that prefix; types and ranges.
+
+    guide: 1 asks for guidance, 0 refuses it.
+    beta, top_k, top_p, rule, margin, tail, gate: as in `GuidanceConfig`; each asks for guidance.
+    group: an unguessable value that the samples of one prompt share; these are then compared.
+    group_size, keep, every: how many siblings there are, how many survive, and after how many
+        tokens they are compared, again and again.
+    prune_token: which of stop_token_ids ends a pruned sibling; needed where there are several.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    guide: Literal[0, 1] | bool | None = None
+    beta: FiniteFloat | None = Field(default=None, alias="guide_beta")
+    top_k: int | None = Field(default=None, ge=1, alias="guide_top_k")
+    top_p: FiniteFloat | None = Field(default=None, gt=0, le=1, alias="guide_top_p")
+    rule: Rule | None = Field(default=None, alias="guide_rule")
+    margin: FiniteFloat | None = Field(default=None, ge=0, alias="guide_margin")
+    tail: Tail | None = Field(default=None, alias="guide_tail")
+    gate: FiniteFloat | None = Field(default=None, gt=0, le=1, alias="guide_gate")
+    group: str | None = Field(default=None, min_length=8, max_length=128, alias="guide_group")
+    group_size: int | None = Field(default=None, ge=2, alias="guide_group_size")
+    keep: int | None = Field(default=None, ge=1, alias="guide_keep")
+    every: int | None = Field(default=None, ge=1, alias="guide_every")
+    prune_token: int | None = Field(default=None, ge=0, alias="guide_prune_token")
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of GuidanceConfig that the request names."""
+        given = {name: getattr(self, name) for name in _SETTINGS}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+_KNOWN = ", ".join(field.alias or name for name, field in Keys.model_fields.items())
+
+
+class Admitted(NamedTuple):
+    """request: what the worker does for it, None for nothing; clamps: what it did not grant."""
+
+    request: Request | None
+    clamps: list[str]
+
+
+def check_request(params: SamplingParams, config: ServerConfig | None) -> None:
+    """What the front end refuses.
+
+    config: the server's, or None where the front end was not told: then what depends on its
+    defaults and limits is left to the worker, which clamps.
+
+    Raises ValueError: the reason, for HTTP 400.
+    """
+    keys = _keys(params.extra_args)
+    if keys is None:
+        return
+    _check_combination(keys, config)
+    if keys.group is not None:
+        _pruning(keys, params, ())
+        _check_group_with(params)
+    if config is not None:
+        _check_limits(keys, config)
+        if config.kind == "implicit" and keys.group is not None:
+            raise ValueError(
+                "guide_group was given, but the server's scorer is an implicit reward, which has "
+                "no value of a prefix: expected no groups"
+            )
+
+
+def admit(
+    params: SamplingParams, config: ServerConfig, end_ids: Collection[int], *, groups: bool
+) -> Admitted:
+    """What the worker does for a request: within the limits, and never an error.
+
+    Args:
+        params: of the request.
+        config: of the server.
+        end_ids: what ends any request of this policy, besides its EOS.
+        groups: whether this engine can compare siblings.
+    """
+    clamps: list[str] = []
+    try:
+        keys = _keys(params.extra_args) or Keys.model_validate({})
+        keys = _clamped(keys, config, clamps)
+        guidance = _guidance(keys, config)
+        pruning = None
+        if keys.group is not None:
+            pruning = _granted_group(keys, params, config, end_ids, clamps, groups=groups)
+    except ValueError as error:
+        return Admitted(None, [str(error)])
+    if guidance is None and pruning is None:
+        return Admitted(None, clamps)
+    return Admitted(Request(guidance or _UNGUIDED, _terminals(params), pruning), clamps)
+
+
+def _keys(extra_args: Mapping[str, Any] | None) -> Keys | None:
+    """The request's own keys; None where it has none."""
+    given = {k: v for k, v in (extra_args or {}).items() if k == "guide" or k.startswith("guide_")}
+    if not given:
+        return None
+    try:
+        return Keys.model_validate(given)
+    except ValidationError as error:
+        raise ValueError(sentence(error, _KNOWN)) from None
+
+
+def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
+    """The settings that the request gets, or None where it is not guided."""
+    settings = keys.settings
+    asked = bool(settings) if keys.guide is None else bool(keys.guide)
+    if not (asked or (keys.guide is None and config.guide_by_default)):
+        return None
+    if settings.get("rule") == "reweight":
+        # The margin of the server's default rule goes with that rule.
+        settings.setdefault("margin", None)
+    return replace(config.guidance, **settings)
+
+
+def _check_combination(keys: Keys, config: ServerConfig | None) -> None:
+    if keys.guide is not None and not keys.guide and keys.settings:
+        raise ValueError(
+            f"guide=0 was given together with guide_{next(iter(keys.settings))}: expected guide=1, "
+            "or no settings"
+        )
+    stray = [f"guide_{name}" for name in _GROUP[1:] if getattr(keys, name) is not None]
+    if keys.group is None and stray:
+        raise ValueError(f"{', '.join(stray)} came without guide_group: pass both, or neither")
+    if keys.rule == "reweight" and keys.margin is not None:
+        raise ValueError(
+            f"guide_margin={keys.margin:g} was given with guide_rule='reweight', which has no "
+            "margin: drop it, or pass guide_rule='prune'"
+        )
+    if config is not None:
+        try:
+            _guidance(keys, config)
+        except ValueError as error:
+            raise ValueError(f"with the server's defaults this request has {error}") from None
+
+
+def _check_limits(keys: Keys, config: ServerConfig) -> None:
+    if keys.top_k is not None and keys.top_k > config.max_top_k:
+        raise ValueError(f"guide_top_k={keys.top_k} is above the server's limit {config.max_top_k}")
+    if keys.beta is not None and config.max_beta is not None and abs(keys.beta) > config.max_beta:
+        raise ValueError(f"guide_beta={keys.beta:g} is above the server's limit {config.max_beta}")
+    if keys.group is not None and not config.max_group_size:
+        raise ValueError("guide_group was given, but this server compares no siblings")
+    if keys.group_size is not None and keys.group_size > config.max_group_size:
+        raise ValueError(
+            f"guide_group_size={keys.group_size} is above the server's limit "
+            f"{config.max_group_size}"
+        )
+
+
+def _clamped(keys: Keys, config: ServerConfig, clamps: list[str]) -> Keys:
+    changed: dict[str, Any] = {}
+    if keys.top_k is not None and keys.top_k > config.max_top_k:
+        changed["top_k"] = config.max_top_k
+        clamps.append(f"guide_top_k={keys.top_k} became {config.max_top_k}")
+    if keys.beta is not None and config.max_beta is not None and abs(keys.beta) > config.max_beta:
+        changed["beta"] = config.max_beta if keys.beta > 0 else -config.max_beta
+        clamps.append(f"guide_beta={keys.beta:g} became {changed['beta']:g}")
+    return keys.model_copy(update=changed) if changed else keys
+
+
+def _pruning(keys: Keys, params: SamplingParams, end_ids: Collection[int]) -> Pruning:
+    """The group that the request asks for.
+
+    Raises ValueError: a part is missing, or no one knows which token ends a pruned sibling.
+    """
+    missing = [f"guide_{n}" for n in ("group_size", "keep", "every") if getattr(keys, n) is None]
+    if missing:
+        raise ValueError(f"guide_group came without {', '.join(missing)}: pass all of them")
+    size, keep, every = (cast(int, n) for n in (keys.group_size, keys.keep, keys.every))
+    if keep >= size:
+        raise ValueError(
+            f"guide_keep={keep} with guide_group_size={size} prunes nobody: expected fewer"
+        )
+    listed = list(params.stop_token_ids or ())
+    token = keys.prune_token
+    if token is None:
+        # vLLM adds the policy's other end tokens to the client's own list.
+        own = listed if len(listed) == 1 else [i for i in listed if i not in end_ids]
+        if len(own) != 1:
+            raise ValueError(
+                f"guide_group came with stop_token_ids={listed}: expected the one id that ends a "
+                "pruned sibling, or guide_prune_token to say which of them does"
+            )
+        token = own[0]
+    elif token not in listed:
+        raise ValueError(
+            f"guide_prune_token={token} is not among stop_token_ids={listed}: a pruned sibling "
+            "would go on; list it there"
+        )
+    return Pruning(cast(str, keys.group), size, keep, every, token)
+
+
+def _check_group_with(params: SamplingParams) -> None:
+    for name, given in (
+        ("structured_outputs", params.structured_outputs),
+        ("min_tokens", params.min_tokens),
+    ):
+        if given:
+            raise ValueError(
+                f"guide_group was given together with {name}, which may forbid the token that "
+                "ends a pruned sibling: drop one of them"
+            )
+
+
+def _granted_group(
+    keys: Keys,
+    params: SamplingParams,
+    config: ServerConfig,
+    end_ids: Collection[int],
+    clamps: list[str],
+    *,
+    groups: bool,
+) -> Pruning | None:
+    try:
+        pruning = _pruning(keys, params, end_ids)
+        _check_group_with(params)
+    except ValueError as error:
+        clamps.append(str(error))
+        return None
+    if not groups or pruning.size > config.max_group_size:
+        clamps.append(f"guide_group with {pruning.size} siblings is not compared by this server")
+        return None
+    return pruning
+
+
+def _terminals(params: SamplingParams) -> tuple[int, ...]:
+    """Token ids that end this request: EOS is an ordinary token under ignore_eos."""
+    eos = None if params.ignore_eos else getattr(params, "eos_token_id", None)
+    ids = {*(params.stop_token_ids or ()), *(() if eos is None else (eos,))}
+    return tuple(sorted(ids))

@@ -1,0 +1,161 @@
+"""What the server's owner sets: the scorer, the defaults of guidance, and the limits."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
+
+from guided_decode.config import Baseline, GuidanceConfig, OnError, Rule, Tail
+
+# The key of vLLM's additional_config, and the variable in which the front end finds the same.
+CONFIG_KEY = "guided_decode"
+CONFIG_VARIABLE = "GUIDED_DECODE_CONFIG"
+
+_GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
+
+
+class ServerConfig(BaseModel):
+    """The value of `additional_config["guided_decode"]`.
+
+    scorer, kind, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
+    allow_pickle, trust_remote_code, cache_tokens, max_forward_tokens: as in `load_scorer`; device
+    None is the policy's, cache_tokens None what max_num_seqs and max_model_len need, bounded.
+    beta to kl_coef: the defaults of `GuidanceConfig` for requests that are guided.
+    guide_by_default: guides every request that does not say `guide: 0`; else those that ask.
+    max_top_k, max_beta: what a request may ask for; None for max_beta sets no limit.
+    max_group_size: siblings of one group; 0 refuses groups.
+    on_error: what a scorer that fails does: "passthrough" or "raise", which ends the engine.
+    log_every: seconds between log lines with the counters; 0 logs none.
+
+    Raises pydantic's ValidationError; `parse_config` turns it into one sentence.
+    """
+
+    model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
+
+    scorer: str
+    kind: str = "auto"
+    reward: str | None = None
+    reference: str | None = None
+    revision: str | None = None
+    device: str | None = None
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None
+    bos: Literal["keep", "drop"] | None = None
+    terminal: Literal["baseline", "reward", "critic"] | None = None
+    transform: str | None = None
+    rope_theta: FiniteFloat | None = None
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+    cache_tokens: int | None = Field(default=None, ge=1)
+    max_forward_tokens: int | None = Field(default=None, ge=1)
+
+    beta: FiniteFloat = 1.0
+    top_k: int | None = 16
+    top_p: FiniteFloat = 1.0
+    rule: Rule = "reweight"
+    margin: FiniteFloat | None = None
+    tail: Tail = "mask"
+    baseline: Baseline = "prefix"
+    gate: FiniteFloat | None = None
+    kl_coef: FiniteFloat = 0.0
+
+    guide_by_default: bool = False
+    max_top_k: int = Field(default=64, ge=1)
+    max_beta: FiniteFloat | None = Field(default=None, ge=0)
+    max_group_size: int = Field(default=64, ge=0)
+    on_error: OnError = "passthrough"
+    log_every: FiniteFloat = Field(default=10.0, ge=0)
+
+    @model_validator(mode="after")
+    def _check_defaults(self) -> "ServerConfig":
+        guidance = self.guidance
+        if guidance.top_k is not None and guidance.top_k > self.max_top_k:
+            raise ValueError(
+                f"top_k={guidance.top_k} is above max_top_k={self.max_top_k}: raise max_top_k"
+            )
+        if self.max_beta is not None and abs(guidance.beta) > self.max_beta:
+            raise ValueError(
+                f"beta={guidance.beta:g} is above max_beta={self.max_beta:g}: raise max_beta"
+            )
+        if guidance.kl_coef and self.reference is None:
+            raise ValueError("kl_coef was given without a reference model: set reference")
+        if self.terminal == "reward" and self.reward is None:
+            raise ValueError('terminal="reward" was given without a reward model: set reward')
+        return self
+
+    @property
+    def guidance(self) -> GuidanceConfig:
+        """The defaults of requests that are guided."""
+        return GuidanceConfig(**{name: getattr(self, name) for name in _GUIDANCE})
+
+
+def parse_config(given: object, where: str) -> ServerConfig:
+    """The configuration; `where` it was found goes into errors.
+
+    Raises ValueError: one sentence that names the key, what was given and what was expected.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(
+            f'{where} holds {given!r}: expected an object such as {{"scorer": "CRITIC", '
+            '"kind": "ppo-critic"}'
+        )
+    try:
+        return ServerConfig.model_validate(dict(given))
+    except ValidationError as error:
+        known = ", ".join(ServerConfig.model_fields)
+        raise ValueError(f"{where}: {sentence(error, known)}") from None
+
+
+def config_of(additional_config: object) -> ServerConfig:
+    """The configuration in vLLM's additional_config.
+
+    Raises ValueError: there is none, it is wrong, or the front end was told another one.
+    """
+    given = additional_config.get(CONFIG_KEY) if isinstance(additional_config, Mapping) else None
+    if given is None:
+        raise ValueError(
+            f"the guided-decode processor was loaded, but additional_config has no {CONFIG_KEY!r}: "
+            f'pass --additional-config \'{{"{CONFIG_KEY}": {{"scorer": "CRITIC"}}}}\''
+        )
+    config = parse_config(given, f"additional_config[{CONFIG_KEY!r}]")
+    told = front_end_config()
+    if told is not None and told != config:
+        raise ValueError(
+            f"{CONFIG_VARIABLE} and additional_config[{CONFIG_KEY!r}] differ: requests would be "
+            f"checked against other limits than they are held to; set {CONFIG_VARIABLE} to "
+            f"{json.dumps(dict(given))} or unset it"
+        )
+    return config
+
+
+def front_end_config() -> ServerConfig | None:
+    """The configuration that the environment tells the front end, or None.
+
+    Raises ValueError: it is not JSON, or wrong.
+    """
+    text = os.environ.get(CONFIG_VARIABLE)
+    if not text:
+        return None
+    try:
+        given: Any = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{CONFIG_VARIABLE} holds no JSON ({error}): {text[:80]!r}") from None
+    return parse_config(given, CONFIG_VARIABLE)
+
+
+def sentence(error: ValidationError, known: str) -> str:
+    """What pydantic found wrong, in one line: key, value, what was expected."""
+    parts = []
+    for problem in error.errors():
+        name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
+        if problem["type"] == "extra_forbidden":
+            parts.append(f"unknown key {name!r}; known are {known}")
+        elif problem["type"] == "missing":
+            parts.append(f"{name} is missing")
+        elif problem["type"] == "value_error":
+            parts.append(str(problem["ctx"]["error"]))
+        else:
+            parts.append(f"{name}={problem['input']!r}: {problem['msg'].lower()}")
+    return "; ".join(dict.fromkeys(parts))
