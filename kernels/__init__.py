@@ -1,6 +1,8 @@
 """Kernels: one operation a file, with the torch reference that specifies it."""
 
 from guided_decode.kernels.guide_logits import guide_logits
+from guided_decode.kernels.guide_sample import guide_sample
+from guided_decode.kernels.gumbel import gumbel_noise
 from guided_decode.kernels.value_head import value_head
 
-__all__ = ["guide_logits", "value_head"]
+__all__ = ["guide_logits", "guide_sample", "gumbel_noise", "value_head"]
