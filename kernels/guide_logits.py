@@ -96,9 +96,9 @@ def guide_logits_reference(logits: Tensor, shift: Shift, keep_tail: Tensor) -> T
 def guide_logits_triton(logits: Tensor, shift: Shift, keep_tail: Tensor) -> Tensor:
     """The same on a GPU, in one launch.
 
-    Torch takes about 25 launches over [rows, k], and reads and writes [rows, vocab] twice under
-    tail="mask" (masked_fill_ on all rows, then the scatter). This writes rows · vocab · itemsize
-    bytes under "mask" and none of the tail under "keep", besides rows · k · 25 or so bytes.
+    Unfused: 40 launches, all but one over [rows, k], and masked_fill_, which reads and writes
+    2 · rows · vocab · itemsize bytes, whatever the tail. This writes rows · vocab · itemsize bytes
+    under tail="mask" and none of the tail under "keep", and reads about 25 bytes a candidate.
     """
     rows, vocab = logits.shape
     blocks = -(-vocab // _BLOCK_V)

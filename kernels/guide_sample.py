@@ -88,9 +88,9 @@ def guide_sample_triton(
 ) -> Tensor:
     """The same on a GPU, in one launch.
 
-    Unfused: guide_logits' launch and its rows · vocab · itemsize bytes, then a division, a
-    softmax and a draw over the vocabulary: about 6 launches that move it 7 times. This moves
-    rows · k · (25 + 32) bytes, a sector of 32 around each candidate's logit, and no more.
+    Unfused: guide_logits' launch, which writes the vocabulary once, then a division, a softmax,
+    exponential noise, a quotient and an argmax over it: 6 launches, 10 · rows · vocab · itemsize
+    bytes. This reads about 60 bytes a candidate, the sector around its logit counted.
     """
     rows, _ = logits.shape
     tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)

@@ -43,14 +43,12 @@ def on_cuda(test):
     return pytest.mark.gpu(skip(test))
 
 
-def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def randn(
+    *shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, device: str = "cpu"
+) -> torch.Tensor:
     """The same normal numbers on every device."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(*shape, generator=generator).to(DEVICE if _runs() else "cpu", dtype)
-
-
-def _runs() -> bool:
-    return INTERPRETED or _has_gpu
+    return torch.randn(*shape, generator=generator).to(device, dtype)
 
 
 def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
