@@ -2,9 +2,9 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, NamedTuple, Protocol, cast
+from typing import Annotated, Any, NamedTuple, Protocol, cast
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from guided_decode.config import GuidanceConfig, Rule, Tail
 from guided_decode.integrations.vllm.server_config import ServerConfig, sentence
@@ -12,6 +12,8 @@ from guided_decode.integrations.vllm.server_config import ServerConfig, sentence
 # The keys that change a setting of GuidanceConfig; each of them asks for guidance.
 _SETTINGS = ("beta", "top_k", "top_p", "rule", "margin", "tail", "gate")
 _GROUP = ("group", "group_size", "keep", "every", "prune_token")
+# JSON's true and false are as good as 1 and 0.
+_Flag = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, bool) else v)]
 # Leaves every row's logits as they are, and scores nothing.
 _UNGUIDED = GuidanceConfig(beta=0.0, tail="keep")
 
@@ -67,7 +69,7 @@ class Keys(BaseModel):
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
 
-    guide: Literal[0, 1] | bool | None = None
+    guide: _Flag | None = Field(default=None, ge=0, le=1)
     beta: FiniteFloat | None = Field(default=None, alias="guide_beta")
     top_k: int | None = Field(default=None, ge=1, alias="guide_top_k")
     top_p: FiniteFloat | None = Field(default=None, gt=0, le=1, alias="guide_top_p")
@@ -109,11 +111,12 @@ def check_request(params: SamplingParams, config: ServerConfig | None) -> None:
     keys = _keys(params.extra_args)
     if keys is None:
         return
-    _check_combination(keys, config)
+    _check_combination(keys)
     if keys.group is not None:
         _pruning(keys, params, ())
         _check_group_with(params)
     if config is not None:
+        _check_with_defaults(keys, config)
         _check_limits(keys, config)
         if config.kind == "implicit" and keys.group is not None:
             raise ValueError(
@@ -136,6 +139,7 @@ def admit(
     clamps: list[str] = []
     try:
         keys = _keys(params.extra_args) or Keys.model_validate({})
+        _check_combination(keys)
         keys = _clamped(keys, config, clamps)
         guidance = _guidance(keys, config)
         pruning = None
@@ -171,7 +175,7 @@ def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
     return replace(config.guidance, **settings)
 
 
-def _check_combination(keys: Keys, config: ServerConfig | None) -> None:
+def _check_combination(keys: Keys) -> None:
     if keys.guide is not None and not keys.guide and keys.settings:
         raise ValueError(
             f"guide=0 was given together with guide_{next(iter(keys.settings))}: expected guide=1, "
@@ -185,11 +189,13 @@ def _check_combination(keys: Keys, config: ServerConfig | None) -> None:
             f"guide_margin={keys.margin:g} was given with guide_rule='reweight', which has no "
             "margin: drop it, or pass guide_rule='prune'"
         )
-    if config is not None:
-        try:
-            _guidance(keys, config)
-        except ValueError as error:
-            raise ValueError(f"with the server's defaults this request has {error}") from None
+
+
+def _check_with_defaults(keys: Keys, config: ServerConfig) -> None:
+    try:
+        _guidance(keys, config)
+    except ValueError as error:
+        raise ValueError(f"with the server's defaults this request has {error}") from None
 
 
 def _check_limits(keys: Keys, config: ServerConfig) -> None:

@@ -2,10 +2,11 @@
 
 At each boundary of `every` tokens a sibling records V(prefix). It is ended as soon as `keep`
 siblings have recorded a higher V at that boundary, and nobody waits for anybody (ASHA:
-Li et al., arXiv 1810.05934; there a rung promotes, here it ends).
+Li et al., arXiv 1810.05934; there a rung promotes, here it ends). The last `keep` are never ended:
+those that end a sibling at one boundary may themselves be ended at another.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import NamedTuple
@@ -44,6 +45,8 @@ class _Record:
 @dataclass(slots=True)
 class _Group:
     members: list[Sibling] = field(default_factory=list)
+    joined: int = 0
+    pruned: int = 0
     # By boundary, in order of arrival.
     records: dict[int, list[_Record]] = field(default_factory=dict)
 
@@ -71,6 +74,7 @@ class SiblingGroups:
             return None
         sibling = Sibling(pruning, key)
         group.members.append(sibling)
+        group.joined += not len(response)
         for boundary in range(pruning.every, len(response) + 1, pruning.every):
             self._take_over(group, boundary, _digest(response[:boundary]), sibling)
         return sibling
@@ -100,18 +104,18 @@ class SiblingGroups:
             records = self._groups[sibling.key].records.setdefault(boundary, [])
             records.append(_Record(value, _digest(response), sibling))
             reached[sibling.key, boundary] = None
-        return sum(
-            self._prune(key[0].keep, self._groups[key].records[boundary])
-            for key, boundary in reached
-        )
+        return sum(self._prune(key[0], self._groups[key], boundary) for key, boundary in reached)
 
     @staticmethod
-    def _prune(keep: int, records: Sequence[_Record]) -> int:
+    def _prune(pruning: Pruning, group: _Group, boundary: int) -> int:
         # The sort is stable: of equal values the earlier ranks higher.
-        ranked = sorted(records, key=lambda record: -record.value)
-        ended = [record.sibling for record in ranked[keep:] if not record.sibling.is_pruned]
+        ranked = sorted(group.records[boundary], key=lambda record: -record.value)
+        outranked = [r.sibling for r in ranked[pruning.keep :] if not r.sibling.is_pruned]
+        left = min(group.joined, pruning.size) - group.pruned
+        ended = outranked[::-1][: max(0, left - pruning.keep)]
         for sibling in ended:
             sibling.is_pruned = True
+        group.pruned += len(ended)
         return len(ended)
 
     @staticmethod

@@ -1,0 +1,231 @@
+"""What a request may ask for: refused by the front end with a reason, clamped by the worker."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+
+from guided_decode import GuidanceConfig
+from guided_decode.integrations.vllm.request import Pruning, admit, check_request
+from guided_decode.integrations.vllm.server_config import (
+    CONFIG_VARIABLE,
+    config_of,
+    front_end_config,
+    parse_config,
+)
+
+GROUP = {
+    "guide_group": "a-group-name",
+    "guide_group_size": 8,
+    "guide_keep": 2,
+    "guide_every": 16,
+}
+LIMITS = {"scorer": "critic", "beta": 2.0, "top_k": 8, "max_top_k": 32, "max_beta": 5.0,
+          "max_group_size": 8}  # fmt: skip
+
+
+@dataclass
+class Params:
+    extra_args: dict[str, Any] | None = None
+    stop_token_ids: list[int] | None = field(default_factory=lambda: [77])
+    ignore_eos: bool = False
+    min_tokens: int = 0
+    structured_outputs: Any = None
+    eos_token_id: int | None = 2
+
+
+def config(**own):
+    return parse_config(LIMITS | own, "the test")
+
+
+def granted(extra, server=None, **own):
+    return admit(Params(extra, **own), server or config(), [2, 3], groups=True)
+
+
+def test_requests_that_ask_for_nothing_get_nothing():
+    for extra in (None, {}, {"guide": 0}, {"other_plugin": "x"}, {"guided_json": "{}"}):
+        check_request(Params(extra), config())
+        assert granted(extra) == (None, [])
+
+
+@pytest.mark.parametrize("extra", [{"guide": 1}, {"guide": True}, {"guide_beta": 2.0}])
+def test_asking(extra):
+    check_request(Params(extra), config())
+    request, clamps = granted(extra)
+    assert request.config == GuidanceConfig(beta=2.0, top_k=8)
+    assert request.terminals == (2, 77)
+    assert request.pruning is None
+    assert clamps == []
+
+
+def test_a_server_that_guides_everybody_lets_a_request_decline():
+    server = config(guide_by_default=True)
+    assert granted(None, server).request.is_guided
+    assert granted({"guide": 0}, server).request is None
+
+
+def test_each_setting_arrives():
+    extra = {"guide_beta": -1, "guide_top_k": 4, "guide_top_p": 0.5, "guide_rule": "prune",
+             "guide_margin": 0.25, "guide_tail": "keep", "guide_gate": 0.9}  # fmt: skip
+    check_request(Params(extra), config())
+    expected = GuidanceConfig(-1, 4, 0.5, "prune", 0.25, "keep", "prefix", 0.9)
+    assert granted(extra).request.config == expected
+
+
+def test_reweight_on_a_server_that_prunes_drops_its_margin():
+    server = config(rule="prune", margin=0.5)
+    assert granted({"guide_rule": "reweight"}, server).request.config.margin is None
+    assert granted({"guide_beta": 1}, server).request.config.margin == 0.5
+    assert granted({"guide_margin": 0.1}, server).request.config.margin == 0.1
+
+
+def test_eos_is_an_ordinary_token_under_ignore_eos():
+    assert granted({"guide": 1}, ignore_eos=True).request.terminals == (77,)
+    assert granted({"guide": 1}, stop_token_ids=None).request.terminals == (2,)
+
+
+BAD = [
+    ({"guide": 2}, "guide=2"),
+    ({"guide": "yes"}, "guide='yes'"),
+    ({"guide_beta": "2"}, "guide_beta='2': input should be a valid number"),
+    ({"guide_beta": float("nan")}, "guide_beta=nan: input should be a finite number"),
+    ({"guide_beta": [1.0]}, "guide_beta"),
+    ({"guide_top_k": 0}, "guide_top_k=0: input should be greater than or equal to 1"),
+    ({"guide_top_k": 2.5}, "guide_top_k=2.5"),
+    ({"guide_top_p": 0.0}, "guide_top_p=0.0: input should be greater than 0"),
+    ({"guide_top_p": 1.5}, "guide_top_p=1.5"),
+    ({"guide_rule": "best"}, "guide_rule='best': input should be 'reweight' or 'prune'"),
+    ({"guide_margin": -1}, "guide_margin=-1"),
+    ({"guide_tail": "cut"}, "guide_tail='cut'"),
+    ({"guide_gate": 0}, "guide_gate=0"),
+    ({"guide_temperature": 1}, "unknown key 'guide_temperature'; known are guide, guide_beta"),
+    ({"guide_scorer": "/etc/passwd"}, "unknown key 'guide_scorer'"),
+    ({"guide": 0, "guide_beta": 1.0}, "guide=0 was given together with guide_beta"),
+    ({"guide_rule": "reweight", "guide_margin": 1.0}, "guide_margin=1 was given with guide_rule"),
+    ({"guide_keep": 2}, "guide_keep came without guide_group"),
+    (GROUP | {"guide_group": "short"}, "guide_group='short'"),
+    (GROUP | {"guide_keep": 8}, "guide_keep=8 with guide_group_size=8 prunes nobody"),
+    (GROUP | {"guide_every": 0}, "guide_every=0"),
+    ({"guide_group": "a-group-name"}, "without guide_group_size, guide_keep, guide_every"),
+    (GROUP | {"guide_prune_token": 5}, "guide_prune_token=5 is not among stop_token_ids=[77]"),
+]
+# What only a front end that knows the server's configuration can refuse.
+BAD_HERE = [
+    ({"guide_top_k": 33}, "guide_top_k=33 is above the server's limit 32"),
+    ({"guide_beta": -6.0}, "guide_beta=-6 is above the server's limit 5"),
+    ({"guide_margin": 1.0}, "with the server's defaults this request has margin=1.0"),
+    ({"guide_rule": "prune"}, 'rule="prune" was given without a margin'),
+    (GROUP | {"guide_group_size": 9}, "guide_group_size=9 is above the server's limit 8"),
+]
+
+
+@pytest.mark.parametrize(("extra", "reason"), BAD)
+@pytest.mark.parametrize("told", [True, False], ids=["limits", "no limits"])
+def test_the_front_end_refuses(extra, reason, told):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check_request(Params(extra), config() if told else None)
+
+
+@pytest.mark.parametrize(("extra", "reason"), BAD_HERE)
+def test_a_front_end_that_knows_the_limits_refuses(extra, reason):
+    check_request(Params(extra), None)
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check_request(Params(extra), config())
+
+
+@pytest.mark.parametrize(
+    ("own", "reason"),
+    [
+        ({"min_tokens": 4}, "guide_group was given together with min_tokens"),
+        ({"structured_outputs": object()}, "together with structured_outputs"),
+        ({"stop_token_ids": []}, "expected the one id that ends a pruned sibling"),
+        ({"stop_token_ids": [7, 8]}, "or guide_prune_token to say which"),
+    ],
+)
+def test_groups_refuse(own, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)):
+        check_request(Params(GROUP, **own), None)
+    request, clamps = granted({"guide": 1} | GROUP, **own)
+    assert request.is_guided
+    assert request.pruning is None
+    assert reason in clamps[0]
+
+
+def test_groups_are_refused_where_there_are_none():
+    for server in (config(max_group_size=0), config(kind="implicit")):
+        with pytest.raises(ValueError, match="guide_group"):
+            check_request(Params(GROUP), server)
+    request, clamps = admit(Params({"guide": 1} | GROUP), config(), [], groups=False)
+    assert request.pruning is None
+    assert len(clamps) == 1
+
+
+@pytest.mark.parametrize(("extra", "_"), BAD + BAD_HERE)
+def test_the_worker_never_raises(extra, _):
+    request, clamps = granted(extra)
+    assert clamps
+    if request is not None:
+        assert request.config.top_k <= 32
+        assert abs(request.config.beta) <= 5.0
+
+
+def test_the_worker_clamps_to_the_limits():
+    request, clamps = granted({"guide_top_k": 1000, "guide_beta": -100.0})
+    assert (request.config.top_k, request.config.beta) == (32, -5.0)
+    assert len(clamps) == 2
+
+
+def test_a_group_alone_changes_no_logits():
+    request = granted(GROUP).request
+    assert not request.is_guided
+    assert request.pruning == Pruning("a-group-name", 8, 2, 16, 77)
+    assert granted(GROUP | {"guide": 1}).request.is_guided
+
+
+def test_the_token_that_ends_a_sibling_is_the_clients_own():
+    # vLLM adds the generation config's end tokens to the client's list.
+    assert granted(GROUP, stop_token_ids=[2, 77, 3]).request.pruning.token == 77
+    chosen = GROUP | {"guide_prune_token": 78}
+    assert granted(chosen, stop_token_ids=[77, 78]).request.pruning.token == 78
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ("critic", "holds 'critic': expected an object such as"),
+        ({}, "scorer is missing"),
+        ({"scorer": 3}, "scorer=3: input should be a valid string"),
+        ({"scorer": "x", "betta": 1.0}, "unknown key 'betta'; known are scorer, kind"),
+        ({"scorer": "x", "beta": "1"}, "beta='1': input should be a valid number"),
+        ({"scorer": "x", "top_k": 65}, "top_k=65 is above max_top_k=64"),
+        ({"scorer": "x", "beta": 3, "max_beta": 2}, "beta=3 is above max_beta=2"),
+        ({"scorer": "x", "rule": "prune"}, 'rule="prune" was given without a margin'),
+        ({"scorer": "x", "kl_coef": 0.1}, "kl_coef was given without a reference model"),
+        ({"scorer": "x", "terminal": "reward"}, "without a reward model"),
+        ({"scorer": "x", "dtype": "int8"}, "dtype='int8': input should be 'float32', 'bfloat16'"),
+        ({"scorer": "x", "on_error": "ignore"}, "on_error='ignore'"),
+    ],
+)
+def test_the_configuration_refuses(given, reason):
+    with pytest.raises(ValueError, match=re.escape(reason)) as caught:
+        parse_config(given, "additional_config")
+    assert str(caught.value).startswith("additional_config")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_configuration_of_the_engine(monkeypatch):
+    monkeypatch.delenv(CONFIG_VARIABLE, raising=False)
+    with pytest.raises(ValueError, match="additional_config has no 'guided_decode'"):
+        config_of({})
+    assert config_of({"guided_decode": LIMITS}) == config()
+    monkeypatch.setenv(CONFIG_VARIABLE, json.dumps(LIMITS))
+    assert front_end_config() == config_of({"guided_decode": LIMITS})
+    with pytest.raises(ValueError, match="differ: requests would be checked against other limits"):
+        config_of({"guided_decode": LIMITS | {"max_beta": 6.0}})
+    monkeypatch.setenv(CONFIG_VARIABLE, "{scorer")
+    with pytest.raises(ValueError, match="GUIDED_DECODE_CONFIG holds no JSON"):
+        front_end_config()
