@@ -7,6 +7,8 @@ from guided_decode.cli.errors import OneLineErrors
 from guided_decode.cli.generate import generate
 from guided_decode.cli.models import models
 from guided_decode.cli.score import score
+from guided_decode.cli.serve import serve
+from guided_decode.cli.vllm_options import PassingOn
 
 app = typer.Typer(
     cls=OneLineErrors,
@@ -18,5 +20,6 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(generate)
+app.command(cls=PassingOn)(serve)
 app.command()(score)
 app.command()(models)

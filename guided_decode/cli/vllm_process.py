@@ -1,0 +1,111 @@
+"""Running vLLM's server: signals go to it, its exit code comes back, and nothing stays behind."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from types import FrameType
+
+from guided_decode.cli.errors import Refusal
+from guided_decode.cli.vllm_command import METRICS_VARIABLE, Launch
+
+_POLL_SECONDS = 0.5
+_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+
+
+def require_free(host: str, port: int) -> None:
+    """Raises Refusal: the address cannot be listened on; vLLM would say so much later."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        socket.create_server((host, port), family=family).close()
+    except OSError as error:
+        raise Refusal(
+            f"--host {host} --port {port} cannot be listened on ({error.strerror}): "
+            "pass another --port"
+        ) from None
+
+
+def run(launch: Launch, health: str | None, greeting: str) -> int:
+    """Runs the server until it ends; returns its exit code.
+
+    Args:
+        launch: what is run.
+        health: the URL that answers once it is ready, or None.
+        greeting: printed then.
+    """
+    ended = threading.Event()
+    with _metrics_folder() as metrics:
+        # Its own session: Ctrl-C at a terminal reaches us only, and is handed on once.
+        server = subprocess.Popen(
+            launch.command,
+            env={**os.environ, **launch.environment, **metrics},
+            start_new_session=True,
+            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+        )
+        try:
+            _forward_signals(server)
+            if health is not None:
+                greeter = (health, greeting, ended)
+                threading.Thread(target=_greet, args=greeter, daemon=True).start()
+            code = server.wait()
+        finally:
+            ended.set()
+            _end_session(server.pid)
+    return code if code >= 0 else 128 - code
+
+
+@contextlib.contextmanager
+def _metrics_folder() -> Iterator[dict[str, str]]:
+    """Where the server's processes share their counters, as a variable of the environment."""
+    if METRICS_VARIABLE in os.environ:
+        yield {}
+        return
+    with tempfile.TemporaryDirectory(prefix="guided-decode-metrics-") as folder:
+        yield {METRICS_VARIABLE: folder}
+
+
+def _end_with_parent() -> None:
+    """In the server's process: when ours is killed, it is asked to end."""
+    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+
+
+def _forward_signals(server: subprocess.Popen[bytes]) -> None:
+    """The first signal asks the server to end, the next one ends it."""
+    asked = False
+
+    def forward(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            _end_session(server.pid)
+        else:
+            server.send_signal(number)
+        asked = True
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, forward)
+
+
+def _end_session(leader: int) -> None:
+    """Ends what is left of the server's processes."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _greet(health: str, greeting: str, ended: threading.Event) -> None:
+    # Not through a proxy: the server is here.
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    while not ended.wait(_POLL_SECONDS):
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            opener.open(health, timeout=5).close()
+            print(greeting, flush=True)
+            return
