@@ -186,9 +186,11 @@ class CriticScorer:
 
     def _forward(self, placements: list[Placement]) -> None:
         for batch in self.model.batches(placements):
+            begun = time.perf_counter()
             hidden = self.model.forward(batch)
             self.cache.pool.values[batch.slots] = self.head(hidden)
             self.stats.forwards += 1
+            self.stats.forward_seconds += time.perf_counter() - begun
         for placement in placements:
             self.stats.prefix_tokens += len(placement.work.prefix)
             self.stats.candidate_tokens += len(placement.work.candidates)

@@ -87,8 +87,10 @@ class LanguageModel:
                 s.start + s.prefix - 1 for s in batch.segments if s.first + s.prefix == s.length
             ]
             read = torch.tensor(last, dtype=torch.int64).to(self.model.device, non_blocking=True)
+            begun = time.perf_counter()
             outputs.append(self.model.forward(batch, read).float())
             self.stats.forwards += 1
+            self.stats.forward_seconds += time.perf_counter() - begun
         for placement in placements:
             self.stats.prefix_tokens += len(placement.work.prefix)
             self.stats.cache_hits += placement.hits

@@ -12,7 +12,8 @@ class ScorerStats:
     cache_hits: tokens of prefixes and candidates that were found in the cache.
     evictions: tokens that were dropped from the cache to make room.
     passthroughs: rows whose logits were handed on unguided because scoring them failed.
-    forwards, seconds: calls of the model, and time spent in `score` (seconds of host time).
+    forwards, forward_seconds: calls of the model, and host time spent in them.
+    seconds: host time spent in `score`, all of it.
     """
 
     rows_scored: int = 0
@@ -23,6 +24,7 @@ class ScorerStats:
     evictions: int = 0
     passthroughs: int = 0
     forwards: int = 0
+    forward_seconds: float = 0.0
     seconds: float = 0.0
 
     @property

@@ -110,11 +110,11 @@ def assert_row(job: Job, before: torch.Tensor, after: torch.Tensor, brute) -> No
 
 
 def assert_nothing_is_left(processor) -> None:
-    cache = processor._engine.scorer.cache
+    cache = processor.engine.scorer.cache
     cache.check()
     assert cache.pinned == 0
-    assert len(processor._engine.groups) == 0
-    assert not processor._engine._members
+    assert len(processor.engine.groups) == 0
+    assert not processor.engine._members
 
 
 def run_v1(batch: InputBatch, processor, jobs: Jobs, brute, steps: int) -> int:
@@ -163,7 +163,7 @@ def run_v1(batch: InputBatch, processor, jobs: Jobs, brute, steps: int) -> int:
         batch.remove_request(job.name)
     batch.condense()
     batch.refresh_metadata()
-    assert not processor._batch.live()
+    assert not processor.live
     return compared
 
 
@@ -181,15 +181,15 @@ def test_v1_batch_updates(config, brute):
         logitsprocs=processors,
         logitsprocs_need_output_token_ids=True,
     )
-    (own,) = [p for p in processors.non_argmax_invariant if hasattr(p, "_engine")]
+    (own,) = [p for p in processors.non_argmax_invariant if hasattr(p, "engine")]
     compared = 0
     for seed in range(SCHEDULES["v1"] // 2):
         compared += run_v1(batch, own, Jobs(seed), brute, steps=5)
         assert_nothing_is_left(own)
     assert compared > SCHEDULES["v1"] * 2
-    assert own._engine.counts.pruned_siblings > 10
-    assert own._engine.counts.wasted_rows > 100
-    assert own._engine.scorer.stats.passthroughs == 0
+    assert own.engine.counts.pruned_siblings > 10
+    assert own.engine.counts.wasted_rows > 100
+    assert own.engine.scorer.stats.passthroughs == 0
 
 
 class SlotRunner:
@@ -280,11 +280,11 @@ def test_v2_slots(config, brute, monkeypatch):
     for seed in range(SCHEDULES["v2"] // 2):
         compared += run_v2(SlotRunner(processor, states), Jobs(10_000 + seed), brute, steps=6)
     assert compared > SCHEDULES["v2"] * 2
-    assert processor._engine.counts.pruned_siblings > 5
-    assert processor._engine.counts.wasted_rows == 0
-    assert processor._engine.scorer.stats.passthroughs == 0
+    assert processor.engine.counts.pruned_siblings > 5
+    assert processor.engine.counts.wasted_rows == 0
+    assert processor.engine.scorer.stats.passthroughs == 0
     # This runner does not say that a request ended: its slot is forgotten some steps later.
-    handles = [weakref.ref(row.handle) for row in processor._slots.live() if len(row.handle)]
+    handles = [weakref.ref(row.handle) for row in processor.live if len(row.handle)]
     assert handles
     for _ in range(20):
         processor.apply_staged_writes()

@@ -99,17 +99,18 @@ def processor(worker: Any) -> Any:
     return own[0] if own else None
 
 
-def _report(worker: Any) -> dict[str, Any] | None:
+def report(worker: Any) -> dict[str, Any] | None:
+    """The counters of a worker that scores, and what it holds; None of another."""
     own = processor(worker)
-    if own is None or own._engine.scorer is None:
+    if own is None or own.engine.scorer is None:
         return None
-    own._engine.scorer.cache.check()
+    own.engine.scorer.cache.check()
     return {
-        **asdict(own._engine.counts),
-        **own._engine.scorer.stats.as_dict(),
-        "pinned": own._engine.scorer.cache.pinned,
-        "live": len(own._batch),
-        "groups": len(own._engine.groups),
+        **asdict(own.engine.counts),
+        **own.engine.scorer.stats.as_dict(),
+        "pinned": own.engine.scorer.cache.pinned,
+        "live": len(own.live),
+        "groups": len(own.engine.groups),
     }
 
 
@@ -117,4 +118,4 @@ def worker_report(llm: LLM) -> dict[str, Any]:
     """The counters of the worker that scores, and what it holds."""
     # Requests that ended leave the batch with the next step.
     generate(llm, [[5, 6, 7]], params(1))
-    return next(report for report in llm.collective_rpc(_report) if report is not None)
+    return next(one for one in llm.collective_rpc(report) if one is not None)

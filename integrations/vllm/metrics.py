@@ -29,6 +29,7 @@ _HELP = {
     "evictions": "tokens dropped from the scorer's cache",
     "passthroughs": "rows that went on unguided because scoring failed",
     "forwards": "forwards of the scorer",
+    "forward_seconds": "seconds in the scorer's forwards",
     "scorer_seconds": "seconds in the scorer",
 }
 _GAUGES = {

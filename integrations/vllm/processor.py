@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
     from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext
 
+    from guided_decode.integrations.vllm.rows import LiveRow
+
 
 class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
     """Value-guided decoding for the requests that ask for it; every other row stays as it is.
@@ -40,8 +42,8 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         from guided_decode.integrations.vllm.rows import BatchRows, SlotRows
 
         is_v1 = len(runner) == 2
-        self._engine = build_engine(vllm_config, runner[0] if is_v1 else runner[0].device)
-        admit = self._engine.admit
+        self.engine = build_engine(vllm_config, runner[0] if is_v1 else runner[0].device)
+        admit = self.engine.admit
         self._batch = BatchRows(admit) if is_v1 else None
         self._slots = None if is_v1 else SlotRows(admit, runner[0])
 
@@ -53,6 +55,13 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         """
         check_request(sampling_params, front_end_config())
 
+    @property
+    def live(self) -> "list[LiveRow]":
+        """The requests in the batch that asked for something."""
+        rows = self._batch if self._batch is not None else self._slots
+        assert rows is not None
+        return rows.live()
+
     def is_argmax_invariant(self) -> bool:
         """Guidance changes the greedy token."""
         return False
@@ -61,20 +70,20 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         """V1: who came, left, and moved."""
         assert self._batch is not None
         if self._batch.update(batch_update):
-            self._engine.release(self._batch.live())
+            self.engine.release(self._batch.live())
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request takes a slot; whether any of its rows may change."""
         assert self._slots is not None
         asks = self._slots.add(req_idx, sampling_params)
-        self._engine.release(self._slots.live())
+        self.engine.release(self._slots.live())
         return asks
 
     def apply_staged_writes(self) -> None:
         """V2: a step begins."""
         assert self._slots is not None
         if self._slots.advance():
-            self._engine.release(self._slots.live())
+            self.engine.release(self._slots.live())
 
     def apply(
         self, logits: "torch.Tensor", context: "LogitsContext | None" = None
@@ -82,6 +91,6 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         """Guided logits in place; [rows, vocab] float32."""
         if context is not None:
             assert self._slots is not None
-            return self._engine.step(logits, self._slots.rows(context))
+            return self.engine.step(logits, self._slots.rows(context))
         assert self._batch is not None
-        return self._engine.step(logits, self._batch.rows())
+        return self.engine.step(logits, self._batch.rows())

@@ -73,11 +73,13 @@ class ServerConfig(BaseModel):
         guidance = self.guidance
         if guidance.top_k is not None and guidance.top_k > self.max_top_k:
             raise ValueError(
-                f"top_k={guidance.top_k} is above max_top_k={self.max_top_k}: raise max_top_k"
+                f"top_k={guidance.top_k} is above max_top_k={self.max_top_k}: lower the one, or "
+                "raise the other"
             )
         if self.max_beta is not None and abs(guidance.beta) > self.max_beta:
             raise ValueError(
-                f"beta={guidance.beta:g} is above max_beta={self.max_beta:g}: raise max_beta"
+                f"beta={guidance.beta:g} is above max_beta={self.max_beta:g}: lower the one, or "
+                "raise the other"
             )
         if guidance.kl_coef and self.reference is None:
             raise ValueError("kl_coef was given without a reference model: set reference")
