@@ -81,8 +81,9 @@ def value_head_triton(
     """The same on a GPU, in one launch.
 
     Unfused, n rows of h: a gather, conversions to float32, seven launches of norm, a product with
-    its bias: 11 launches, which move about n · h · 40 bytes. This moves n · h · itemsize bytes and the
-    head (labels · h · 4), which all programs share in the cache; a row is read once, norm or not.
+    its bias: 11 launches, which move about n · h · 40 bytes. This moves n · h · itemsize bytes, and
+    the head (labels · h · 4), which all programs share in the cache; norm or not, a row is read
+    once.
     """
     hidden, weight = _rows_contiguous(hidden), weight.contiguous()
     labels, size = weight.shape
