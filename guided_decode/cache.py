@@ -125,19 +125,26 @@ class PrefixCache:
         tokens = (prefix.tokens if isinstance(prefix, PrefixHandle) else prefix)[skip:]
         node, start, row = self._position(handle, skip)
         node, depth, pieces = self.tree.match(tokens, node, start)
-        slots = np.full(len(candidates), -1, np.int64)
         if depth == len(tokens) and len(candidates):
             slots = self.tree.candidate_slots(node, depth, candidates)
+        else:
+            slots = np.full(len(candidates), -1, np.int64)
         fresh, missing = tokens[depth:], slots < 0
-        if not self.tree.make_room(len(fresh) + int(missing.sum())):
+        new = int(np.count_nonzero(missing))
+        if not self.tree.make_room(len(fresh) + new):
             return None
         if len(fresh):
             pieces.append(self.pool.take(len(fresh)))
             node = self.tree.insert(node, depth, fresh, pieces[-1])
-        if missing.any():
-            slots[missing] = self.pool.take(int(missing.sum()))
-            self.tree.add_candidates(node, len(tokens), candidates[missing], slots[missing])
-        path = np.concatenate(pieces) if pieces else NO_INTS
+        if new == len(candidates):
+            own, own_slots = candidates, self.pool.take(new)
+            slots = own_slots
+        else:
+            own, own_slots = candidates[missing], self.pool.take(new)
+            slots[missing] = own_slots
+        if new:
+            self.tree.add_candidates(node, len(tokens), own, own_slots)
+        path = pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else NO_INTS
         first = min(depth, len(tokens) - 1) if reread_last else depth
         last_slot = self._last_slot(node, len(tokens))
         self._pieces.append((row, start, path))
@@ -149,12 +156,12 @@ class PrefixCache:
                 prefix=tokens[first:].copy(),
                 prefix_slots=self._tail(node, len(tokens), first, pieces),
                 length=len(tokens),
-                candidates=candidates[missing],
-                candidate_slots=slots[missing],
+                candidates=own,
+                candidate_slots=own_slots,
             ),
             last_slot=last_slot,
             candidate_slots=slots,
-            hits=first + int(len(candidates) - missing.sum()),
+            hits=first + len(candidates) - new,
         )
 
     def _tail(self, node: Node, length: int, first: int, pieces: list[Ints]) -> Ints:
@@ -193,9 +200,9 @@ class PrefixCache:
         if known is None:
             self._scratch.discard(row)
             weakref.finalize(handle, self.tables.close_row, row).atexit = False
-        self._anchors[handle] = _Anchor(
-            row, node, depth, node.epoch, self.tree.generation, handle.version, skip
-        )
+            known = self._anchors[handle] = _Anchor(row, node, 0, 0, 0, 0, 0)
+        known.node, known.depth, known.epoch = node, depth, node.epoch
+        known.generation, known.version, known.skip = self.tree.generation, handle.version, skip
 
     def _owned(self) -> list[Ints]:
         """The slots that the tree owns, by node and block."""

@@ -159,9 +159,9 @@ class CriticScorer:
             lowest, highest = int(chosen.min()), int(chosen.max())
             self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
         rows = []
-        for i, given in enumerate(prefixes):
+        counts = (chosen >= 0).sum(-1).tolist()
+        for i, (given, count) in enumerate(zip(prefixes, counts, strict=True)):
             # Repeated candidates take one slot; they are rare enough to count only near the limit.
-            count = int((chosen[i] >= 0).sum())
             if len(given) + count > self.cache.capacity:
                 count = len(_distinct(chosen[i])[0])
             rows.append(self.model.row(given, i, self.skip_token, count))
@@ -172,13 +172,17 @@ class CriticScorer:
         self.cache.begin_batch()
         placements: list[Placement] = []
         slots = np.full(candidates.shape, -1, np.int64)
+        real, repeats = candidates >= 0, _repeats(candidates)
         for i, row in enumerate(rows):
-            distinct, inverse = _distinct(candidates[i])
-            placement = self.model.place(row, distinct, alone=not placements)
+            own, inverse = candidates[i, real[i]], None
+            if repeats[i]:
+                own, inverse = _distinct(own)
+            placement = self.model.place(row, own, alone=not placements)
             if placement is None:
                 break
             placements.append(placement)
-            slots[i, candidates[i] >= 0] = placement.candidate_slots[inverse]
+            found = placement.candidate_slots
+            slots[i, real[i]] = found if inverse is None else found[inverse]
         self._forward(placements)
         scores = self._gather(placements, slots[: len(placements)])
         self.cache.end_batch()
@@ -211,6 +215,13 @@ class CriticScorer:
         self._evicted = evicted
         self.stats.rows_scored += rows
         self.stats.seconds += time.perf_counter() - begun
+
+
+def _repeats(candidates: Ints) -> list[bool]:
+    """Whether a row names a candidate twice."""
+    ordered = np.sort(candidates, -1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return twice.any(-1).tolist()
 
 
 def _distinct(candidates: Ints) -> tuple[Ints, Ints]:

@@ -23,6 +23,14 @@ class GrowableInts:
         """The values, int64 [length], without a copy."""
         return self._buffer[: self.length]
 
+    def append(self, value: int) -> None:
+        """Appends one value."""
+        if self.length == len(self._buffer):
+            self.extend(np.array([value], np.int64))
+            return
+        self._buffer[self.length] = value
+        self.length += 1
+
     def extend(self, values: Ints) -> None:
         """Appends values, int64 [n]."""
         end = self.length + len(values)

@@ -94,8 +94,14 @@ class PackedBatch:
 
 def pack(work: list[RowWork], table: Tensor, pool: SlotPool, limit: int) -> Iterator[PackedBatch]:
     """Cuts the rows' work, in order, into forwards of at most `limit` tokens."""
-    waiting, room = [], limit
+    waiting: list[RowWork] = []
+    room = limit
     for row in work:
+        if row.tokens < room:
+            if row.tokens:
+                waiting.append(row)
+                room -= row.tokens
+            continue
         while row.tokens:
             piece, row = row.cut(room)
             waiting.append(piece)

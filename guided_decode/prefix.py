@@ -50,7 +50,8 @@ class PrefixHandle:
 
     def append(self, token: int) -> None:
         """Adds one token id."""
-        self.extend(np.array([token], np.int64))
+        self._ids.append(token)
+        self.lowest, self.highest = min(self.lowest, token), max(self.highest, token)
 
     def extend(self, tokens: "Sequence[int] | Ints | Tensor") -> None:
         """Adds token ids, [n]."""

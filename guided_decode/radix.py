@@ -121,8 +121,10 @@ class RadixTree:
             node.blocks[depth - node.start - 1] = block
             self._push_block(block)
         block.stamp = self.clock
-        block.tokens = np.concatenate([block.tokens, tokens])
-        block.slots = np.concatenate([block.slots, slots])
+        if len(block.tokens):
+            tokens = np.concatenate([block.tokens, tokens])
+            slots = np.concatenate([block.slots, slots])
+        block.tokens, block.slots = tokens, slots
 
     def make_room(self, slots: int) -> bool:
         """Evicts until `slots` slots are free; False where what is not pinned is too little."""
@@ -139,12 +141,12 @@ class RadixTree:
         block = node.block_at(depth)
         if block is None:
             return None
-        found = np.flatnonzero(block.tokens == token)
-        if not len(found):
+        others = block.tokens != token
+        at = int(others.argmin()) if len(others) else 0
+        if not len(others) or others[at]:
             return None
-        slot = block.slots[found]
-        block.tokens = np.delete(block.tokens, found)
-        block.slots = np.delete(block.slots, found)
+        slot = block.slots[at : at + 1]
+        block.tokens, block.slots = block.tokens[others], block.slots[others]
         return self.insert(node, depth, np.array([token], np.int64), slot), slot
 
     def _split(self, node: Node, depth: int) -> Node:

@@ -71,13 +71,17 @@ def guide_rows(
     ends = _per_row_terminals(terminals, len(logits))
     candidates = _candidates(logits, configs, min_keep)
     active = _rows_to_score(scorer, logits, configs)
-    refused: dict[int, str] = {}
-    if on_error == "passthrough":
-        refused = _refused_rows(scorer, prefixes, candidates, active, logits.shape[-1])
-        active = [i for i in active if i not in refused]
     reason: object = "NaN or infinite scores"
+    refused: dict[int, str] = {}
     try:
-        step = _score(scorer, logits, candidates, prefixes, configs, active, ends)
+        try:
+            step = _score(scorer, logits, candidates, prefixes, configs, active, ends)
+        except ValueError:
+            refused = _refused_rows(scorer, prefixes, candidates, active, logits.shape[-1])
+            if on_error == "raise" or not refused:
+                raise
+            active = [i for i in active if i not in refused]
+            step = _score(scorer, logits, candidates, prefixes, configs, active, ends)
     except Exception as error:
         if on_error == "raise" or is_device_error(error):
             raise

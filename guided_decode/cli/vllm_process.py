@@ -13,13 +13,13 @@ import tempfile
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.vllm_command import METRICS_VARIABLE, Launch
 
-_POLL_SECONDS = 0.5
+_POLL_SECONDS, _LOADING_GRACE_SECONDS = 0.5, 5.0
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 
 
@@ -43,7 +43,7 @@ def run(launch: Launch, health: str | None, greeting: str) -> int:
         health: the URL that answers once it is ready, or None.
         greeting: printed then.
     """
-    ended = threading.Event()
+    ready, ended = threading.Event(), threading.Event()
     with _metrics_folder() as metrics:
         # Its own session: Ctrl-C at a terminal reaches us only, and is handed on once.
         server = subprocess.Popen(
@@ -53,10 +53,11 @@ def run(launch: Launch, health: str | None, greeting: str) -> int:
             preexec_fn=_end_with_parent if sys.platform == "linux" else None,
         )
         try:
-            _forward_signals(server)
-            if health is not None:
-                greeter = (health, greeting, ended)
-                threading.Thread(target=_greet, args=greeter, daemon=True).start()
+            _forward_signals(server, ready, ended)
+            if health is None:
+                ready.set()
+            else:
+                _aside(_greet, health, greeting, ready, ended)
             code = server.wait()
         finally:
             ended.set()
@@ -79,7 +80,9 @@ def _end_with_parent() -> None:
     ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _forward_signals(server: subprocess.Popen[bytes]) -> None:
+def _forward_signals(
+    server: subprocess.Popen[bytes], ready: threading.Event, ended: threading.Event
+) -> None:
     """The first signal asks the server to end, the next one ends it."""
     asked = False
 
@@ -87,12 +90,24 @@ def _forward_signals(server: subprocess.Popen[bytes]) -> None:
         nonlocal asked
         if asked:
             _end_session(server.pid)
-        else:
-            server.send_signal(number)
+            return
         asked = True
+        server.send_signal(number)
+        if not ready.is_set():
+            _aside(_end_loading, server.pid, ended)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
+
+
+def _end_loading(leader: int, ended: threading.Event) -> None:
+    """vLLM 0.32 may wait for its engine for ever when it is asked to end while it loads."""
+    if not ended.wait(_LOADING_GRACE_SECONDS):
+        _end_session(leader)
+
+
+def _aside(work: Callable[..., None], *args: object) -> None:
+    threading.Thread(target=work, args=args, daemon=True).start()
 
 
 def _end_session(leader: int) -> None:
@@ -101,11 +116,12 @@ def _end_session(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def _greet(health: str, greeting: str, ended: threading.Event) -> None:
+def _greet(health: str, greeting: str, ready: threading.Event, ended: threading.Event) -> None:
     # Not through a proxy: the server is here.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     while not ended.wait(_POLL_SECONDS):
         with contextlib.suppress(urllib.error.URLError, OSError):
             opener.open(health, timeout=5).close()
+            ready.set()
             print(greeting, flush=True)
             return
