@@ -61,6 +61,9 @@ class GuidedEngine:
             if not self.counts.clamps:
                 logger.warning("a request asked for more than it gets: %s", "; ".join(clamps))
             self.counts.clamps += len(clamps)
+            if self._metrics is not None:
+                # A request that gets nothing has no row, and so no step that would publish this.
+                self._metrics.publish()
         return request
 
     def release(self, live: Collection[LiveRow]) -> None:
