@@ -3,7 +3,15 @@
 from guided_decode.kernels.guide_logits import guide_logits
 from guided_decode.kernels.guide_sample import guide_sample
 from guided_decode.kernels.gumbel import gumbel_noise
+from guided_decode.kernels.lm_head_value import lm_head_value
 from guided_decode.kernels.lookahead_attention import lookahead_attention
 from guided_decode.kernels.value_head import value_head
 
-__all__ = ["guide_logits", "guide_sample", "gumbel_noise", "lookahead_attention", "value_head"]
+__all__ = [
+    "guide_logits",
+    "guide_sample",
+    "gumbel_noise",
+    "lm_head_value",
+    "lookahead_attention",
+    "value_head",
+]

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 
 from guided_decode.kernels.jit import kernel, next_power_of_two, on_gpu
-from guided_decode.kernels.norm import Norm, head_of_row, rms_norm
+from guided_decode.kernels.norm import Norm, rms_norm
+from guided_decode.kernels.row_values import hidden_block, write_row_values
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-# Labels that one program takes at most, and how many hidden · label products it holds at once.
+# Labels that one program takes at most.
 _MOST_LABELS = 16
-_PRODUCTS = 2048
 
 
 def value_head(
@@ -85,7 +85,8 @@ def value_head_triton(
     the head (labels · h · 4), which all programs share in the cache; norm or not, a row is read
     once.
     """
-    hidden, weight = _rows_contiguous(hidden), weight.contiguous()
+    if hidden.stride(-1) != 1:
+        hidden = hidden.contiguous()
     labels, size = weight.shape
     n = len(hidden) if rows is None else len(rows)
     output = torch.empty(n, labels, dtype=torch.float32, device=hidden.device)
@@ -93,7 +94,7 @@ def value_head_triton(
     _value_head_kernel.launch(
         (n, -(-labels // block)),
         hidden,
-        weight,
+        weight.contiguous(),
         bias,
         None if norm is None else norm.weight,
         None if rows is None else rows.contiguous(),
@@ -104,14 +105,10 @@ def value_head_triton(
         labels,
         size,
         BLOCK_L=block,
-        BLOCK_H=max(256, _PRODUCTS // block),
+        BLOCK_H=hidden_block(block),
         num_warps=8,
     )
     return output
-
-
-def _rows_contiguous(hidden: Tensor) -> Tensor:
-    return hidden if hidden.stride(-1) == 1 else hidden.contiguous()
 
 
 @kernel()
@@ -131,17 +128,7 @@ def _value_head_kernel(
     BLOCK_H: tl.constexpr,
 ):
     """One program reads one row, for up to BLOCK_L labels."""
-    row = tl.program_id(0).to(tl.int64)
-    token = row
-    if rows is not None:
-        token = tl.load(rows + row)
-    label = tl.program_id(1) * BLOCK_L + tl.arange(0, BLOCK_L)
-    value = tl.full([BLOCK_L], float("nan"), tl.float32)
-    if token >= 0:
-        value = head_of_row(
-            hidden + token * token_stride, weight, norm_weight, eps, offset, label, labels, size,
-            BLOCK_L, BLOCK_H,
-        )  # fmt: skip
-        if bias is not None:
-            value += tl.load(bias + label, mask=label < labels, other=0.0).to(tl.float32)
-    tl.store(output + row * labels + label, value, mask=label < labels)
+    write_row_values(
+        hidden, weight, bias, norm_weight, rows, output, eps, offset, token_stride, labels, size,
+        tl.program_id(0), tl.program_id(1) * BLOCK_L, BLOCK_L, BLOCK_H,
+    )  # fmt: skip
