@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -17,6 +18,7 @@ from guided_decode.demo import chosen
 from guided_decode.tiny_tulu import model_path
 
 PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
+DOCUMENTATION = Path(__file__).parents[1] / "docs" / "vllm.md"
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -115,7 +117,9 @@ def test_a_cpu_build_gets_what_works_there(distribution, monkeypatch, name, numb
     assert dry.command[:3] == [sys.executable, "-m", module]
     assert dry.after("--dtype") == "float32"
     assert "--enforce-eager" in dry.command
-    assert dry.environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    assert dry.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    other = Dry("own/er", "--scorer", "tiny-tulu-value")
+    assert other.environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
     own = Dry("--dtype=bfloat16", "--no-enforce-eager")
     assert not {"--dtype", "float32", "--enforce-eager"} & set(own.command)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -208,8 +212,8 @@ def test_several_engines_compare_no_siblings(option):
         (["--beta", "nan"], r"beta=nan: input should be a finite number"),
         (["--rule", "raise"], r"rule='raise': input should be 'reweight' or 'prune'"),
         (["--margin", "0.1"], r"margin=0.1 was given with rule=\"reweight\""),
-        (["--top-k", "100"], r"top_k=100 is above max_top_k=64: raise max_top_k"),
-        (["--max-beta", "1"], r"beta=10 is above max_beta=1: raise max_beta"),
+        (["--top-k", "100"], r"top_k=100 is above max_top_k=64"),
+        (["--max-beta", "1"], r"beta=10 is above max_beta=1"),
         (["--kl-coef", "0.1"], r"kl_coef was given without a reference model"),
         (["--scorer-dtype", "int8"], r"dtype='int8': input should be 'float32', 'bfloat16'"),
         (["--port", "99999"], r"--port"),
@@ -240,6 +244,16 @@ def test_a_port_in_use_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused(run("--port", port), rf"--port {port} cannot be listened on .*another --port")
+
+
+@needs_vllm
+def test_the_documentation_has_every_key_and_metric():
+    from guided_decode.integrations.vllm import metrics, request, server_config
+
+    rows = set(re.findall(r"^\| `(\w+)` \|", DOCUMENTATION.read_text(), re.MULTILINE))
+    keys = {field.alias or name for name, field in request.Keys.model_fields.items()}
+    names = {*metrics._HELP, *metrics._GAUGES}
+    assert rows == keys | names | set(server_config.ServerConfig.model_fields)
 
 
 def test_without_vllm_it_says_how_to_install_it(monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import runpy
 import shlex
 import signal
 import threading
@@ -21,6 +22,7 @@ from tests import vllm_server as servers
 
 pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
+EXAMPLE = Path(__file__).parents[1] / "examples" / "openai_client.py"
 MESSAGES = tiny_tulu.validation_prompts(12)
 PRUNE_TOKEN = 5
 GUIDE = {"guide": 1}
@@ -204,6 +206,16 @@ def test_six_of_eight_siblings_are_pruned(server):
     assert server.metrics()["pruned_siblings"] == before + 6
     survivors = [c for c in choices if c["stop_reason"] is None]
     assert all(tiny_tulu.is_correct(MESSAGES[0], c["message"]["content"]) for c in survivors)
+
+
+def test_the_example_client(server, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")
+    runpy.run_path(str(EXAMPLE))
+    output = capsys.readouterr().out
+    assert re.search(r"^plain\n(.+\n)+", output).group().endswith("Answer: 9111\n")
+    assert output.count("Answer: 10211") >= 2
+    assert len(re.findall(r"^pruned  ", output, re.MULTILINE)) == 6
+    assert len(re.findall(r"^finished  ", output, re.MULTILINE)) == 2
 
 
 def _load(server, greedy, requests, rng):

@@ -20,6 +20,7 @@ from guided_decode.cli.vllm_command import (
 )
 from guided_decode.cli.vllm_options import VllmOptions
 from guided_decode.cli.vllm_process import require_free, run
+from guided_decode.registry import find
 
 _LIMITS = "Limits of requests"
 
@@ -135,7 +136,8 @@ def serve(
                    "(max_group_size 0)", err=True)  # fmt: skip
     served = _served_name(names[0])
     ready = launch(distribution, location(names[0]), served, config, other_config=other,
-                   host=host, port=port, options=options)  # fmt: skip
+                   host=host, port=port, cpu_cache_gib=_cpu_cache_gib(names[0]),
+                   options=options)  # fmt: skip
     if dry_run:
         print(ready.as_shell())
         return
@@ -157,6 +159,12 @@ def _served_name(policy: str) -> str | None:
     if policy == DEFAULT_POLICY:
         return "tiny-tulu"
     return policy if location(policy) != policy else None
+
+
+def _cpu_cache_gib(policy: str) -> int:
+    """Enough for a policy; those of this package are tiny."""
+    record = find(policy)
+    return 1 if record is not None and record.assets is not None else 4
 
 
 def _reachable(host: str) -> str:

@@ -16,7 +16,7 @@ from guided_decode.cli.vllm_options import VllmOptions
 
 PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
-_CACHE_VARIABLE, _CACHE_GIB = "VLLM_CPU_KVCACHE_SPACE", "4"
+_CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 _REFUSED = {
     ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"): (
@@ -125,6 +125,7 @@ def launch(
     other_config: dict[str, Any],
     host: str,
     port: int,
+    cpu_cache_gib: int,
     options: VllmOptions,
 ) -> Launch:
     """The command and environment that serve a policy.
@@ -136,6 +137,7 @@ def launch(
         config: the value of additional_config["guided_decode"].
         other_config: the rest of additional_config.
         host, port: where it listens.
+        cpu_cache_gib: vLLM's KV cache on a CPU, where it would take nearly all memory.
         options: what else vLLM is given; wins over the defaults here.
     """
     from guided_decode.integrations.vllm.server_config import CONFIG_KEY, CONFIG_VARIABLE
@@ -148,7 +150,7 @@ def launch(
     if distribution.is_cpu:
         command += _cpu_options(options)
         if not os.environ.get(_CACHE_VARIABLE) and not options.has("--kv-cache-memory-bytes"):
-            environment[_CACHE_VARIABLE] = _CACHE_GIB
+            environment[_CACHE_VARIABLE] = str(cpu_cache_gib)
     command += options.tokens
     command += ["--logits-processors", *dict.fromkeys(processors)]
     command += ["--additional-config", json.dumps({**other_config, CONFIG_KEY: config})]
