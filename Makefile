@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint typecheck tiny-tulu benchmark clean
+.PHONY: help demo test test-full lint typecheck tiny-tulu benchmark benchmark-vllm clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,7 +12,7 @@ PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numproces
 PYTEST_ARGS ?=
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' Makefile
 
 $(VENV)/.run: $(SETUP)
 	@sh scripts/setup_env.sh $(VENV) $(RUN_EXTRAS)
@@ -49,6 +49,9 @@ tiny-tulu: $(VENV)/.dev ## train the embedded models again from nothing (under 6
 
 benchmark: $(VENV)/.dev ## time guided decoding against plain and brute force
 	@$(BIN)/python -m benchmarks.lookahead
+
+benchmark-vllm: $(VENV)/.dev ## what guidance costs in a vLLM engine on the CPU
+	@$(BIN)/python -m benchmarks.vllm_throughput
 
 clean: ## remove caches and build output (the virtual environment stays: rm -r .venv)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

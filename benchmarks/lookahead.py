@@ -12,6 +12,7 @@ import argparse
 import itertools
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -30,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     shape = Shape()
-    about = environment(" ".join(["python -m benchmarks.lookahead", *given]), shape)
+    about = environment(
+        " ".join(["python -m benchmarks.lookahead", *given]), asdict(shape) | {"dtype": "float32"}
+    )
     sizes = itertools.product(options.batch, options.prefix, options.k)
     console = Console()
     if console.width < WIDTH:

@@ -14,7 +14,6 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.baselines import Shape
 from benchmarks.pairs import Case, Result
 
 WIDTH = 140
@@ -95,20 +94,23 @@ def table(results: Sequence[Result]) -> Table:
     return made
 
 
-def environment(command: str, shape: Shape) -> dict[str, Any]:
-    """What a reader needs to judge the figures."""
+def environment(
+    command: str, models: dict[str, Any], packages: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What a reader needs to judge the figures; packages: more whose versions matter."""
+    names = ("guided-decode", "torch", "transformers", *packages)
     return {
         "date": date.today().isoformat(),
         "command": command,
         "versions": {
             "python": platform.python_version(),
-            **{name: metadata.version(name) for name in ("guided-decode", "torch", "transformers")},
+            **{name: metadata.version(name) for name in names},
         },
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
-        "models": asdict(shape) | {"dtype": "float32"},
+        "models": models,
     }
 
 

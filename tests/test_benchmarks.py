@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import baselines, lookahead, pairs
+from benchmarks import baselines, lookahead, pairs, vllm_throughput
 from benchmarks.baselines import Copied, Models, Ours, Recomputed, Shape
 from guided_decode import GuidanceConfig
 
@@ -69,3 +69,35 @@ def test_nothing_is_reported_where_the_ways_differ(tmp_path, monkeypatch, capsys
     assert lookahead.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "nothing is reported" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
+
+
+def turns(seconds, host=None, gaps=()):
+    return [vllm_throughput.Timing(s, 64, list(gaps), host) for s in seconds]
+
+
+def test_ratios_of_the_vllm_benchmark_are_taken_within_their_round():
+    cell = vllm_throughput.Cell(32, 20)
+    cell.turns = {way: turns([1.0, 4.0], host=70.0) for way in vllm_throughput.WAYS}
+    cell.turns["plain"] = turns([1.0, 4.0], gaps=[0.002])
+    cell.turns["unused"] = turns([1.1, 4.0])
+    assert cell.slowdown("unused") == pytest.approx([1.1, 1.0])
+    assert cell.latency("plain") == pytest.approx(2.0)
+    assert cell.host("unused") is None
+    (unused, host) = vllm_throughput.verdicts([cell])
+    assert unused == ("prompts of 20, concurrency 32: loaded but unused ≤ 1.05× plain: 1.050", True)
+    assert host == ("prompts of 20, concurrency 32: host work < 60 µs a row: 70", False)
+
+
+def test_who_asks_for_guidance_in_the_vllm_benchmark():
+    assert vllm_throughput.requests("unused", 2) == [None, None]
+    assert vllm_throughput.requests("k 4", 1) == [{"guide": 1, "guide_top_k": 4}]
+    half = vllm_throughput.requests("half k 8", 4)
+    assert [extra is None for extra in half] == [False, True, False, True]
+
+
+def test_prompts_of_the_vllm_benchmark_differ_at_their_end_only():
+    cell = vllm_throughput.Cell(2, 40)
+    one, two = (vllm_throughput.draw_prompts(cell, turn) for turn in ("one", "two"))
+    assert [len(prompt) for prompt in one] == [40, 40]
+    assert [p[: -vllm_throughput.NEW] for p in one] == [p[: -vllm_throughput.NEW] for p in two]
+    assert one != two
