@@ -20,7 +20,11 @@ from guided_decode import GuidanceConfig, load_scorer, tiny_tulu
 from guided_decode.integrations.transformers import GuidedDecoding
 from tests import vllm_server as servers
 
-pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = [
+    pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
+    # A server takes its time to load where other tests run beside.
+    pytest.mark.timeout(900),
+]
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "openai_client.py"
 MESSAGES = tiny_tulu.validation_prompts(12)
@@ -320,6 +324,13 @@ def test_nothing_is_left_of_a_server_that_is_stopped_while_it_loads(tmp_path):
         assert server.end(signal.SIGTERM) != 0
         servers.until(lambda: not server.left(), 10)
         assert not server.left()
+
+
+@pytest.mark.slow
+def test_the_exit_code_is_vllms(tmp_path):
+    with servers.started([*servers.SERVE, "--no-such-option"], tmp_path / "log.txt") as server:
+        assert server.process.wait(120) == 2
+        assert "unrecognized arguments: --no-such-option" in server.log.read_text()
 
 
 @pytest.mark.slow

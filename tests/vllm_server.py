@@ -29,7 +29,7 @@ PLAIN = (
     "--enforce-eager", "--logits-processors",
     "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor",
 )  # fmt: skip
-_READY_SECONDS, _END_SECONDS = 240, 60
+_READY_SECONDS, _END_SECONDS = 600, 60
 
 
 @dataclass(slots=True)

@@ -21,6 +21,8 @@ from guided_decode.cli.vllm_command import METRICS_VARIABLE, Launch
 
 _POLL_SECONDS, _LOADING_GRACE_SECONDS = 0.5, 5.0
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
+# Loaded before the fork, after which nothing may be.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def require_free(host: str, port: int) -> None:
@@ -50,7 +52,7 @@ def run(launch: Launch, health: str | None, greeting: str) -> int:
             launch.command,
             env={**os.environ, **launch.environment, **metrics},
             start_new_session=True,
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=None if _LIBC is None else _end_with_parent,
         )
         try:
             _forward_signals(server, ready, ended)
@@ -77,7 +79,8 @@ def _metrics_folder() -> Iterator[dict[str, str]]:
 
 def _end_with_parent() -> None:
     """In the server's process: when ours is killed, it is asked to end."""
-    ctypes.CDLL(None).prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+    assert _LIBC is not None
+    _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
 def _forward_signals(
