@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
+from guided_decode.kernels import lookahead_attention
 from guided_decode.packed import PackedBatch
 from guided_decode.reads import Stretch, stretches
 
@@ -66,9 +67,26 @@ def packed_attention(
     """
     _refuse_unknown(module, attention_mask, dropout, packed, unknown)
     assert packed is not None
-    scaled = query[0] * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = packed.pool.keys[layer], packed.pool.layer_values[layer]
+    if packed.segment_table is not None:
+        output = lookahead_attention(
+            query[0].transpose(0, 1),
+            keys,
+            values,
+            packed.table,
+            packed.segment_table,
+            packed.positions,
+            packed.slots,
+            scaling=scaling,
+            max_queries=packed.most_queries,
+            max_prefix=packed.most_positions,
+            window=sliding_window,
+            softcap=softcap,
+        )
+        return output[None], None
+    scaled = query[0] * scaling
     outputs = []
     for stretch in stretches(packed, sliding_window):
         own = scaled[:, stretch.queries]

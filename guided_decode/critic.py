@@ -9,9 +9,11 @@ import torch
 from torch import Tensor
 
 from guided_decode.cache import Placement, PrefixCache
+from guided_decode.graphs import GraphedForward
 from guided_decode.growable import Ints
 from guided_decode.kernels import value_head
 from guided_decode.modes import without_autograd
+from guided_decode.packed import PackedBatch
 from guided_decode.packed_model import PackedModel, Row
 from guided_decode.scores import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.stats import ScorerStats
@@ -51,6 +53,7 @@ class CriticScorer:
         eos_token_id: int | None = None,
         reward: Scorer | None = None,
         reference: LogProbs | None = None,
+        graphs: bool | None = None,
     ) -> None:
         """
         Args:
@@ -62,6 +65,7 @@ class CriticScorer:
             eos_token_id: the token at which a finished response is read.
             reward: the reward model of the "reward" terminal rule.
             reference: the model of kl_coef.
+            graphs: steps of the usual shapes replay CUDA graphs; None: on a CUDA device.
         """
         if terminal == "reward" and reward is None:
             raise ValueError(
@@ -78,6 +82,10 @@ class CriticScorer:
         self.reference = reference
         self.stats = ScorerStats()
         self._evicted = 0
+        self._graphs: GraphedForward | None = None
+        if graphs if graphs is not None else model.device.type == "cuda":
+            capture = model.device.type == "cuda"
+            self._graphs = GraphedForward(model, self._write_values, capture=capture)
 
     def __repr__(self) -> str:
         cache = self.cache
@@ -191,14 +199,19 @@ class CriticScorer:
     def _forward(self, placements: list[Placement]) -> None:
         for batch in self.model.batches(placements):
             begun = time.perf_counter()
-            hidden = self.model.forward(batch)
-            self.cache.pool.values[batch.slots] = self.head(hidden)
+            if self._graphs is None or not self._graphs.run(batch):
+                self._write_values(batch)
             self.stats.forwards += 1
             self.stats.forward_seconds += time.perf_counter() - begun
         for placement in placements:
             self.stats.prefix_tokens += len(placement.work.prefix)
             self.stats.candidate_tokens += len(placement.work.candidates)
             self.stats.cache_hits += placement.hits
+
+    def _write_values(self, batch: PackedBatch) -> None:
+        """One forward; each token's value goes to its slot."""
+        values = self.head(self.model.forward(batch))
+        self.cache.pool.values.index_copy_(0, batch.slots, values)
 
     def _gather(self, placements: list[Placement], slots: Ints) -> Scores:
         last = np.array([placement.last_slot for placement in placements], np.int64)

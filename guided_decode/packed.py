@@ -75,7 +75,10 @@ class PackedBatch:
 
     A prefix query at position p reads the slots table[row, : p + 1]; a candidate reads
     table[row, :length] and itself. Every token's key and value go to its own slot.
-    stretches: by sliding window, what was worked out from these, once for all layers.
+    segments: on the host. segment_table: the same for `kernels.lookahead_attention`, int32 [n, 3]
+    on the device; None where attention goes by `segments`. most_queries, most_positions: bounds
+    of the segments' tokens and of the positions.
+    stretches: by sliding window, what was worked out from the segments, once for all layers.
     """
 
     token_ids: Tensor
@@ -84,6 +87,9 @@ class PackedBatch:
     segments: list[Segment]
     table: Tensor
     pool: SlotPool
+    segment_table: Tensor | None = None
+    most_queries: int = 0
+    most_positions: int = 0
     stretches: "dict[int | None, list[Stretch]]" = field(default_factory=dict)
 
     @property
@@ -92,8 +98,13 @@ class PackedBatch:
         return self.pool.keys[0].dtype
 
 
-def pack(work: list[RowWork], table: Tensor, pool: SlotPool, limit: int) -> Iterator[PackedBatch]:
-    """Cuts the rows' work, in order, into forwards of at most `limit` tokens."""
+def pack(
+    work: list[RowWork], table: Tensor, pool: SlotPool, limit: int, *, fused: bool = False
+) -> Iterator[PackedBatch]:
+    """Cuts the rows' work, in order, into forwards of at most `limit` tokens.
+
+    fused: attention goes through `kernels.lookahead_attention`, as it does on a GPU.
+    """
     waiting: list[RowWork] = []
     room = limit
     for row in work:
@@ -107,13 +118,13 @@ def pack(work: list[RowWork], table: Tensor, pool: SlotPool, limit: int) -> Iter
             waiting.append(piece)
             room -= piece.tokens
             if room == 0:
-                yield _batch(waiting, table, pool)
+                yield _batch(waiting, table, pool, fused)
                 waiting, room = [], limit
     if waiting:
-        yield _batch(waiting, table, pool)
+        yield _batch(waiting, table, pool, fused)
 
 
-def _batch(work: list[RowWork], table: Tensor, pool: SlotPool) -> PackedBatch:
+def _batch(work: list[RowWork], table: Tensor, pool: SlotPool, fused: bool) -> PackedBatch:
     sizes = np.array([row.tokens for row in work])
     starts = np.concatenate([[0], sizes.cumsum()])
     segments = [
@@ -125,7 +136,20 @@ def _batch(work: list[RowWork], table: Tensor, pool: SlotPool) -> PackedBatch:
     np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
     np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
     token_ids, positions, slots = torch.from_numpy(packed).to(pool.device, non_blocking=True)
-    return PackedBatch(token_ids, positions, slots, segments, table, pool)
+    if not fused:
+        return PackedBatch(token_ids, positions, slots, segments, table, pool)
+    rows = np.column_stack([starts[:-1], sizes, [w.table_row for w in work]]).astype(np.int32)
+    return PackedBatch(
+        token_ids,
+        positions,
+        slots,
+        segments,
+        table,
+        pool,
+        segment_table=torch.from_numpy(rows).to(pool.device, non_blocking=True),
+        most_queries=int(sizes.max()),
+        most_positions=int(packed[1].max()),
+    )
 
 
 def _positions(work: RowWork) -> tuple[Ints, Ints]:

@@ -43,6 +43,7 @@ class PackedModel:
         cache_tokens: int | None = None,
         live_tokens: int | None = None,
         max_forward_tokens: int = 8192,
+        fused: bool | None = None,
     ) -> None:
         """
         Args:
@@ -51,6 +52,8 @@ class PackedModel:
             cache_tokens: capacity of the slot pool; None takes a bounded share of free memory.
             live_tokens: the most tokens that are live at once, which bounds that default.
             max_forward_tokens: the most tokens of one forward.
+            fused: attention goes through `kernels.lookahead_attention`; None: not on a CPU, where
+                runs of neighbouring slots are read in place.
 
         Raises:
             ValueError: a bound below 1, or layers that keep no keys and values.
@@ -66,6 +69,7 @@ class PackedModel:
         self.model = model
         self.name = name
         self.max_forward_tokens = max_forward_tokens
+        self.fused = model.device.type != "cpu" if fused is None else fused
         config = model.config.get_text_config()
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
@@ -157,7 +161,8 @@ class PackedModel:
         work = [placement.work for placement in placements]
         self.cache.write_tables()
         cache = self.cache
-        return list(pack(work, cache.tables.table, cache.pool, self.max_forward_tokens))
+        table, limit = cache.tables.table, self.max_forward_tokens
+        return list(pack(work, table, cache.pool, limit, fused=self.fused))
 
     @without_autograd
     def forward(self, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
@@ -169,7 +174,8 @@ class PackedModel:
         """
         inputs = {
             "input_ids": batch.token_ids[None],
-            "position_ids": batch.positions[None],
+            # The padding of a CUDA graph has position -1; any will do for it.
+            "position_ids": batch.positions.clamp(min=0)[None],
             "past_key_values": SlotCache(batch),
             "packed": batch,
             "use_cache": True,

@@ -9,8 +9,9 @@ from guided_decode.growable import Ints
 class SlotPool:
     """KV memory for `capacity` tokens, and each cached token's value.
 
-    keys[layer], layer_values[layer]: [capacity, kv_heads, head_dim] of the model's dtype.
-    values: float32 [capacity], V at the token in the slot.
+    keys[layer], layer_values[layer]: [capacity + 1, kv_heads, head_dim] of the model's dtype.
+    values: float32 [capacity + 1], V at the token in the slot. The last slot is never handed out:
+    the padding of a CUDA graph writes there.
     """
 
     def __init__(
@@ -23,15 +24,16 @@ class SlotPool:
         """layer_shapes: (kv_heads, key_dim, value_dim) of each layer."""
         self.capacity = capacity
         # Memory that was never written is never read: it is left as it comes.
+        slots = capacity + 1
         self.keys = [
-            torch.empty(capacity, heads, dim, dtype=dtype, device=device)
+            torch.empty(slots, heads, dim, dtype=dtype, device=device)
             for heads, dim, _ in layer_shapes
         ]
         self.layer_values = [
-            torch.empty(capacity, heads, dim, dtype=dtype, device=device)
+            torch.empty(slots, heads, dim, dtype=dtype, device=device)
             for heads, _, dim in layer_shapes
         ]
-        self.values = torch.empty(capacity, dtype=torch.float32, device=device)
+        self.values = torch.empty(slots, dtype=torch.float32, device=device)
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
         self._free_count = capacity
 

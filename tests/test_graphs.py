@@ -1,0 +1,133 @@
+"""The device's path of the scorer: fused attention, padded static batches, and graphs of them."""
+
+from __future__ import annotations
+
+import copy
+import random
+
+import pytest
+import torch
+
+from guided_decode import GuidanceConfig, graphs, load_scorer
+from guided_decode.critic import CriticScorer
+from guided_decode.packed_model import PackedModel
+from guided_decode.prefix import PrefixHandle
+from guided_decode.self_check import check_packed
+from guided_decode.step import guide_rows
+from tests import models, oracle
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+
+
+def scorer_like_a_gpus(arch="llama", device="cpu", **options):
+    """A critic on the fused attention, whose forwards are padded to buckets."""
+    plain = load_scorer(models.saved(arch, "token"), kind="verl-critic")
+    trunk = type(plain.model.model)(copy.deepcopy(models.tiny(arch, "token").config))
+    trunk.load_state_dict(plain.model.model.state_dict())
+    packed = PackedModel(trunk.eval().to(device), "the test's", fused=True, **options)
+    check_packed(packed)
+    head = copy.copy(plain.head)
+    head = type(head)(head.weight.to(device), None, head.transform)
+    return CriticScorer(packed, head, eos_token_id=models.EOS, graphs=True)
+
+
+def decode(scorer, steps=12, seed=0, rows=5):
+    """Guided steps of several rows that come and go; what was guided, row by row."""
+    drawn = random.Random(seed)
+    noise = torch.Generator().manual_seed(seed)
+    prompts = models.prompts(drawn.choices(range(1, 60), k=rows), seed=seed)
+    live = [PrefixHandle(prompt) for prompt in prompts]
+    config = GuidanceConfig(beta=1.5, top_k=5)
+    found = []
+    for _ in range(steps):
+        chosen = sorted(drawn.sample(range(rows), drawn.randint(1, rows)))
+        logits = torch.randn(len(chosen), models.VOCAB, generator=noise) * 3
+        handles = [live[i] for i in chosen]
+        found.append(guide_rows(scorer, logits, handles, config, terminals=[models.EOS]))
+        for handle, token in zip(handles, found[-1].argmax(-1).tolist(), strict=True):
+            handle.append(token)
+    return found
+
+
+@pytest.mark.parametrize("arch", ["llama", "mistral-sliding", "gemma2"])
+@pytest.mark.parametrize("limit", [8192, 7], ids=["roomy", "small forwards"])
+def test_padded_batches_give_what_plain_ones_give(arch, limit):
+    padded = scorer_like_a_gpus(arch, max_forward_tokens=limit)
+    plain = load_scorer(models.saved(arch, "token"), kind="verl-critic")
+    for mine, theirs in zip(decode(padded), decode(plain), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert padded._graphs.replays > 5
+    assert padded.stats.tokens == plain.stats.tokens
+    padded.cache.check()
+
+
+def test_few_graphs_serve_many_steps():
+    scorer = scorer_like_a_gpus()
+    decode(scorer, steps=60)
+    assert scorer._graphs.replays > 50
+    assert len(scorer._graphs) <= 20
+
+
+def test_shapes_beyond_the_buckets_run_as_they_are():
+    scorer = scorer_like_a_gpus()
+    long, short = models.prompts([graphs.MOST_QUERIES + 1, 20], seed=4)
+    none = torch.empty(1, 0, dtype=torch.int64)
+    brute = oracle.Values(models.tiny("llama", "token"))
+    for prompt, replays in ((long, 0), (short, 1)):
+        value = scorer.score([prompt], none).baseline
+        assert value.item() == pytest.approx(brute([prompt])[0], abs=1e-4)
+        assert scorer._graphs.replays == replays
+
+
+def test_a_table_that_grew_is_another_graph():
+    scorer = scorer_like_a_gpus()
+    decode(scorer, steps=3, rows=3)
+    before = scorer.cache.tables.table.data_ptr()
+    decode(scorer, steps=6, rows=40, seed=1)
+    assert scorer.cache.tables.table.data_ptr() != before
+    assert {bucket.table[0] for bucket in scorer._graphs._graphs} == {
+        scorer.cache.tables.table.data_ptr()
+    }
+
+
+def test_a_forward_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
+    scorer = scorer_like_a_gpus()
+
+    def refuse(self, static):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs.GraphedForward, "_record", refuse)
+    scorer._graphs._capture = True
+    expected = decode(load_scorer(models.saved("llama", "token"), kind="verl-critic"))
+    for mine, theirs in zip(decode(scorer), expected, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-4)
+    assert scorer._graphs.replays == 0
+    assert caplog.text.count("CUDA graphs are off") == 1
+
+
+@needs_gpu
+@pytest.mark.gpu
+@pytest.mark.parametrize("arch", ["llama", "mistral-sliding", "gemma2"])
+def test_on_a_gpu_the_scorer_gives_what_the_cpu_gives(arch):
+    device = load_scorer(
+        models.saved(arch, "token"), kind="verl-critic", device="cuda", dtype=torch.float32
+    )
+    plain = load_scorer(models.saved(arch, "token"), kind="verl-critic")
+    for seed in range(4):
+        for mine, theirs in zip(decode(device, seed=seed), decode(plain, seed=seed), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-3)
+    assert device._graphs.replays > 20
+    device.cache.check()
+
+
+@needs_gpu
+@pytest.mark.gpu
+def test_on_a_gpu_the_steady_state_launches_one_graph():
+    """A replay has no host work of the model's: the profiler sees one graph launch a forward."""
+    scorer = load_scorer(models.saved("llama", "token"), kind="verl-critic", device="cuda")
+    decode(scorer, steps=30, rows=1)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        decode(scorer, steps=30, rows=1)
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts.get("cudaGraphLaunch", 0) > 15
+    assert counts.get("aten::linear", 0) < 200
