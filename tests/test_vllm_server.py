@@ -335,7 +335,11 @@ def test_the_exit_code_is_vllms(tmp_path):
 
 @pytest.mark.slow
 def test_nothing_is_left_of_a_server_whose_starter_was_killed(tmp_path):
-    with servers.started([*servers.SERVE, *servers.SMALL], tmp_path / "log.txt") as server:
+    metrics = tmp_path / "metrics"
+    metrics.mkdir()
+    environment = {"PROMETHEUS_MULTIPROC_DIR": str(metrics)}
+    command = [*servers.SERVE, *servers.SMALL]
+    with servers.started(command, tmp_path / "log.txt", environment) as server:
         server.wait_ready()
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
         servers.until(lambda: not server.left(), 60)
