@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-full lint typecheck tiny-tulu benchmark benchmark-vllm clean
+.PHONY: help demo serve test test-full lint typecheck tiny-tulu benchmark benchmark-vllm clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -25,6 +25,9 @@ $(VENV)/.dev: $(SETUP)
 demo: $(VENV)/.run ## plain and guided decoding side by side, with figures
 	@mkdir -p out
 	@$(BIN)/guided-decode demo --plot out/guided-decode-demo.png
+
+serve: $(VENV)/.dev ## vLLM's OpenAI server with the models of this repository, on port 8000
+	@$(BIN)/guided-decode serve
 
 test: lint typecheck ## lint, types and tests (at most 20 minutes)
 	@echo "== tests (those marked slow: make test-full)"
