@@ -118,7 +118,7 @@ def guide_logits_triton(logits: Tensor, shift: Shift, keep_tail: Tensor) -> Tens
     return logits
 
 
-@kernel(do_not_specialize=("k", "min_keep", "vocab"))
+@kernel(do_not_specialize=("k", "min_keep"))
 def _guide_logits_kernel(
     logits,
     keep_tail,

@@ -114,7 +114,7 @@ def guide_sample_triton(
     return tokens
 
 
-@kernel(do_not_specialize=("k", "min_keep", "row_stride"))
+@kernel(do_not_specialize=("k", "min_keep"))
 def _guide_sample_kernel(
     logits,
     tokens,

@@ -16,7 +16,7 @@ _PRODUCTS = 2048
 
 def hidden_block(label_block: int) -> int:
     """Hidden dimensions a step, where a program takes so many labels."""
-    return max(256, _PRODUCTS // label_block)
+    return _PRODUCTS // label_block
 
 
 @kernel()

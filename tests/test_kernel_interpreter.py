@@ -13,6 +13,7 @@ TESTS = Path(__file__).parent
 FILES = sorted(TESTS.glob("test_kernel_*.py"))
 
 
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
 def test_kernels_hold_in_the_interpreter():
     files = [str(file) for file in FILES if file != Path(__file__)]
@@ -25,3 +26,9 @@ def test_kernels_hold_in_the_interpreter():
     )
     assert run.returncode == 0, run.stdout[-8000:]
     assert " passed" in run.stdout
+
+
+def test_importing_the_kernels_does_not_import_triton():
+    code = "import sys, guided_decode.kernels; print('triton' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
