@@ -82,6 +82,10 @@ class PrefixCache:
         self.tree.clear()
         self.end_batch()
 
+    def drop_candidates(self) -> None:
+        """Frees the scored candidates that no prefix has taken since, between batches."""
+        self.tree.drop_candidates()
+
     def check(self) -> None:
         """Asserts that every slot is either free or owned by exactly one token."""
         slots = np.concatenate([self.pool.free_ids, *self._owned()])

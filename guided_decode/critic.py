@@ -45,7 +45,7 @@ class CriticScorer:
     def __init__(
         self,
         model: PackedModel,
-        head: ValueHead,
+        head: Callable[[Tensor], Tensor],
         *,
         terminal: TerminalRule = "baseline",
         skip_token: int | None = None,
@@ -58,7 +58,7 @@ class CriticScorer:
         """
         Args:
             model: the trunk.
-            head: the value head.
+            head: values, float32 [tokens], of hidden states [tokens, hidden]; a `ValueHead`, say.
             terminal: the terminal rule of the critic's family.
             skip_token: BOS, where the critic was trained without it: one leading one is dropped.
             bos_token_id: the token that begins a text, for those who look for padding.
@@ -90,7 +90,7 @@ class CriticScorer:
     def __repr__(self) -> str:
         cache = self.cache
         return (
-            f"CriticScorer({self.model.name!r}, terminal={self.terminal!r}, cache_tokens="
+            f"{type(self).__name__}({self.model.name!r}, terminal={self.terminal!r}, cache_tokens="
             f"{cache.capacity}, {cache.pool.nbytes / 2**20:.0f} MiB, {self.model.device})"
         )
 

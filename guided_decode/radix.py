@@ -134,6 +134,14 @@ class RadixTree:
             pass
         return self.pool.free_slots >= slots
 
+    def drop_candidates(self) -> None:
+        """Frees every scored candidate that was not chosen: nobody will ask for them."""
+        for _, _, block in self._blocks:
+            self.pool.give_back(block.slots)
+            block.tokens = block.slots = NO_INTS
+        self.operations += len(self._blocks)
+        self._blocks.clear()
+
     def _promote(self, node: Node, depth: int, token: int) -> tuple[Node, Ints] | None:
         """Moves a scored candidate into the tree; None where it was not scored."""
         if depth == 0:
