@@ -71,8 +71,9 @@ def lookahead_attention(
             share theirs.
         keys, values: the pool of one layer, a slot a token.
         table: int32 [rows, width], a row's slot of each position.
-        segments: int32 [n, 3]: first token, number of tokens, row of the table. Each token is in
-            exactly one; an empty one is padding.
+        segments: int32 [n, 3]: first token, number of tokens, row of the table. A token is in one
+            at most; an empty segment is padding, and so is a token in none, whose output is not
+            defined.
         positions: int64 [tokens]; -1 is padding, whose output is 0 and whose slot is not read.
         slots: int64 [tokens], each token's own.
         scaling: of the scores.

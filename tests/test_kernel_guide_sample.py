@@ -108,6 +108,15 @@ def test_any_shape_is_drawn_from_the_vocabulary(rows, k):
     assert torch.equal(guide_sample_reference(*given), whole_vocabulary(*given)[0])
 
 
+def test_public_function_is_the_reference_on_a_cpu():
+    given = draw_case(9, 16, 5003)
+    logits, shift, temperature, seeds, positions = given
+    drawn = guide_sample(
+        logits, **shift._asdict(), temperature=temperature, seeds=seeds, positions=positions
+    )
+    assert torch.equal(drawn, guide_sample_reference(*given))
+
+
 def one_row_often(draws, device="cpu"):
     """One row of 16 candidates, some pruned, at `draws` positions."""
     logits, shift, *_ = case(1, 16, 1000, device=device)

@@ -169,6 +169,13 @@ def public(query, reads, max_queries, max_prefix):
     )  # fmt: skip
 
 
+def test_public_function_is_the_reference_on_a_cpu():
+    batch = BATCHES["ragged"]
+    query, reads = case(batch, GROUPED, window=9, softcap=3.0)
+    output = public(query, reads, *bounds(batch))
+    assert torch.equal(output, lookahead_attention_reference(query, reads))
+
+
 def check(batch, heads, monkeypatch, **fields):
     query, reads = case(batch, heads, device=DEVICE, **fields)
     truth, eager = (each_query(query, reads, dtype) for dtype in (torch.float64, query.dtype))
