@@ -9,19 +9,15 @@ import torch
 from torch import Tensor
 
 from guided_decode.kernels.jit import kernel, next_power_of_two, on_gpu
-from guided_decode.kernels.merge_splits import MAX_SPLITS, merge_splits_triton
+from guided_decode.kernels.lookahead_tiles import splits_of, tile_of
+from guided_decode.kernels.merge_splits import merge_splits_triton
 
 if TYPE_CHECKING:
     import triton.language as tl
 
 # The reference's queries at once, which bounds its scores.
 _CHUNK = 128
-# Enough programs for two on each multiprocessor of an H100 or H200.
-_PROGRAMS = 264
-# A split reads at least so much of the prefix: a shorter one costs more to merge than it saves.
-_SHORTEST_SPLIT = 256
 _NO_WINDOW = 1 << 30
-LARGEST_HEAD = 256
 
 
 class PackedReads(NamedTuple):
@@ -178,44 +174,6 @@ def _softmax(
         group = scores.shape[1] // len(hidden)
         scores[..., :-1].masked_fill_(hidden.repeat_interleave(group, 0), -torch.inf)
     return scores.softmax(-1)
-
-
-class Tile(NamedTuple):
-    """Fixed launch parameters. m: rows of a score tile, queries · heads of a group. n: columns."""
-
-    m: int
-    n: int
-    warps: int
-    stages: int
-
-
-# By float32 or not, and by the power of two that the larger head size fills; the smallest m that
-# holds a segment's queries is taken, else the largest. None of them spills on sm_80 or sm_90.
-TILES = {
-    (False, 64): (Tile(16, 128, 4, 5), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
-    (False, 128): (Tile(16, 64, 4, 5), Tile(64, 64, 8, 3)),
-    (False, 256): (Tile(16, 32, 4, 5), Tile(64, 32, 8, 2)),
-    (True, 64): (Tile(16, 32, 4, 2),),
-    (True, 128): (Tile(16, 32, 8, 2),),
-    (True, 256): (Tile(16, 16, 8, 2),),
-}
-
-
-def tile_of(query: Tensor, values: Tensor, max_queries: int) -> Tile | None:
-    """The launch table's entry; None where a group has more heads, or heads more dimensions."""
-    _, heads, head_dim = query.shape
-    group = heads // values.shape[1]
-    size = next_power_of_two(max(head_dim, values.shape[2], 64))
-    tiles = TILES.get((query.dtype == torch.float32, size), ())
-    if not tiles or group > tiles[-1].m:
-        return None
-    return next((tile for tile in tiles if tile.m >= group * max_queries), tiles[-1])
-
-
-def splits_of(programs: int, max_prefix: int) -> int:
-    """Into how many parts the prefix is cut, so that a small batch fills the GPU."""
-    wanted = -(-_PROGRAMS // max(1, programs))
-    return max(1, min(wanted, -(-max_prefix // _SHORTEST_SPLIT), MAX_SPLITS))
 
 
 def lookahead_attention_triton(

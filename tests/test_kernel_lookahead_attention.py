@@ -9,16 +9,13 @@ import torch
 
 from guided_decode.kernels.jit import FLOATS
 from guided_decode.kernels.lookahead_attention import (
-    TILES,
     PackedReads,
-    Tile,
     _pool_rows,
     lookahead_attention,
     lookahead_attention_reference,
     lookahead_attention_triton,
-    splits_of,
-    tile_of,
 )
+from guided_decode.kernels.lookahead_tiles import TILES, Tile, splits_of, tile_of
 from tests.kernel_cases import (
     ARCHITECTURES,
     DEVICE,
