@@ -65,7 +65,7 @@ def load_checkpoint(
     trust_remote_code: bool = False,
     rope_theta: float | None = None,
 ) -> Checkpoint:
-    """A critic of any kind but "implicit".
+    """A critic of any kind but "implicit" and "trunk-head".
 
     Args:
         model: a registered name, a Hub id, a local path, or a transformers model, whose weights
@@ -94,6 +94,11 @@ def load_checkpoint(
         raise ValueError(
             f"{source.name} was given as {family.kind}, which is a pair of language models: "
             "expected a critic or reward model; load each of the pair with load_causal_lm"
+        )
+    if family.head_apart:
+        raise ValueError(
+            f"{source.name} was given as {family.kind}, whose head comes apart from the policy: "
+            "expected a critic or reward model; load it with load_scorer(policy, head=...)"
         )
     check_config(source.name, source.config)
     _settle_rope(source, family, rope_theta)
@@ -139,6 +144,24 @@ def load_causal_lm(
     check_config(source.name, source.config)
     _settle_rope(source, family, rope_theta)
     return load_language_model(source, dtype, device)
+
+
+def load_policy_trunk(source: Source, family: Family, dtype: torch.dtype | None,
+                      device: torch.device | str | None,
+                      rope_theta: float | None) -> PreTrainedModel:  # fmt: skip
+    """The decoder of a causal LM, on its own config, for a head that comes apart from it.
+
+    Arguments as of `load_checkpoint`. Raises ValueError: it is no causal LM, or does not load
+    whole, or cannot be scored in packed form.
+    """
+    if source.architecture and not family.takes(source.architecture):
+        raise ValueError(
+            f"{source.name} is a {source.architecture}: {family.kind} expects the policy itself, a "
+            f"class that ends in {' or '.join(family.architectures)}, and its head as head="
+        )
+    check_config(source.name, source.config)
+    _settle_rope(source, family, rope_theta)
+    return load_trunk(source, dtype, device)
 
 
 def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:

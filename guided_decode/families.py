@@ -38,6 +38,7 @@ class Family:
     normalise_field: a config field under which the trainer gives (output − mean) / std, with the
         config's own mean and std.
     bias_must_be_zero: the trainer's head has no bias, though the Hugging Face class may.
+    head_apart: the model is the policy, and its head comes apart from it (`load_scorer(head=)`).
     rope_defect: a known wrong conversion of rope_theta.
     prompt_format: the format of `prompts.FORMATS`; None is the tokenizer's own chat template.
     """
@@ -53,6 +54,7 @@ class Family:
     head_field: str | None = None
     normalise_field: str | None = None
     bias_must_be_zero: bool = False
+    head_apart: bool = False
     rope_defect: Rope | None = None
     prompt_format: str | None = None
     defects: tuple[str, ...] = ()
@@ -145,6 +147,15 @@ _RECORDS = (
         heads=(),
         bos="policy",
         terminal="included",
+    ),
+    Family(
+        kind="trunk-head",
+        trainers="recipes.trunk_head, or a value head trained on the policy's own hidden states",
+        architectures=("ForCausalLM",),
+        heads=("head",),
+        head_apart=True,
+        bos="policy",
+        terminal="baseline",
     ),
 )
 

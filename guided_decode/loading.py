@@ -6,9 +6,15 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from guided_decode.checkpoint import load_causal_lm, load_checkpoint, load_tokenizer
+from guided_decode.checkpoint import (
+    load_causal_lm,
+    load_checkpoint,
+    load_policy_trunk,
+    load_tokenizer,
+)
 from guided_decode.critic import CriticScorer, ValueHead
-from guided_decode.families import BosRule
+from guided_decode.families import BosRule, Family
+from guided_decode.final_norm import take_final_norm
 from guided_decode.implicit import ImplicitScorer, LanguageModel
 from guided_decode.kinds import choose_family
 from guided_decode.modes import without_autograd
@@ -18,6 +24,9 @@ from guided_decode.self_check import check_packed
 from guided_decode.source import ModelLike, Source, open_source
 from guided_decode.tokenizer_match import check_tokenizers
 from guided_decode.transforms import Transform
+from guided_decode.trunk_head import KIND as TRUNK_HEAD
+from guided_decode.trunk_head_loading import HeadLike, load_trunk_head
+from guided_decode.trunk_scorer import TrunkScorer
 
 Tokenizer = str | PreTrainedTokenizerBase
 
@@ -53,6 +62,7 @@ def load_scorer(
     model: ModelLike,
     kind: str = "auto",
     *,
+    head: HeadLike | None = None,
     reward: "ModelLike | Scorer | None" = None,
     reference: "ModelLike | LogProbs | None" = None,
     device: torch.device | str | None = None,
@@ -75,6 +85,8 @@ def load_scorer(
         model: a registered name, a Hub id, a local path, or a transformers model in memory, whose
             weights are then shared and which is not changed.
         kind: the checkpoint family (`guided_decode.families`); "auto" decides on positive evidence.
+        head: for kind="trunk-head", where `model` is the policy: a value head on its hidden states
+            (`trunk_head_loading.load_trunk_head` says in which forms).
         reward: a reward model that scores responses that end, in the critic's units; implies
             terminal="reward".
         reference: the language model of kl_coef; for kind="implicit" the tuned policy's reference.
@@ -94,7 +106,7 @@ def load_scorer(
         rope_theta: overrides the config's.
 
     Returns:
-        A CriticScorer or ImplicitScorer.
+        A CriticScorer, TrunkScorer or ImplicitScorer.
 
     Raises:
         ValueError: what does not fit; names what was given, what was expected and what to do.
@@ -112,7 +124,8 @@ def load_scorer(
         policy_tokenizer=_tokenizer(policy_tokenizer),
     )
     source = open_source(model, **options.of_files)
-    if not choose_family(source, kind).heads:
+    family = choose_family(source, _kind(kind, head, source.name))
+    if not family.heads:
         _refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
         return _load_implicit(model, source, reference, options)
     if reward is not None and terminal not in (None, "reward"):
@@ -120,26 +133,76 @@ def load_scorer(
             f'a reward model was given with terminal={terminal!r}: expected terminal="reward", or '
             "no reward model"
         )
+    terminal = "reward" if reward is not None else terminal
+    if head is not None:
+        family = choose_family(source, family.kind, bos=bos, terminal=terminal)
+        return _load_trunk_head(source, family, head, transform, reward, reference, options)
     checkpoint = load_checkpoint(
-        model,
-        kind,
-        bos=bos,
-        terminal="reward" if reward is not None else terminal,
-        transform=transform,
-        **options.of_weights,
+        model, kind, bos=bos, terminal=terminal, transform=transform, **options.of_weights
     )
     _check_tokenizer(options, checkpoint.tokenizer)
-    bos_id = _special("bos_token_id", checkpoint.tokenizer, checkpoint.trunk)
     return CriticScorer(
         _packed(checkpoint.trunk, checkpoint.name, options),
         ValueHead(checkpoint.head_weight, checkpoint.head_bias, checkpoint.transform),
-        terminal=checkpoint.family.terminal,
-        skip_token=bos_id if checkpoint.family.bos == "drop" else None,
-        bos_token_id=bos_id,
-        eos_token_id=_special("eos_token_id", checkpoint.tokenizer, checkpoint.trunk),
         reward=_load_reward(reward, options),
         reference=None if reference is None else _load_reference(reference, options),
+        **_conventions(checkpoint.family, checkpoint.tokenizer, checkpoint.trunk),
     )
+
+
+def _kind(kind: str, head: object, name: str) -> str:
+    """The kind that was asked for: a head that comes apart is evidence for its own."""
+    if head is None:
+        if kind == TRUNK_HEAD:
+            raise ValueError(
+                f"{name} was given as {kind} without a head: pass head=, a value head on this "
+                "policy's hidden states (a file that recipes.trunk_head wrote, say)"
+            )
+        return kind
+    if kind not in ("auto", TRUNK_HEAD):
+        raise ValueError(
+            f"head= was given with kind={kind!r}, whose checkpoints have their head inside: "
+            f'expected kind="{TRUNK_HEAD}" with the policy as the model; drop one of the two'
+        )
+    return TRUNK_HEAD
+
+
+def _load_trunk_head(
+    source: Source,
+    family: Family,
+    head: HeadLike,
+    transform: str | Transform | None,
+    reward: "ModelLike | Scorer | None",
+    reference: "ModelLike | LogProbs | None",
+    options: _Options,
+) -> TrunkScorer:
+    trunk = load_policy_trunk(source, family, options.dtype, options.device, options.rope_theta)
+    found = load_trunk_head(
+        head, trunk, source.name, transform=transform, **options.of_files | {"revision": None}
+    )
+    tokenizer = load_tokenizer(source)
+    _check_tokenizer(options, tokenizer)
+    norm = take_final_norm(trunk)
+    return TrunkScorer(
+        _packed(trunk, source.name, options),
+        replace(found, norm=norm),
+        reward=_load_reward(reward, options),
+        reference=None if reference is None else _load_reference(reference, options),
+        **_conventions(family, tokenizer, trunk),
+    )
+
+
+def _conventions(
+    family: Family, tokenizer: PreTrainedTokenizerBase | None, trunk: PreTrainedModel
+) -> dict[str, Any]:
+    """What a critic's family and its special tokens say about scoring."""
+    bos_id = _special("bos_token_id", tokenizer, trunk)
+    return {
+        "terminal": family.terminal,
+        "skip_token": bos_id if family.bos == "drop" else None,
+        "bos_token_id": bos_id,
+        "eos_token_id": _special("eos_token_id", tokenizer, trunk),
+    }
 
 
 def _load_implicit(

@@ -89,7 +89,7 @@ class GuidedDecoding:
         processor = ValueGuidedLogitsProcessor(
             self.scorer,
             self.config,
-            eos_token_id=_terminal_ids(generation_config),
+            eos_token_id=terminal_ids(generation_config),
             attention_mask=torch.ones_like(input_ids) if mask is None else mask,
             num_beams=beams,
             on_error=self.on_error,
@@ -123,13 +123,21 @@ def _stock_loop(model: PreTrainedModel, config: GenerationConfig) -> Any:
 def _with_guidance(
     processors: LogitsProcessorList, guidance: ValueGuidedLogitsProcessor
 ) -> LogitsProcessorList:
-    """The processors with guidance before the last ones, which reshape the distribution."""
+    before, after = split_processors(processors)
+    return LogitsProcessorList([*before, guidance, *after])
+
+
+def split_processors(
+    processors: LogitsProcessorList,
+) -> tuple[LogitsProcessorList, LogitsProcessorList]:
+    """The processors that act before guidance, and the last ones, which reshape what it leaves."""
     at = len(processors)
     while at and isinstance(processors[at - 1], _AFTER_GUIDANCE):
         at -= 1
-    return LogitsProcessorList([*processors[:at], guidance, *processors[at:]])
+    return LogitsProcessorList(processors[:at]), LogitsProcessorList(processors[at:])
 
 
-def _terminal_ids(config: GenerationConfig) -> list[int]:
+def terminal_ids(config: GenerationConfig) -> list[int]:
+    """The token ids that end a request of this call."""
     prepared = getattr(config, "_eos_token_tensor", None)
     return prepared.flatten().tolist() if prepared is not None else token_ids(config.eos_token_id)

@@ -4,9 +4,15 @@
 
 knows the attention mask, the prompt's width, the terminals and the number of beams. The bare
 processor, `logits_processor=[ValueGuidedLogitsProcessor(scorer, config)]`, has to be told.
+Where the scorer is a head on the policy's own hidden states,
+
+    model.generate(**inputs, custom_generate=TrunkLookahead(scorer, config))
+
+runs one forward a token, which scores the candidates and is the next step of the policy.
 """
 
 from guided_decode.integrations.custom_generate import GuidedDecoding
 from guided_decode.integrations.logits_processor import ValueGuidedLogitsProcessor
+from guided_decode.integrations.trunk_lookahead import TrunkLookahead
 
-__all__ = ["GuidedDecoding", "ValueGuidedLogitsProcessor"]
+__all__ = ["GuidedDecoding", "TrunkLookahead", "ValueGuidedLogitsProcessor"]

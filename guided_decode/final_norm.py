@@ -1,0 +1,49 @@
+"""A trunk's final norm, taken off so that kernels apply it on the way to what reads it."""
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from guided_decode.kernels.norm import Norm, rms_norm
+
+# Largest difference by dtype: modules round before they multiply by the weight, kernels after.
+_ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Llama's factor is the weight, Gemma's is 1 + weight.
+_OFFSETS = (0.0, 1.0)
+
+
+def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
+    """Takes the final norm off a trunk, which then answers hidden states before it.
+
+    Only a root mean square norm under the name `norm` that gives what `rms_norm` gives; any other
+    stays where it is.
+
+    Args:
+        trunk: a copy of one's own: the module is replaced.
+
+    Returns:
+        The norm, or None where the trunk keeps its own.
+    """
+    module = getattr(trunk, "norm", None)
+    norm = None if module is None else _as_record(module)
+    if norm is not None:
+        trunk.norm = nn.Identity()
+    return norm
+
+
+def _as_record(module: nn.Module) -> Norm | None:
+    weight = getattr(module, "weight", None)
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
+        return None
+    if weight.dtype not in _ALLOWED or weight.ndim != 1:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(8, len(weight), generator=generator).to(weight.device, weight.dtype)
+    expected = module(x).float()
+    for offset in _OFFSETS:
+        norm = Norm(weight.detach(), eps, offset)
+        differs = (rms_norm(x, norm) - expected).abs().max() / expected.abs().max().clamp(min=1e-6)
+        if float(differs) <= _ALLOWED[weight.dtype]:
+            return norm
+    return None

@@ -1,0 +1,131 @@
+"""The decoding loop in which the lookahead is the decode step: one policy forward a token.
+
+The policy runs on the slot pool. Each step forwards the k candidates of every row; a value head
+on the same hidden states scores them, the chosen one's hidden state gives the next logits, and the
+others' slots are free again.
+"""
+
+from typing import Any
+
+from torch import Tensor
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+)
+from transformers.generation.streamers import BaseStreamer
+
+from guided_decode.config import GuidanceConfig, OnError
+from guided_decode.integrations.padding import masked_lengths
+from guided_decode.integrations.trunk_options import refuse_inputs, refuse_options
+from guided_decode.integrations.trunk_run import TrunkRun
+from guided_decode.next_logits import NextLogits
+from guided_decode.scores import Scorer
+from guided_decode.trunk_scorer import TrunkScorer
+
+
+class TrunkLookahead:
+    """`custom_generate` callable: guided decoding by a head on the policy's own hidden states.
+
+        scorer = load_scorer(policy, kind="trunk-head", head=...)
+        policy.generate(**inputs, custom_generate=TrunkLookahead(scorer, config))
+
+    Greedy and sampling, several return sequences, left padding, several EOS ids, logits processors
+    in the order of `GuidedDecoding`, stopping criteria; with the same tokens as `GuidedDecoding`
+    with the same scorer, for half its forwards. What it does not honour it refuses
+    (`trunk_options`); `generate` hands its own `streamer` and `assistant_model` to no custom loop.
+
+    The cache outlives a call, so that prompts that come again are not forwarded again: after a
+    change of the policy's weights call `scorer.cache.clear()`.
+    """
+
+    def __init__(
+        self,
+        scorer: Scorer,
+        config: GuidanceConfig,
+        *,
+        on_error: OnError = "raise",
+        streamer: BaseStreamer | None = None,
+    ) -> None:
+        """
+        Args:
+            scorer: of kind "trunk-head", loaded from the policy that is decoded.
+            config: the guidance rule.
+            on_error: "raise" or "passthrough", as in `guide_rows`.
+            streamer: gets the prompt and the tokens.
+
+        Raises:
+            ValueError: another kind of scorer, or one that does not see the policy's BOS.
+        """
+        if not isinstance(scorer, TrunkScorer):
+            raise ValueError(
+                f"a {type(scorer).__name__} was given: expected the scorer of "
+                'load_scorer(policy, kind="trunk-head", head=...); use GuidedDecoding for others'
+            )
+        if scorer.skip_token is not None:
+            raise ValueError(
+                'the scorer drops a leading BOS (bos="drop"), but the policy reads it: expected a '
+                'scorer with bos="policy"; load it so'
+            )
+        self.scorer = scorer
+        self.config = config
+        self.on_error: OnError = on_error
+        self.streamer = streamer
+        self._logits_of: tuple[PreTrainedModel, NextLogits] | None = None
+
+    def __call__(
+        self,
+        model: PreTrainedModel,
+        input_ids: Tensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **model_kwargs: Any,
+    ) -> Any:
+        """What `generate` calls; returns what its sampling loop returns.
+
+        Raises:
+            ValueError: another policy, or an argument that is not honoured.
+        """
+        refuse_options(generation_config, logits_processor)
+        mask = model_kwargs.get("attention_mask")
+        rows, width = input_ids.shape
+        lengths = [width] * rows if mask is None else masked_lengths(mask, rows, width)
+        refuse_inputs(model_kwargs, input_ids, lengths)
+        logits_of = self._policy_head(model)
+        self.scorer.keep_hidden()
+        if self.streamer is not None:
+            self.streamer.put(input_ids.cpu())
+        run = TrunkRun(
+            self.scorer,
+            self.config,
+            logits_of,
+            input_ids,
+            lengths,
+            logits_processor,
+            generation_config,
+            on_error=self.on_error,
+            streamer=self.streamer,
+        )
+        output = run.until(stopping_criteria)
+        if self.streamer is not None:
+            self.streamer.end()
+        return output if generation_config.return_dict_in_generate else output.sequences
+
+    def _policy_head(self, model: PreTrainedModel) -> NextLogits:
+        if self._logits_of is None or self._logits_of[0] is not model:
+            self._logits_of = (model, NextLogits(model, self.scorer.trunk_head))
+        self._check_weights(model)
+        return self._logits_of[1]
+
+    def _check_weights(self, model: PreTrainedModel) -> None:
+        theirs = dict(model.base_model.named_parameters())
+        for name, weight in self.scorer.model.model.named_parameters():
+            other = theirs.get(name)
+            if other is None or other.data_ptr() != weight.data_ptr():
+                raise ValueError(
+                    f"the scorer's trunk ({self.scorer.model.name}) is not the policy's own: "
+                    f"{name} is another tensor; load the scorer from the policy in memory: "
+                    'load_scorer(policy, kind="trunk-head", head=...)'
+                )

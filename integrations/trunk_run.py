@@ -1,0 +1,176 @@
+"""One `generate` call of the trunk's own decoding loop: its rows, and a step of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
+from transformers.generation import GenerateDecoderOnlyOutput
+from transformers.generation.streamers import BaseStreamer
+
+from guided_decode.candidates import gated_rows
+from guided_decode.config import GuidanceConfig, OnError
+from guided_decode.integrations.custom_generate import split_processors, terminal_ids
+from guided_decode.next_logits import NextLogits
+from guided_decode.prefix import PrefixHandle
+from guided_decode.step import guide_rows
+from guided_decode.trunk_scorer import TrunkScorer
+
+
+@dataclass
+class TrunkLookaheadOutput(GenerateDecoderOnlyOutput):
+    """What `generate` returns with return_dict_in_generate; past_key_values stays None.
+
+    prefix_values: float32 [rows, new tokens], V of the prefix before each token; NaN behind a
+    row's end.
+    """
+
+    prefix_values: Tensor | None = None
+
+
+class TrunkRun:
+    """The rows of one call, from their prompts to their ends."""
+
+    def __init__(
+        self,
+        scorer: TrunkScorer,
+        config: GuidanceConfig,
+        logits_of: NextLogits,
+        input_ids: Tensor,  # [rows, width] int64, left-padded
+        lengths: Sequence[int],
+        processors: LogitsProcessorList,
+        options: GenerationConfig,
+        *,
+        on_error: OnError,
+        streamer: BaseStreamer | None,
+    ) -> None:
+        self.scorer = scorer
+        self.config = config
+        self.logits_of = logits_of
+        self.before, self.after = split_processors(processors)
+        self.options = options
+        self.terminals = terminal_ids(options)
+        self.on_error: OnError = on_error
+        self.streamer = streamer
+        self.ids = input_ids
+        self.handles = [
+            PrefixHandle(row[len(row) - length :])
+            for row, length in zip(input_ids.tolist(), lengths, strict=True)
+        ]
+        self.live = list(range(len(input_ids)))
+        # Of finished rows, the last ones that they had.
+        self.logits = torch.empty(0)
+        self.scores: list[Tensor] = []
+        self.raw: list[Tensor] = []
+        self.values: list[Tensor] = []
+
+    def until(self, criteria: StoppingCriteriaList) -> TrunkLookaheadOutput:
+        """Decodes until the criteria have finished every row."""
+        # Without an EOS nothing pads a row that another criterion finished: it goes on.
+        pad = self.options._pad_token_tensor
+        pads = pad is not None and any(hasattr(each, "eos_token_id") for each in criteria)
+        finished = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
+        while self.live:
+            tokens = self._step()
+            if pads and pad is not None:
+                tokens = torch.where(finished, pad.to(tokens.device), tokens)
+            self.ids = torch.cat([self.ids, tokens[:, None]], -1)
+            if self.streamer is not None:
+                self.streamer.put(tokens.cpu())
+            finished |= criteria(self.ids, tuple(self.scores) or None)  # type: ignore[arg-type]
+            chosen, done = tokens.tolist(), finished.tolist()
+            for i in self.live:
+                self.handles[i].append(chosen[i])
+            if pads or all(done):
+                self.live = [i for i in self.live if not done[i]]
+        self.scorer.cache.drop_candidates()
+        return self._output()
+
+    def _output(self) -> TrunkLookaheadOutput:
+        return TrunkLookaheadOutput(
+            sequences=self.ids,  # type: ignore[arg-type]
+            scores=tuple(self.scores) or None,  # type: ignore[arg-type]
+            logits=tuple(self.raw) or None,  # type: ignore[arg-type]
+            prefix_values=torch.stack(self.values, -1),
+        )
+
+    def _step(self) -> Tensor:
+        """The next token of each row, int64 [rows]; any for finished ones."""
+        self._read()
+        scores = self.before(self.ids, self.logits.clone())  # type: ignore[arg-type]
+        # Drawn for all rows at once, as torch.multinomial does: beside which others a row is
+        # chosen then changes nothing.
+        noise = torch.empty_like(scores).exponential_(1) if self.options.do_sample else None
+        processed, tokens = torch.empty_like(scores), torch.empty_like(self.ids[:, 0])
+        gated = self._gated(scores)
+        others = sorted(set(range(len(scores))) - set(gated))
+        for rows, config in ((gated, _without_scores(self.config)), (others, self._ungated())):
+            if rows:
+                processed[rows] = self._guided(scores, rows, config)
+                tokens[rows] = _choose(processed[rows], None if noise is None else noise[rows])
+            if rows is gated:
+                self._ride(gated, tokens)
+        if self.options.output_scores:
+            self.scores.append(processed)
+        if self.options.output_logits:
+            self.raw.append(self.logits.clone())
+        return tokens
+
+    def _read(self) -> None:
+        """Logits and values after each live row, of hidden states that the last step computed."""
+        hidden, values = self.scorer.read([self.handles[i] for i in self.live])
+        logits = self.logits_of(hidden).float()
+        every = values.new_full((len(self.ids),), torch.nan)
+        every[self.live] = values
+        self.values.append(every)
+        if len(self.live) == len(self.ids):
+            self.logits = logits
+        else:
+            self.logits[self.live] = logits
+
+    def _gated(self, scores: Tensor) -> list[int]:
+        """Live rows that the gate lets pass: their token is chosen before the forward."""
+        gate = self.config.gate
+        if gate is None or not self.config.needs_scores:
+            return []
+        hits = gated_rows(scores[self.live], gate).tolist()
+        gated = [i for i, hit in zip(self.live, hits, strict=True) if hit]
+        self.scorer.stats.rows_gated += len(gated)
+        return gated
+
+    def _ungated(self) -> GuidanceConfig:
+        return replace(self.config, gate=None)
+
+    def _guided(self, scores: Tensor, rows: list[int], config: GuidanceConfig) -> Tensor:
+        """Guided and processed scores of some rows, [n, vocab]; finished ones are not guided."""
+        guided = scores[rows]
+        alive = set(self.live)
+        places = [place for place, i in enumerate(rows) if i in alive]
+        if places:
+            guided[places] = guide_rows(
+                self.scorer,
+                guided[places],
+                [self.handles[rows[place]] for place in places],
+                config,
+                terminals=self.terminals,
+                on_error=self.on_error,
+            )
+        processed: Tensor = self.after(self.ids[rows], guided)  # type: ignore[arg-type]
+        return processed
+
+    def _ride(self, gated: list[int], tokens: Tensor) -> None:
+        """Lets gated rows' tokens go through the policy with the others' candidates."""
+        for i, token in zip(gated, tokens[gated].tolist(), strict=True):
+            if token not in self.terminals:
+                self.scorer.ride(self.handles[i], token)
+
+
+def _without_scores(config: GuidanceConfig) -> GuidanceConfig:
+    """What the config does to a gated row: A = 0 for every candidate, and its tail rule."""
+    return replace(config, rule="reweight", margin=None, beta=0.0, kl_coef=0.0, gate=None)
+
+
+def _choose(scores: Tensor, noise: Tensor | None) -> Tensor:
+    """The largest, or with exponential noise a sample of the softmax: int64 [rows]."""
+    return (scores if noise is None else scores.softmax(-1) / noise).argmax(-1)
