@@ -74,7 +74,7 @@ class GraphedForward:
         self._capture = capture
         self._spare_slot = model.cache.pool.capacity
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
-        self._memory = torch.cuda.graph_pool_handle() if capture else None
+        self._memory: tuple[int, int] | None = None
         self._works = True
         self.replays = 0
 
@@ -155,6 +155,9 @@ class GraphedForward:
 
     def _record(self, static: PackedBatch) -> Callable[[], None]:
         """Captures the forward of the static batch."""
+        if not self._graphs:
+            # torch refuses to capture into a memory pool whose graphs are all gone.
+            self._memory = torch.cuda.graph_pool_handle()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -163,6 +166,7 @@ class GraphedForward:
                 self._forward(static)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._memory):
+        # Other threads of a server go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
             self._forward(static)
         return graph.replay
