@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 from transformers.utils import logging as transformers_logging
 
-settings.register_profile(
-    "guided-decode",
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
-)
-settings.load_profile("guided-decode")
+
+def settle_hypothesis() -> None:
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile(
+        "guided-decode",
+        deadline=None,
+        derandomize=True,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+    settings.load_profile("guided-decode")
+
+
+# The GPU's tests run without it.
+if find_spec("hypothesis"):
+    settle_hypothesis()
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "slow: left to `make test-full`")
+    # Without pytest-timeout the mark says nothing.
+    config.addinivalue_line("markers", "timeout: seconds that a test may take")
     torch.set_num_threads(1)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

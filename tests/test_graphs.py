@@ -126,7 +126,9 @@ def test_on_a_gpu_the_steady_state_launches_one_graph():
     """A replay has no host work of the model's: the profiler sees one graph launch a forward."""
     scorer = load_scorer(models.saved("llama", "token"), kind="verl-critic", device="cuda")
     decode(scorer, steps=30, rows=1)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    # Calls of the CUDA runtime are seen only beside what runs on the device.
+    seen = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=seen) as profile:
         decode(scorer, steps=30, rows=1)
     counts = {event.key: event.count for event in profile.key_averages()}
     assert counts.get("cudaGraphLaunch", 0) > 15
