@@ -28,6 +28,8 @@ from vllm.v1.worker.gpu.sample.logits_processor import (  # isort: skip
 from vllm.v1.worker.gpu.states import RequestState  # isort: skip
 from vllm.v1.worker.gpu_input_batch import CachedRequestState, InputBatch  # isort: skip
 
+# Slow where other work shares the machine.
+pytestmark = pytest.mark.timeout(1200)
 ROWS, LONGEST, STOP = 6, 48, 99
 CPU = torch.device("cpu")
 CONFIGS = [

@@ -8,6 +8,18 @@ Requests ask for guidance in `vllm_xargs` (`extra_args` of `SamplingParams`); al
 tokens that they would get without it.
 """
 
-from guided_decode.integrations.vllm.processor import ValueGuidedLogitsProcessor
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from guided_decode.integrations.vllm.processor import ValueGuidedLogitsProcessor
 
 __all__ = ["ValueGuidedLogitsProcessor"]
+
+
+def __getattr__(name: str) -> Any:
+    """The processor, whose module imports vLLM; the configuration's modules do without."""
+    if name != "ValueGuidedLogitsProcessor":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from guided_decode.integrations.vllm.processor import ValueGuidedLogitsProcessor
+
+    return ValueGuidedLogitsProcessor

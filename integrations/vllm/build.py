@@ -9,6 +9,7 @@ import torch
 
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
+from guided_decode.integrations.vllm.trunk_tap import TrunkTap
 from guided_decode.loading import load_scorer
 from guided_decode.scores import Scorer
 
@@ -30,11 +31,16 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
     config = config_of(vllm_config.additional_config)
     refuse_unsupported(vllm_config)
     parallel = vllm_config.parallel_config
-    scores, broadcast = _ranks(parallel)
-    scorer = _load(config, vllm_config, device) if scores else None
+    leads, broadcast = _ranks(parallel)
+    tap = scorer = None
+    if leads and config.guides:
+        scorer = _load(config, vllm_config, device)
+    elif leads:
+        tap = _tap(config, vllm_config, device)
     return GuidedEngine(
         config,
         scorer,
+        tap=tap,
         end_ids=_end_ids(vllm_config.model_config),
         groups=parallel.data_parallel_size == 1,
         broadcast=broadcast,
@@ -64,6 +70,43 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
             "batch-sharded sampling is on, where each rank samples other rows: start the server "
             "without it"
         )
+
+
+def _tap(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) -> TrunkTap:
+    """The head on the policy's own hidden states.
+
+    Raises ValueError: the head does not fit this policy, or the engine serves LoRA adapters.
+    """
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    from guided_decode.trunk_head_loading import read_trunk_head
+
+    if vllm_config.lora_config is not None:
+        raise ValueError(
+            "kind=trunk-head reads the policy's own hidden states, which a LoRA adapter "
+            "changes: start the server without --enable-lora, or with a critic of its own"
+        )
+    model = vllm_config.model_config
+    head = read_trunk_head(config.scorer, revision=config.revision)
+    text = model.hf_text_config
+    sizes = {
+        "hidden_size": (head.hidden_size, text.hidden_size),
+        "num_hidden_layers": (
+            head.trunk and head.trunk.num_hidden_layers,
+            getattr(text, "num_hidden_layers", None),
+        ),
+        "vocab_size": (head.trunk and head.trunk.vocab_size, text.vocab_size),
+    }
+    for name, (theirs, ours) in sizes.items():
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"the head {config.scorer} was trained on a trunk with {name}={theirs}, but "
+                f"{model.model} has {ours}: pass the head of this policy"
+            )
+    tap = TrunkTap(head.to(device))
+    tap.watch(get_model_architecture(model)[0])
+    logger.info("the head %s on the policy's own trunk compares siblings", config.scorer)
+    return tap
 
 
 def _ranks(parallel: Any) -> tuple[bool, Broadcast | None]:

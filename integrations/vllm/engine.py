@@ -13,7 +13,10 @@ from guided_decode.integrations.vllm.request import Pruning, Request, SamplingPa
 from guided_decode.integrations.vllm.rows import LiveRow, Placed
 from guided_decode.integrations.vllm.server_config import ServerConfig
 from guided_decode.integrations.vllm.siblings import Arrival, SiblingGroups
+from guided_decode.integrations.vllm.trunk_tap import TrunkTap
+from guided_decode.integrations.vllm.value_log import ValueLog
 from guided_decode.scores import Scorer
+from guided_decode.stats import ScorerStats
 from guided_decode.step import guide_rows, is_device_error
 
 logger = logging.getLogger("guided_decode")
@@ -22,13 +25,14 @@ Broadcast = Callable[[Tensor], Tensor]
 
 
 class GuidedEngine:
-    """Guides the rows that asked for it. One rank scores; the others take over its result."""
+    """Guides the rows that asked for it. One rank leads; the others take over its result."""
 
     def __init__(
         self,
         config: ServerConfig,
-        scorer: Scorer | None,
+        scorer: Scorer | None = None,
         *,
+        tap: TrunkTap | None = None,
         end_ids: Collection[int] = (),
         groups: bool = True,
         broadcast: Broadcast | None = None,
@@ -36,23 +40,30 @@ class GuidedEngine:
         """
         Args:
             config: the server's.
-            scorer: None on the ranks that only take over.
+            scorer: guides and compares; None where a tap compares, and on the ranks that take over.
+            tap: values of prefixes from the policy's own hidden states, in place of a scorer.
             end_ids: what ends any request of this policy, besides its EOS.
             groups: whether siblings can be compared; not where they may be on several engines.
-            broadcast: hands a tensor of the scoring rank to all; None with one rank.
+            broadcast: hands a tensor of the leading rank to all; None with one rank.
         """
         self.config = config
         self.scorer = scorer
         self.groups = SiblingGroups()
         self.counts = StepCounts()
+        self._tap = tap
         self._end_ids = frozenset(end_ids)
         # An implicit reward has no value of a prefix.
         self._compares = groups and (scorer is None or scorer.terminal != "included")
         self._broadcast = broadcast
         self._members: list[LiveRow] = []
+        source = tap if scorer is None else scorer
+        self._leads = source is not None
+        self._stats = ScorerStats() if source is None else source.stats
         self._metrics = None
-        if scorer is not None:
-            self._metrics = Metrics(self.counts, scorer.stats, log_every=config.log_every)
+        self._log = None
+        if self._leads:
+            self._metrics = Metrics(self.counts, self._stats, log_every=config.log_every)
+            self._log = None if config.value_log is None else ValueLog(config)
 
     def admit(self, params: SamplingParams) -> Request | None:
         """What a request gets: within the limits, and never an error."""
@@ -84,14 +95,13 @@ class GuidedEngine:
         if not rows:
             return logits
         begun = time.perf_counter()
-        live = [row for _, row in rows]
         every = len(rows) == len(logits)
         index = None if every else torch.tensor([i for i, _ in rows]).to(logits.device)
         own = logits if index is None else logits[index]
-        guided = torch.empty_like(own) if self.scorer is None else self._lead(own, live)
+        guided = self._lead(own, rows, len(logits)) if self._leads else torch.empty_like(own)
         if self._broadcast is not None:
             guided = self._broadcast(guided)
-            if self.scorer is None and self.config.on_error == "raise" and guided.isnan().all():
+            if not self._leads and self.config.on_error == "raise" and guided.isnan().all():
                 raise RuntimeError("the rank that scores failed: its log has the reason")
         if index is None:
             logits.copy_(guided)
@@ -101,10 +111,10 @@ class GuidedEngine:
         self._publish(len(rows))
         return logits
 
-    def _lead(self, own: Tensor, rows: list[LiveRow]) -> Tensor:
-        """The step on the rank that scores. What fails here fails for all ranks, or for none."""
+    def _lead(self, own: Tensor, rows: Sequence[Placed], batch: int) -> Tensor:
+        """The step on the rank that leads. What fails here fails for all ranks, or for none."""
         try:
-            return self._guided(own, rows)
+            return self._guided(own, rows, batch)
         except Exception as error:
             if self.config.on_error == "passthrough" and not is_device_error(error):
                 self._count_failure(len(rows), error)
@@ -113,28 +123,30 @@ class GuidedEngine:
                 self._broadcast(torch.full_like(own, torch.nan))
             raise
 
-    def _guided(self, own: Tensor, rows: list[LiveRow]) -> Tensor:
-        known = [i for i, row in enumerate(rows) if row.handle is not None]
+    def _guided(self, own: Tensor, rows: Sequence[Placed], batch: int) -> Tensor:
+        known = [i for i, (_, row) in enumerate(rows) if row.handle is not None]
         if len(known) < len(rows):
             self._count_unknown(len(rows) - len(known))
-        self._compare_siblings([rows[i] for i in known], own.shape[-1])
-        pruned = {i: p.token for i in known if (p := _ends_now(rows[i])) is not None}
-        chosen = [i for i in known if i not in pruned and rows[i].request.is_guided]
-        guided = self._guide(own, rows, chosen)
+        self._read_values([rows[i] for i in known], batch, own.shape[-1])
+        live = [row for _, row in rows]
+        pruned = {i: p.token for i in known if (p := _ends_now(live[i])) is not None}
+        chosen = [i for i in known if i not in pruned and live[i].request.is_guided]
+        guided = self._guide(own, live, chosen)
         if pruned:
             guided[list(pruned)] = -torch.inf
             guided[list(pruned), list(pruned.values())] = 0.0
+        for i in known:
+            live[i].seen = len(live[i].history)
         return guided
 
     def _guide(self, own: Tensor, rows: list[LiveRow], chosen: list[int]) -> Tensor:
         """New logits, [rows, vocab]: guided where chosen, else the rows' own."""
-        assert self.scorer is not None
         if not chosen:
             return own.clone()
+        assert self.scorer is not None
         live = [rows[i] for i in chosen]
         for row in live:
-            self.counts.wasted_rows += len(row.history) == row.scored_at
-            row.scored_at = len(row.history)
+            self.counts.wasted_rows += len(row.history) == row.seen
         self.counts.guided_rows += len(live)
         every = len(chosen) == len(rows)
         guided = guide_rows(
@@ -151,26 +163,41 @@ class GuidedEngine:
         result[chosen] = guided
         return result
 
-    def _compare_siblings(self, rows: Sequence[LiveRow], vocab: int) -> None:
-        """Siblings at a boundary record V(prefix); those that rank too low are pruned."""
-        siblings = [row for row in rows if row.request.pruning and self._is_member(row, vocab)]
-        due = [
-            row
-            for row in siblings
-            if row.sibling is not None
-            and not row.sibling.is_pruned
-            and self.groups.is_due(row.sibling, len(row.response))
-        ]
+    def _read_values(self, rows: Sequence[Placed], batch: int, vocab: int) -> None:
+        """V(prefix) where it is due: siblings record it, and are pruned by it; the log has it."""
+        siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}
+        due = [p for p in rows if id(p.row) in siblings or self._is_logged(p.row)]
+        if self._tap is not None:
+            # V1 also calls for prompts that it prefills in chunks: only a row that grew by the
+            # token of its last step stands at its end for sure.
+            due = [p for p in due if p.row.seen == len(p.row.history) - 1]
         if not due:
             return
         try:
-            arrivals = self._arrivals(due)
+            values = self._values(due, batch)
         except Exception as error:
             if self.config.on_error == "raise" or is_device_error(error):
                 raise
             self._count_failure(len(due), error)
             return
+        arrivals = [
+            Arrival(p.row.sibling, p.row.response, values[id(p.row)])
+            for p in due
+            if id(p.row) in values and id(p.row) in siblings and p.row.sibling is not None
+        ]
         self.counts.pruned_siblings += self.groups.record(arrivals)
+        if self._log is not None:
+            self._log.write([(p.row, values[id(p.row)]) for p in due if id(p.row) in values])
+
+    def _is_due(self, row: LiveRow, vocab: int) -> bool:
+        """Whether a sibling is at a boundary."""
+        if not self._is_member(row, vocab) or row.sibling is None or row.sibling.is_pruned:
+            return False
+        return self.groups.is_due(row.sibling, len(row.response))
+
+    def _is_logged(self, row: LiveRow) -> bool:
+        length = len(row.history)
+        return self._log is not None and row.seen != length and self._log.wants(len(row.response))
 
     def _is_member(self, row: LiveRow, vocab: int) -> bool:
         """Whether the row has a place in its group; it takes one at its first step."""
@@ -186,20 +213,22 @@ class GuidedEngine:
             self._members.append(row)
         return True
 
-    def _arrivals(self, due: Sequence[LiveRow]) -> list[Arrival]:
-        """The values at which these rows arrive; a row that cannot be scored does not arrive."""
-        assert self.scorer is not None
-        usable = [row for row in due if self.scorer.refusal(row.history, 0) is None]
-        none = torch.empty(len(usable), 0, dtype=torch.int64)
-        values = self.scorer.score([row.history for row in usable], none).baseline.tolist()
-        arrivals = [
-            Arrival(row.sibling, row.response, value)
-            for row, value in zip(usable, values, strict=True)
-            if row.sibling is not None and math.isfinite(value)
-        ]
-        if len(arrivals) < len(due):
-            self._count_failure(len(due) - len(arrivals), "a sibling's prefix has no value")
-        return arrivals
+    def _values(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
+        """V(prefix) by the rows' ids; a row that cannot be scored has none."""
+        if self._tap is not None:
+            found = self._tap.values([at for at, _ in due], batch)
+            usable = [row for _, row in due]
+        else:
+            assert self.scorer is not None
+            scorer = self.scorer
+            usable = [row for _, row in due if scorer.refusal(row.history, 0) is None]
+            none = torch.empty(len(usable), 0, dtype=torch.int64)
+            found = scorer.score([row.history for row in usable], none).baseline.tolist()
+        pairs = zip(usable, found, strict=True)
+        values = {id(row): value for row, value in pairs if math.isfinite(value)}
+        if len(values) < len(due):
+            self._count_failure(len(due) - len(values), "a prefix has no value")
+        return values
 
     def _count_unknown(self, rows: int) -> None:
         if not self.counts.unguided_rows:
@@ -211,10 +240,9 @@ class GuidedEngine:
         self.counts.unguided_rows += rows
 
     def _count_failure(self, rows: int, reason: object) -> None:
-        assert self.scorer is not None
-        if not self.scorer.stats.passthroughs:
+        if not self._stats.passthroughs:
             logger.warning("rows go on unguided because scoring failed: %s", reason)
-        self.scorer.stats.passthroughs += rows
+        self._stats.passthroughs += rows
 
     def _publish(self, live: int) -> None:
         if self._metrics is not None:

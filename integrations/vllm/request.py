@@ -15,7 +15,7 @@ _GROUP = ("group", "group_size", "keep", "every", "prune_token")
 # JSON's true and false are as good as 1 and 0.
 _Flag = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, bool) else v)]
 # Leaves every row's logits as they are, and scores nothing.
-_UNGUIDED = GuidanceConfig(beta=0.0, tail="keep")
+UNGUIDED = GuidanceConfig(beta=0.0, tail="keep")
 
 
 class SamplingParams(Protocol):
@@ -149,7 +149,7 @@ def admit(
         return Admitted(None, [str(error)])
     if guidance is None and pruning is None:
         return Admitted(None, clamps)
-    return Admitted(Request(guidance or _UNGUIDED, _terminals(params), pruning), clamps)
+    return Admitted(Request(guidance or UNGUIDED, _terminals(params), pruning), clamps)
 
 
 def _keys(extra_args: Mapping[str, Any] | None) -> Keys | None:
@@ -169,6 +169,13 @@ def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
     asked = bool(settings) if keys.guide is None else bool(keys.guide)
     if not (asked or (keys.guide is None and config.guide_by_default)):
         return None
+    if not config.guides:
+        if settings:
+            raise ValueError(
+                f"guide_{next(iter(settings))}, but the server's value head sits on the policy's "
+                "own trunk: it compares siblings and guides no one; drop it"
+            )
+        return UNGUIDED
     if settings.get("rule") == "reweight":
         # The margin of the server's default rule goes with that rule.
         settings.setdefault("margin", None)

@@ -32,14 +32,14 @@ class LiveRow:
 
     handle: its history, prompt first; None where vLLM handed over none.
     prompt_length: tokens of the handle that are the prompt's.
-    scored_at: the length at which it was guided last.
+    seen: tokens of its history at its last step.
     sibling: its place in its group, from its first step on.
     """
 
     request: Request
     handle: PrefixHandle | None
     prompt_length: int
-    scored_at: int = 0
+    seen: int = 0
     sibling: Sibling | None = None
 
     @property

@@ -20,13 +20,17 @@ _GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
 class ServerConfig(BaseModel):
     """The value of `additional_config["guided_decode"]`.
 
-    scorer, kind, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
+    scorer: the critic; where kind is "trunk-head", the head on the policy's own hidden states,
+        which compares siblings and is logged, and guides no one.
+    kind, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
     allow_pickle, trust_remote_code, cache_tokens, max_forward_tokens: as in `load_scorer`; device
     None is the policy's, cache_tokens None what max_num_seqs and max_model_len need, bounded.
     beta to kl_coef: the defaults of `GuidanceConfig` for requests that are guided.
     guide_by_default: guides every request that does not say `guide: 0`; else those that ask.
     max_top_k, max_beta: what a request may ask for; None for max_beta sets no limit.
     max_group_size: siblings of one group; 0 refuses groups.
+    value_log, value_log_every: a file that gets one JSON line for V(prefix) of each request that
+        asked for anything, after so many tokens, again and again.
     on_error: what a scorer that fails does: "passthrough" or "raise", which ends the engine.
     log_every: seconds between log lines with the counters; 0 logs none.
 
@@ -67,6 +71,8 @@ class ServerConfig(BaseModel):
     max_group_size: int = Field(default=64, ge=0)
     on_error: OnError = "passthrough"
     log_every: FiniteFloat = Field(default=10.0, ge=0)
+    value_log: str | None = None
+    value_log_every: int = Field(default=16, ge=1)
 
     @model_validator(mode="after")
     def _check_defaults(self) -> "ServerConfig":
@@ -81,11 +87,21 @@ class ServerConfig(BaseModel):
                 f"beta={guidance.beta:g} is above max_beta={self.max_beta:g}: lower the one, or "
                 "raise the other"
             )
+        if not self.guides and self.guide_by_default:
+            raise ValueError(
+                'guide_by_default was given with kind="trunk-head", which compares siblings and '
+                "guides no one: drop it"
+            )
         if guidance.kl_coef and self.reference is None:
             raise ValueError("kl_coef was given without a reference model: set reference")
         if self.terminal == "reward" and self.reward is None:
             raise ValueError('terminal="reward" was given without a reward model: set reward')
         return self
+
+    @property
+    def guides(self) -> bool:
+        """Whether candidates are scored: a head on the policy's trunk reads prefixes only."""
+        return self.kind != "trunk-head"
 
     @property
     def guidance(self) -> GuidanceConfig:

@@ -1,0 +1,57 @@
+"""V(prefix) from the policy's own hidden states: a tap where vLLM computes its logits.
+
+A head on the policy's trunk needs no second model: the hidden states from which a step's logits
+come, after the final norm, are those that it reads. The tap keeps the last ones; the processor,
+which vLLM calls with these logits, takes its rows from them. Hidden states of prompt
+log-probabilities come between two steps and are never asked for.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from guided_decode.stats import ScorerStats
+
+_ORIGINAL = "_guided_decode_original"
+
+
+class TrunkTap:
+    """The values of the rows whose logits were computed last."""
+
+    def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
+        """head: values of hidden states, [rows, hidden] to float32 [rows]."""
+        self.stats = ScorerStats()
+        self._head = head
+        self._hidden: Tensor | None = None
+
+    def watch(self, model_class: type) -> None:
+        """Sees every call of the model class's `compute_logits(hidden_states, ...)`."""
+        original = model_class.__dict__.get("compute_logits")
+        original = getattr(original, _ORIGINAL, None) or model_class.compute_logits  # type: ignore[attr-defined]
+
+        @functools.wraps(original)
+        def watched(model: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            self._hidden = hidden_states
+            return original(model, hidden_states, *args, **kwargs)
+
+        setattr(watched, _ORIGINAL, original)
+        model_class.compute_logits = watched  # type: ignore[attr-defined]
+
+    def values(self, rows: Sequence[int], of: int) -> list[float]:
+        """V(prefix) of these rows of the step, which has `of` rows in all.
+
+        Raises RuntimeError: the hidden states that were seen are not this step's.
+        """
+        hidden, self._hidden = self._hidden, None
+        if hidden is None or len(hidden) != of:
+            seen = "none" if hidden is None else f"{len(hidden)} rows"
+            raise RuntimeError(
+                f"of the policy's hidden states {seen} were seen, for logits of {of} rows: "
+                "expected one a row; this model computes its logits in another way"
+            )
+        self.stats.rows_scored += len(rows)
+        index = torch.tensor(list(rows)).to(hidden.device)
+        return self._head(hidden[index]).tolist()
