@@ -45,6 +45,7 @@ class TrunkScorer(CriticScorer):
         self._hidden: Tensor | None = None
         self._riders: list[tuple[Prefix, int]] = []
 
+    @without_autograd
     def keep_hidden(self) -> None:
         """From now on each cached token's hidden state stays beside its keys: [capacity, hidden].
 

@@ -117,12 +117,19 @@ def value_auc(
     family: Family, messages: Sequence[str], decoded: Decoded, right: Tensor, fraction: float
 ) -> float:
     """AUC of V, read when `fraction` of a response is there (EOS never is), for its outcome."""
+    prefixes = partial_responses(family, messages, decoded, fraction)
+    return auc(last_values(family, prefixes), right)
+
+
+def partial_responses(
+    family: Family, messages: Sequence[str], decoded: Decoded, fraction: float
+) -> list[list[int]]:
+    """Token ids of each prompt and the first `fraction` of its response; EOS never is there."""
     prompts = prompt_ids(family.tokenizer, messages)
-    prefixes = [
+    return [
         prompt + response[: min(len(response) - 1, int(len(response) * fraction))]
         for prompt, response in zip(prompts, decoded.responses, strict=True)
     ]
-    return auc(last_values(family, prefixes), right)
 
 
 @torch.no_grad()
