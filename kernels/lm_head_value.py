@@ -139,7 +139,7 @@ class Tile(NamedTuple):
 # By float32 or not; the smallest m that holds the rows is taken, else the largest.
 TILES = {
     False: (Tile(16, 64, 128, 4, 4), Tile(64, 128, 64, 8, 4)),
-    True: (Tile(16, 128, 32, 4, 2),),
+    True: (Tile(16, 64, 32, 4, 2),),
 }
 
 

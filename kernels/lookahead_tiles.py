@@ -26,12 +26,12 @@ class Tile(NamedTuple):
 # By float32 or not, and by the power of two that the larger head size fills; the smallest m that
 # holds a segment's queries is taken, else the largest. None of them spills on sm_80 or sm_90.
 TILES = {
-    (False, 64): (Tile(16, 128, 4, 5), Tile(64, 64, 4, 3), Tile(128, 64, 8, 3)),
+    (False, 64): (Tile(16, 128, 4, 5), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
     (False, 128): (Tile(16, 64, 4, 5), Tile(64, 64, 8, 3)),
     (False, 256): (Tile(16, 32, 4, 5), Tile(64, 32, 8, 2)),
-    (True, 64): (Tile(16, 32, 4, 2),),
+    (True, 64): (Tile(16, 32, 8, 2),),
     (True, 128): (Tile(16, 32, 8, 2),),
-    (True, 256): (Tile(16, 16, 8, 2),),
+    (True, 256): (Tile(16, 16, 8, 3),),
 }
 
 
