@@ -146,9 +146,13 @@ def load_causal_lm(
     return load_language_model(source, dtype, device)
 
 
-def load_policy_trunk(source: Source, family: Family, dtype: torch.dtype | None,
-                      device: torch.device | str | None,
-                      rope_theta: float | None) -> PreTrainedModel:  # fmt: skip
+def load_policy_trunk(
+    source: Source,
+    family: Family,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    rope_theta: float | None,
+) -> PreTrainedModel:
     """The decoder of a causal LM, on its own config, for a head that comes apart from it.
 
     Arguments as of `load_checkpoint`. Raises ValueError: it is no causal LM, or does not load

@@ -1,10 +1,8 @@
 """`load_scorer`: a checkpoint, read as its trainer read it, ready to score candidates."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode.checkpoint import (
     load_causal_lm,
@@ -17,44 +15,23 @@ from guided_decode.families import BosRule, Family
 from guided_decode.final_norm import take_final_norm
 from guided_decode.implicit import ImplicitScorer, LanguageModel
 from guided_decode.kinds import choose_family
+from guided_decode.loading_options import (
+    LoadingOptions,
+    Tokenizer,
+    check_tokenizer,
+    conventions,
+    packed_model,
+    read_tokenizer,
+    settled_dtype,
+    special_token,
+)
 from guided_decode.modes import without_autograd
-from guided_decode.packed_model import PackedModel
 from guided_decode.scores import LogProbs, Scorer, TerminalRule
-from guided_decode.self_check import check_packed
 from guided_decode.source import ModelLike, Source, open_source
-from guided_decode.tokenizer_match import check_tokenizers
 from guided_decode.transforms import Transform
 from guided_decode.trunk_head import KIND as TRUNK_HEAD
 from guided_decode.trunk_head_loading import HeadLike, load_trunk_head
 from guided_decode.trunk_scorer import TrunkScorer
-
-Tokenizer = str | PreTrainedTokenizerBase
-
-
-@dataclass(frozen=True, slots=True)
-class _Options:
-    """What every model of one scorer is loaded with."""
-
-    device: torch.device | str | None
-    dtype: torch.dtype | None
-    revision: str | None
-    allow_pickle: bool
-    trust_remote_code: bool
-    rope_theta: float | None
-    cache_tokens: int | None
-    live_tokens: int | None
-    max_forward_tokens: int
-    policy_tokenizer: PreTrainedTokenizerBase | None
-
-    @property
-    def of_files(self) -> dict[str, Any]:
-        names = ("revision", "allow_pickle", "trust_remote_code")
-        return {name: getattr(self, name) for name in names}
-
-    @property
-    def of_weights(self) -> dict[str, Any]:
-        names = ("device", "dtype", "rope_theta")
-        return self.of_files | {name: getattr(self, name) for name in names}
 
 
 @without_autograd
@@ -111,9 +88,9 @@ def load_scorer(
     Raises:
         ValueError: what does not fit; names what was given, what was expected and what to do.
     """
-    options = _Options(
+    options = LoadingOptions(
         device=device,
-        dtype=_dtype(model, device, dtype),
+        dtype=settled_dtype(model, device, dtype),
         revision=revision,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
@@ -121,7 +98,7 @@ def load_scorer(
         cache_tokens=cache_tokens,
         live_tokens=live_tokens,
         max_forward_tokens=max_forward_tokens,
-        policy_tokenizer=_tokenizer(policy_tokenizer),
+        policy_tokenizer=read_tokenizer(policy_tokenizer),
     )
     source = open_source(model, **options.of_files)
     family = choose_family(source, _kind(kind, head, source.name))
@@ -140,13 +117,13 @@ def load_scorer(
     checkpoint = load_checkpoint(
         model, kind, bos=bos, terminal=terminal, transform=transform, **options.of_weights
     )
-    _check_tokenizer(options, checkpoint.tokenizer)
+    check_tokenizer(options, checkpoint.tokenizer)
     return CriticScorer(
-        _packed(checkpoint.trunk, checkpoint.name, options),
+        packed_model(checkpoint.trunk, checkpoint.name, options),
         ValueHead(checkpoint.head_weight, checkpoint.head_bias, checkpoint.transform),
         reward=_load_reward(reward, options),
         reference=None if reference is None else _load_reference(reference, options),
-        **_conventions(checkpoint.family, checkpoint.tokenizer, checkpoint.trunk),
+        **conventions(checkpoint.family, checkpoint.tokenizer, checkpoint.trunk),
     )
 
 
@@ -174,42 +151,29 @@ def _load_trunk_head(
     transform: str | Transform | None,
     reward: "ModelLike | Scorer | None",
     reference: "ModelLike | LogProbs | None",
-    options: _Options,
+    options: LoadingOptions,
 ) -> TrunkScorer:
     trunk = load_policy_trunk(source, family, options.dtype, options.device, options.rope_theta)
     found = load_trunk_head(
         head, trunk, source.name, transform=transform, **options.of_files | {"revision": None}
     )
     tokenizer = load_tokenizer(source)
-    _check_tokenizer(options, tokenizer)
+    check_tokenizer(options, tokenizer)
     norm = take_final_norm(trunk)
     return TrunkScorer(
-        _packed(trunk, source.name, options),
+        packed_model(trunk, source.name, options),
         replace(found, norm=norm),
         reward=_load_reward(reward, options),
         reference=None if reference is None else _load_reference(reference, options),
-        **_conventions(family, tokenizer, trunk),
+        **conventions(family, tokenizer, trunk),
     )
-
-
-def _conventions(
-    family: Family, tokenizer: PreTrainedTokenizerBase | None, trunk: PreTrainedModel
-) -> dict[str, Any]:
-    """What a critic's family and its special tokens say about scoring."""
-    bos_id = _special("bos_token_id", tokenizer, trunk)
-    return {
-        "terminal": family.terminal,
-        "skip_token": bos_id if family.bos == "drop" else None,
-        "bos_token_id": bos_id,
-        "eos_token_id": _special("eos_token_id", tokenizer, trunk),
-    }
 
 
 def _load_implicit(
     model: ModelLike,
     source: Source,
     reference: "ModelLike | LogProbs | None",
-    options: _Options,
+    options: LoadingOptions,
 ) -> ImplicitScorer:
     if reference is None and source.record is not None:
         reference = source.record.reference
@@ -224,25 +188,27 @@ def _load_implicit(
     base_source = open_source(reference, **base_options.of_files)
     tokenizer = load_tokenizer(source)
     for other in (tokenizer, load_tokenizer(base_source)):
-        _check_tokenizer(options, other)
+        check_tokenizer(options, other)
     return ImplicitScorer(
-        _packed(tuned, source.name, options),
-        _packed(base, base_source.name, options),
-        bos_token_id=_special("bos_token_id", tokenizer, tuned),
-        eos_token_id=_special("eos_token_id", tokenizer, tuned),
+        packed_model(tuned, source.name, options),
+        packed_model(base, base_source.name, options),
+        bos_token_id=special_token("bos_token_id", tokenizer, tuned),
+        eos_token_id=special_token("eos_token_id", tokenizer, tuned),
     )
 
 
-def _load_reference(reference: "ModelLike | LogProbs", options: _Options) -> LogProbs:
+def _load_reference(reference: "ModelLike | LogProbs", options: LoadingOptions) -> LogProbs:
     if not isinstance(reference, ModelLike):
         return reference
     own = replace(options, revision=None, rope_theta=None)
     source = open_source(reference, **own.of_files)
-    _check_tokenizer(own, load_tokenizer(source))
-    return LanguageModel(_packed(load_causal_lm(reference, **own.of_weights), source.name, own))
+    check_tokenizer(own, load_tokenizer(source))
+    return LanguageModel(
+        packed_model(load_causal_lm(reference, **own.of_weights), source.name, own)
+    )
 
 
-def _load_reward(reward: "ModelLike | Scorer | None", options: _Options) -> Scorer | None:
+def _load_reward(reward: "ModelLike | Scorer | None", options: LoadingOptions) -> Scorer | None:
     if reward is None or not isinstance(reward, ModelLike):
         return reward
     return load_scorer(
@@ -256,50 +222,6 @@ def _load_reward(reward: "ModelLike | Scorer | None", options: _Options) -> Scor
         allow_pickle=options.allow_pickle,
         trust_remote_code=options.trust_remote_code,
     )
-
-
-def _packed(model: PreTrainedModel, name: str, options: _Options) -> PackedModel:
-    """The model on its slot pool, checked against its stock self."""
-    packed = PackedModel(
-        model,
-        name,
-        cache_tokens=options.cache_tokens,
-        live_tokens=options.live_tokens,
-        max_forward_tokens=options.max_forward_tokens,
-    )
-    check_packed(packed)
-    return packed
-
-
-def _dtype(
-    model: ModelLike, device: torch.device | str | None, dtype: torch.dtype | None
-) -> torch.dtype | None:
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    if dtype is not None or isinstance(model, PreTrainedModel) or not on_cpu:
-        return dtype
-    return torch.float32
-
-
-def _tokenizer(given: Tokenizer | None) -> PreTrainedTokenizerBase | None:
-    if not isinstance(given, str):
-        return given
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(given)
-    return loaded
-
-
-def _check_tokenizer(options: _Options, scorers: PreTrainedTokenizerBase | None) -> None:
-    if options.policy_tokenizer is not None and scorers is not None:
-        check_tokenizers(options.policy_tokenizer, scorers)
-
-
-def _special(
-    name: str, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
-) -> int | None:
-    """A special token's id: the tokenizer's, else the config's (the first, where it has many)."""
-    found = getattr(tokenizer, name, None)
-    if found is None:
-        found = getattr(model.config.get_text_config(), name, None)
-    return found[0] if isinstance(found, list) else found
 
 
 def _refuse_for_implicit(**given: object) -> None:
