@@ -183,7 +183,11 @@ def _score(
     if not active:
         return step._replace(log_ratio=torch.zeros_like(step.scores.values))
     device = candidates.device
-    rows = torch.tensor(active, device=device)
+    if len(active) == len(candidates) and not any(c.kl_coef for c in configs):
+        scores, exempt = score_candidates(scorer, prefixes, candidates, terminals)
+        ends_here = None if exempt is None else exempt.to(device)
+        return _StepScores(Scores(*(each.to(device) for each in scores)), ends_here, None)
+    rows = torch.tensor(active).to(device)
     chosen, own = candidates[rows], [prefixes[i] for i in active]
     ends = [terminals[i] for i in active]
     scores, exempt = score_candidates(scorer, own, chosen, ends)
@@ -220,9 +224,8 @@ def _apply(
     scores, exempt, log_ratio = step
     if log_ratio is None and any(c.kl_coef for c in configs):
         log_ratio = torch.full_like(scores.values, torch.nan)
-    live = torch.zeros(len(logits), dtype=torch.bool)
-    live[active] = True
-    live = live.to(logits.device)
+    here = set(active)
+    live = torch.tensor([i in here for i in range(len(logits))]).to(logits.device)
     failed = unusable_rows(
         candidates, scores, configs, exempt=exempt, log_ratio=log_ratio, active=live
     )
