@@ -15,6 +15,7 @@ CONFIG_KEY = "guided_decode"
 CONFIG_VARIABLE = "GUIDED_DECODE_CONFIG"
 
 _GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
+_DEFAULTS = GuidanceConfig()
 
 
 class ServerConfig(BaseModel):
@@ -55,15 +56,15 @@ class ServerConfig(BaseModel):
     cache_tokens: int | None = Field(default=None, ge=1)
     max_forward_tokens: int | None = Field(default=None, ge=1)
 
-    beta: FiniteFloat = 1.0
-    top_k: int | None = 16
-    top_p: FiniteFloat = 1.0
-    rule: Rule = "reweight"
-    margin: FiniteFloat | None = None
-    tail: Tail = "mask"
-    baseline: Baseline = "prefix"
-    gate: FiniteFloat | None = None
-    kl_coef: FiniteFloat = 0.0
+    beta: FiniteFloat = _DEFAULTS.beta
+    top_k: int | None = _DEFAULTS.top_k
+    top_p: FiniteFloat = _DEFAULTS.top_p
+    rule: Rule = _DEFAULTS.rule
+    margin: FiniteFloat | None = _DEFAULTS.margin
+    tail: Tail = _DEFAULTS.tail
+    baseline: Baseline = _DEFAULTS.baseline
+    gate: FiniteFloat | None = _DEFAULTS.gate
+    kl_coef: FiniteFloat = _DEFAULTS.kl_coef
 
     guide_by_default: bool = False
     max_top_k: int = Field(default=64, ge=1)
