@@ -18,7 +18,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from guided_decode.config import GuidanceConfig, OnError
 from guided_decode.integrations.padding import masked_lengths
-from guided_decode.integrations.trunk_options import refuse_inputs, refuse_options
+from guided_decode.integrations.trunk_options import (
+    refuse_inputs,
+    refuse_options,
+    refuse_positions,
+)
 from guided_decode.integrations.trunk_run import TrunkRun
 from guided_decode.next_logits import NextLogits
 from guided_decode.scores import Scorer
@@ -89,10 +93,11 @@ class TrunkLookahead:
             ValueError: another policy, or an argument that is not honoured.
         """
         refuse_options(generation_config, logits_processor)
+        refuse_inputs(model_kwargs, input_ids)
         mask = model_kwargs.get("attention_mask")
         rows, width = input_ids.shape
         lengths = [width] * rows if mask is None else masked_lengths(mask, rows, width)
-        refuse_inputs(model_kwargs, input_ids, lengths)
+        refuse_positions(model_kwargs.get("position_ids"), width, lengths)
         logits_of = self._policy_head(model)
         self.scorer.keep_hidden()
         if self.streamer is not None:
@@ -114,9 +119,9 @@ class TrunkLookahead:
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _policy_head(self, model: PreTrainedModel) -> NextLogits:
+        self._check_weights(model)
         if self._logits_of is None or self._logits_of[0] is not model:
             self._logits_of = (model, NextLogits(model, self.scorer.trunk_head))
-        self._check_weights(model)
         return self._logits_of[1]
 
     def _check_weights(self, model: PreTrainedModel) -> None:

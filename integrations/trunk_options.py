@@ -62,13 +62,12 @@ def refuse_options(config: GenerationConfig, processors: LogitsProcessorList) ->
             )
 
 
-def refuse_inputs(inputs: dict[str, Any], input_ids: Tensor, lengths: list[int]) -> None:
+def refuse_inputs(inputs: dict[str, Any], input_ids: Tensor) -> None:
     """Raises ValueError: arguments of the policy's forward that the slot pool has no place for.
 
     Args:
         inputs: what `generate` hands on to the policy.
         input_ids: int64 [rows, width], prompts left-padded.
-        lengths: tokens of each prompt.
     """
     unknown = [
         name for name, given in inputs.items() if name not in _KNOWN_INPUTS and given is not None
@@ -92,13 +91,15 @@ def refuse_inputs(inputs: dict[str, Any], input_ids: Tensor, lengths: list[int])
         raise ValueError(
             "use_cache=False was given: the loop runs on a cache, its slot pool; leave it out"
         )
-    _refuse_positions(inputs.get("position_ids"), input_ids, lengths)
 
 
-def _refuse_positions(positions: Tensor | None, input_ids: Tensor, lengths: list[int]) -> None:
+def refuse_positions(positions: Tensor | None, width: int, lengths: list[int]) -> None:
+    """Raises ValueError: positions, [rows, width], that do not count each prompt from 0.
+
+    lengths: tokens of each prompt, at the end of its row.
+    """
     if positions is None:
         return
-    width = input_ids.shape[1]
     starts = torch.tensor([width - length for length in lengths], device=positions.device)
     wanted = torch.arange(width, device=positions.device) - starts[:, None]
     if positions.shape[-1] != width or bool(((positions != wanted) & (wanted >= 0)).any()):

@@ -79,7 +79,7 @@ class TrunkRun:
             if self.streamer is not None:
                 self.streamer.put(tokens.cpu())
             finished |= criteria(self.ids, tuple(self.scores) or None)  # type: ignore[arg-type]
-            chosen, done = tokens.tolist(), finished.tolist()
+            chosen, done = torch.stack([tokens, finished.long()]).tolist()
             for i in self.live:
                 self.handles[i].append(chosen[i])
             if pads or all(done):

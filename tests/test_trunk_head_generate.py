@@ -311,9 +311,12 @@ def test_options_that_are_not_honoured(policy, scorer, options, message):
 
 def test_a_prompt_given_as_embeddings(policy, scorer):
     embeddings = policy.get_input_embeddings()(torch.tensor([PROMPTS[0]]))
+    mask = torch.ones(1, len(PROMPTS[0]))
+    mask[0, 0] = 0
     with pytest.raises(ValueError, match="inputs_embeds"):
         policy.generate(
             inputs_embeds=embeddings,
+            attention_mask=mask,
             max_new_tokens=2,
             custom_generate=TrunkLookahead(scorer, CONFIG),
         )

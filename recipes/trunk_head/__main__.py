@@ -66,7 +66,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--critic", help="regress on its values instead of the rewards")
     parser.add_argument("--kind", default="auto", help="the critic's")
     parser.add_argument("--tiny-tulu", nargs="+", choices=tiny_tulu.POLICIES, help="its policies")
-    parser.add_argument("--count", type=int, default=4_000, help="tiny-tulu's rollouts")
+    parser.add_argument("--count", type=int, default=6_000, help="tiny-tulu's rollouts")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=1, help="torch threads")
@@ -94,7 +94,8 @@ def _on_tiny_tulu(
     for width in (0, config.width):
         for target, wanted in targets.items():
             key = f"{'two layers' if width else 'linear'}, {target}"
-            heads[key] = train_head(readings, wanted, replace(config, width=width), _log)
+            head = train_head(readings, wanted, replace(config, width=width), _log)
+            heads[key] = tiny_tulu.rounded(head)
             print(f"{name}: {key} after {time.perf_counter() - begun:.0f} s", flush=True)
     results = tiny_tulu.measure(family, name, heads, print)
     best = max(heads, key=lambda key: results[key]["auc_half"])

@@ -10,10 +10,10 @@ class TrunkHeadConfig:
     validation: the share of rollouts that choose the epoch; whole rollouts, not tokens.
     """
 
-    width: int = 128
-    epochs: int = 20
+    width: int = 256
+    epochs: int = 40
     batch_size: int = 2048
-    lr: float = 2e-3
+    lr: float = 4e-3
     weight_decay: float = 0.01
     validation: float = 0.1
     seed: int = 0

@@ -1,6 +1,7 @@
 """The recipe on tiny-tulu: heads on its two policies, beside the critic of its PPO run."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ from recipes.trunk_head.readings import critic_targets
 from recipes.trunk_head.rollouts import Rollout
 
 POLICIES = ("sft", "ppo")
-BETAS = (2.0, 4.0, 6.0, 10.0, 20.0)
+BETAS = (5.0, 10.0, 20.0, 40.0)
 TOP_K = 4
-VALIDATION = 200
+VALIDATION, GUIDED = 100, 500
 
 
 def load_family() -> Family:
@@ -60,6 +61,18 @@ def critic_values(rollouts: Sequence[Rollout]) -> Tensor:
     return critic_targets(load_checkpoint(tiny_tulu.model_path("value")), rollouts)
 
 
+def rounded(head: TrunkHead) -> TrunkHead:
+    """The head as it is released: its weights in bf16, as those of the models."""
+    inner = head.inner
+    if inner is not None:
+        inner = replace(inner, weight=inner.weight.bfloat16(), bias=_rounded(inner.bias))
+    return replace(head, weight=head.weight.bfloat16(), bias=_rounded(head.bias), inner=inner)
+
+
+def _rounded(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.bfloat16()
+
+
 def measure(
     family: Family, name: str, heads: dict[str, TrunkHead], log: Callable[[str], None]
 ) -> dict[str, Any]:
@@ -68,7 +81,12 @@ def measure(
     messages = tiny_tulu.held_out_prompts()
     sampled = decode(policy, family.tokenizer, messages, sample=True, seed=SAMPLING_SEED)
     right = outcomes(messages, sampled)
-    results: dict[str, Any] = {"accuracy": right.mean().item()}
+    greedy = decode(policy, family.tokenizer, messages[:GUIDED])
+    results: dict[str, Any] = {
+        "sampled": right.mean().item(),
+        "greedy": outcomes(messages[:GUIDED], greedy).mean().item(),
+    }
+    log(f"{name}: {results}")
     scorers: dict[str, Scorer] = {"critic": load_scorer(tiny_tulu.model_path("value"))}
     scorers |= {key: load_scorer(policy, "trunk-head", head=head) for key, head in heads.items()}
     for key, scorer in scorers.items():
@@ -109,7 +127,7 @@ def guided(family: Family, policy: PreTrainedModel, scorer: Scorer) -> dict[str,
 
     validation = tiny_tulu.validation_prompts(VALIDATION)
     beta = max(BETAS, key=lambda each: accuracy(validation, each))
-    return {"beta": beta, "guided": accuracy(tiny_tulu.held_out_prompts(), beta)}
+    return {"beta": beta, "guided": accuracy(tiny_tulu.held_out_prompts(GUIDED), beta)}
 
 
 def guided_accuracy(
