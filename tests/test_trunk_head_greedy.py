@@ -1,10 +1,14 @@
 """The k-wide loop is the brute-force loop, token for token, for one policy forward a token."""
 
+import copy
+
 import pytest
 import torch
 
-from guided_decode import GuidanceConfig
+from guided_decode import GuidanceConfig, load_scorer
 from guided_decode.integrations.transformers import GuidedDecoding, TrunkLookahead
+from guided_decode.packed_model import PackedModel
+from guided_decode.trunk_scorer import TrunkScorer
 from tests import models, oracle, trunk_heads
 
 NEW = 20
@@ -100,6 +104,50 @@ def test_the_output_has_the_value_of_every_prefix():
         wanted = torch.tensor(values(prefixes))
         torch.testing.assert_close(found[: len(row)], wanted, rtol=0, atol=1e-4)
         assert found[len(row) :].isnan().all()
+
+
+# The device's path: fused attention, and padded batches that graphs are captured of.
+
+
+def scorer_like_a_gpus(arch):
+    """The policy's trunk with a head, on the fused attention, in forwards padded to buckets."""
+    plain = trunk_heads.scorer(arch)
+    packed = PackedModel(plain.model.model, "the test's", fused=True)
+    return TrunkScorer(packed, plain.trunk_head, eos_token_id=models.EOS, graphs=True)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma2"])
+def test_padded_batches_give_what_plain_ones_give(arch):
+    scorer = scorer_like_a_gpus(arch)
+    # What was captured before hidden states are kept does not keep them.
+    scorer.score([PROMPTS[0]], torch.tensor([[7, 8]]))
+    assert scorer._graphs.replays == 1
+    _, tokens = decode(arch, scorer, CONFIG)
+    oracle.assert_greedy_equal(tokens, expected(arch, CONFIG))
+    assert scorer._graphs.replays >= max(map(len, tokens))
+    scorer.cache.check()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("arch", ["llama", "mistral-sliding", "gemma2"])
+def test_on_a_gpu_the_loop_is_the_brute_force_loop(arch):
+    policy = copy.deepcopy(trunk_heads.policy(arch)).to("cuda")
+    scorer = load_scorer(policy, kind="trunk-head", head=trunk_heads.linear())
+    ids, mask = (tensor.to("cuda") for tensor in trunk_heads.padded(PROMPTS))
+    out = policy.generate(
+        ids,
+        attention_mask=mask,
+        pad_token_id=models.PAD,
+        eos_token_id=ENDS,
+        max_new_tokens=NEW,
+        do_sample=False,
+        return_dict_in_generate=True,
+        custom_generate=TrunkLookahead(scorer, CONFIG),
+    )
+    oracle.assert_greedy_equal(trunk_heads.responses(out, WIDTH, ENDS), expected(arch, CONFIG))
+    assert scorer._graphs.replays > 0
+    scorer.cache.check()
 
 
 # What it costs.
