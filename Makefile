@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-full lint typecheck tiny-tulu benchmark benchmark-vllm clean
+.PHONY: help demo serve test test-full lint typecheck tiny-tulu benchmark benchmark-vllm gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -55,6 +55,17 @@ benchmark: $(VENV)/.dev ## time guided decoding against plain and brute force
 
 benchmark-vllm: $(VENV)/.dev ## what guidance costs in a vLLM engine on the CPU
 	@$(BIN)/python -m benchmarks.vllm_throughput
+
+# Another interpreter that has what is needed is taken as it is: make gpu-check PYTHON=python3
+PYTHON ?= $(BIN)/python
+OUT_DIR ?= benchmarks/results
+GPU_CHECK_NEEDS := torch, triton, transformers, numpy, pytest, safetensors, rich, typer
+
+gpu-check: ## every GPU test and benchmark, and a report of them in OUT_DIR (under 9 minutes)
+	@$(PYTHON) -c "import $(GPU_CHECK_NEEDS)" 2>/dev/null \
+	|| { test "$(origin PYTHON)" = file && $(MAKE) $(VENV)/.dev; } \
+	|| { echo "PYTHON=$(PYTHON) lacks one of $(GPU_CHECK_NEEDS): install it, or leave PYTHON out"; exit 1; }
+	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT_DIR)
 
 clean: ## remove caches and build output (the virtual environment stays: rm -r .venv)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -102,6 +102,11 @@ class CriticScorer:
     def vocab_size(self) -> int:
         return self.model.vocab_size
 
+    @property
+    def captures(self) -> int:
+        """CUDA graphs that were captured so far: a step that captures one takes its time."""
+        return 0 if self._graphs is None else self._graphs.captures
+
     @without_autograd
     def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
         """Values of candidates after their prefixes.

@@ -77,6 +77,7 @@ class GraphedForward:
         self._memory: tuple[int, int] | None = None
         self._works = True
         self.replays = 0
+        self.captures = 0
 
     def __len__(self) -> int:
         return len(self._graphs)
@@ -111,6 +112,7 @@ class GraphedForward:
             self._works = False
             self._graphs.clear()
             return None
+        self.captures += 1
         self._graphs[bucket] = _Graph(static, replay)
         return self._graphs[bucket]
 

@@ -1,0 +1,1 @@
+"""What `make gpu-check` measures, a part a process: see benchmarks/gpu_check.py."""

@@ -1,0 +1,67 @@
+"""Before anything is timed: every way of the loop against full recomputation, in float32."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.cells import Setup
+from benchmarks.gpu.floors import Size
+from benchmarks.gpu.loop import Guide, Lane
+from benchmarks.gpu.models import Models
+from benchmarks.gpu.rivals import Recomputed
+from guided_decode import GuidanceConfig
+
+SMALL = Size("small", 2, 256, 512, 4, 2, 1003, itemsize=4)
+ROWS, PREFIX, K, STEPS = 3, 70, 4, 6
+TOLERANCE = 1e-3
+WAYS = ("plain", f"k {K}", f"copied k {K}", f"recomputed k {K}", f"trunk k {K}", "pruning")
+
+
+class DisagreementError(RuntimeError):
+    """A way does not give the logits of full recomputation."""
+
+
+def check_ways(device: str, *, capture: bool, size: Size = SMALL, seed: int = 0) -> float:
+    """The largest difference of any way's logits from those of stock modules without a cache.
+
+    Raises DisagreementError where it is more than TOLERANCE, or another set of tokens is left.
+    """
+    models = Models.random(size, device, torch.float32, seed)
+    setup = Setup(models, ROWS, PREFIX, WAYS, steps=STEPS, drawn=False, capture=capture)
+    return max(_follow(setup.lane(way), _truth(models, way)) for way in WAYS)
+
+
+def _truth(models: Models, way: str) -> Callable[[Lane], Tensor]:
+    """The logits that a way should choose by, by stock modules on whole prefixes."""
+    config = GuidanceConfig(top_k=K)
+    guide = Guide()
+    if way.startswith("trunk"):
+        guide = Recomputed(models.policy.model, models.head, config)
+    elif way not in ("plain", "pruning"):
+        guide = Recomputed(models.critic, models.head, config)
+
+    def logits(lane: Lane) -> Tensor:
+        ids = torch.stack([torch.from_numpy(h.tokens.copy()) for h in lane.handles])
+        output = models.policy(ids.to(models.device), use_cache=False, logits_to_keep=1)
+        return guide(output.logits[:, -1].float(), lane.handles)
+
+    return logits
+
+
+def _follow(lane: Lane, truth: Callable[[Lane], Tensor]) -> float:
+    largest = 0.0
+    for step in range(STEPS):
+        wanted = truth(lane)
+        found = lane.guide(lane.policy.next_logits(lane.handles), lane.handles)
+        if not torch.equal(found.isfinite(), wanted.isfinite()):
+            raise DisagreementError(f"{lane.name} keeps other candidates at step {step}")
+        largest = max(largest, float((found - wanted)[wanted.isfinite()].abs().max()))
+        if not largest <= TOLERANCE:
+            raise DisagreementError(
+                f"{lane.name} differs from full recomputation by {largest:.2g} at step {step}, "
+                f"where {TOLERANCE:g} is allowed"
+            )
+        for handle, token in zip(lane.handles, lane.guide.choose(found), strict=True):
+            handle.append(token)
+    return largest

@@ -1,0 +1,72 @@
+"""What the device is, and the two ceilings that floors are measured against."""
+
+import os
+import platform
+import subprocess
+from collections.abc import Iterator
+from importlib import metadata
+from typing import Any
+
+import torch
+
+from benchmarks.gpu.floors import Rates
+from benchmarks.gpu.timing import timed
+
+_PACKAGES = ("torch", "triton", "transformers", "numpy", "vllm", "flashinfer-python")
+_COPIED = 4 << 30
+_MATMUL = 8192
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that figures depend on, as far as they are installed."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found
+
+
+def machine() -> dict[str, Any]:
+    """Facts that cost nothing to know; `gpu` is None where there is none."""
+    facts: dict[str, Any] = {"versions": versions(), "cores": os.cpu_count(), "gpu": None}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {
+            "gpu": properties.name,
+            "capability": f"{properties.major}.{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gb": round(properties.total_memory / 1e9, 1),
+            "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 2**20, 1),
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    return facts
+
+
+def _driver() -> str:
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return answer.stdout.strip().splitlines()[0]
+
+
+def measured_rates(copied: int = _COPIED, matmul: int = _MATMUL) -> Rates:
+    """Bytes read and written in a second by a large copy; bf16 operations of a large product."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    source = torch.randn(copied // 4, device=device)
+    target = torch.empty_like(source)
+    copy = timed([lambda: target.copy_(source)])
+    a, b = (torch.randn(matmul, matmul, device=device, dtype=torch.bfloat16) for _ in range(2))
+    product = torch.empty_like(a)
+    multiply = timed([lambda: torch.mm(a, b, out=product)] * 4)
+    return Rates(2 * source.nbytes / copy.median, 2 * matmul**3 / multiply.median)
+
+
+def run() -> Iterator[dict[str, Any]]:
+    """The part's records: one."""
+    rates = measured_rates()
+    yield {"kind": "rates", "bytes": rates.bytes, "flops": rates.flops}

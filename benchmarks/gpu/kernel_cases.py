@@ -1,0 +1,182 @@
+"""What the kernels part runs: each operation on real shapes, and what it stands beside."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import product
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.gpu.attention_case import attention_case
+from benchmarks.gpu.floors import LLAMA2_13B, LLAMA3_8B, Size
+from benchmarks.gpu.timing import rotations
+from guided_decode.kernels.candidate_shift import Shift
+from guided_decode.kernels.guide_logits import guide_logits_reference, guide_logits_triton
+from guided_decode.kernels.guide_sample import guide_sample_reference, guide_sample_triton
+from guided_decode.kernels.lm_head_value import (
+    ValueWeights,
+    lm_head_value_reference,
+    lm_head_value_triton,
+)
+from guided_decode.kernels.norm import Norm
+from guided_decode.kernels.value_head import value_head_reference, value_head_triton
+
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class KernelCase:
+    """One operation on one shape.
+
+    ours: a call for each input set, which together exceed the cache. eager: the same by torch.
+    truth: what the first of ours should give. others: named calls of other libraries' kernels.
+    bytes: what one call has to move. target: a verdict is given on it.
+    """
+
+    kernel: str
+    shape: str
+    bytes: float
+    ours: list[Call]
+    eager: list[Call]
+    truth: Call
+    tolerance: float = 1e-2
+    target: bool = False
+    others: dict[str, Callable[[], list[Call]]] = field(default_factory=dict)
+
+
+class Maker(NamedTuple):
+    """Makes a case, which lives only while it is timed.
+
+    closer: its launches are counted, and torch.compile is timed.
+    """
+
+    make: Callable[[], KernelCase]
+    closer: bool = False
+
+
+def makers(device: str, dtype: torch.dtype = torch.bfloat16) -> list[Maker]:
+    """All cases, those with targets first."""
+    sizes = (LLAMA3_8B, LLAMA2_13B)
+    found = []
+    for size in sizes:
+        make = partial(attention_case, KernelCase, size, 16, 16, 4096, device, dtype, target=True)
+        found.append(Maker(make, closer=True))
+    for rows, size in product((16, 1, 64), sizes):
+        closer = rows == 16 and size is LLAMA3_8B
+        found += [
+            Maker(partial(lm_head_case, size, rows, device, dtype), closer),
+            Maker(partial(value_head_case, size, rows, device, dtype), closer),
+            Maker(partial(guide_logits_case, size, rows, 16, device), closer),
+            Maker(partial(guide_sample_case, size, rows, 16, device), closer),
+        ]
+    for batch, prefix, k, size in product((1, 64, 4, 16), (512, 4096), (16, 4, 32, 8), sizes):
+        if (batch, prefix, k) != (16, 4096, 16):
+            make = partial(attention_case, KernelCase, size, batch, k, prefix, device, dtype)
+            found.append(Maker(make))
+    return found
+
+
+def value_head_case(size: Size, rows: int, device: str, dtype: torch.dtype) -> KernelCase:
+    moved = rows * size.hidden * dtype.itemsize + size.hidden * (4 + dtype.itemsize) + 4 * rows
+    sets = rotations(moved)
+    hidden = torch.randn(sets, rows, size.hidden, device=device, dtype=dtype)
+    weight = torch.randn(1, size.hidden, device=device) / size.hidden**0.5
+    norm = Norm(torch.ones(size.hidden, device=device, dtype=dtype), 1e-5, 0.0)
+    return KernelCase(
+        "value_head",
+        f"{rows} rows of {size.hidden}, with norm",
+        moved,
+        [lambda x=x: value_head_triton(x, weight, None, norm, None) for x in hidden],
+        [lambda x=x: value_head_reference(x, weight, None, norm, None) for x in hidden],
+        lambda: value_head_reference(hidden[0].float(), weight, None, norm, None),
+        tolerance=1e-3,
+    )
+
+
+def lm_head_case(size: Size, rows: int, device: str, dtype: torch.dtype) -> KernelCase:
+    moved = (size.table_weights + rows * (size.hidden + size.vocab)) * dtype.itemsize
+    sets = rotations(moved, most=4)
+    head = nn.Linear(size.hidden, size.vocab, bias=False, device=device, dtype=dtype)
+    hidden = torch.randn(sets, rows, size.hidden, device=device, dtype=dtype)
+    value = ValueWeights(torch.randn(1, size.hidden, device=device) / size.hidden**0.5, None)
+    norm = Norm(torch.ones(size.hidden, device=device, dtype=dtype), 1e-5, 0.0)
+    exact = head.weight.float()
+
+    def truth() -> Tensor:
+        x = hidden[0].float()
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.eps)) @ exact.t()
+
+    return KernelCase(
+        "lm_head_value",
+        f"{rows} rows, vocabulary {size.vocab}",
+        moved,
+        [lambda x=x: lm_head_value_triton(x, head, value, norm, None)[0] for x in hidden],
+        [
+            lambda x=x: lm_head_value_reference(x, head, value, norm, None, 1.0, None)[0]
+            for x in hidden
+        ],
+        truth,
+    )
+
+
+def guide_logits_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
+    moved = rows * size.vocab * 4 + 25 * rows * k
+    sets = rotations(moved, most=32)
+    logits = torch.randn(sets, rows, size.vocab, device=device)
+    shift, mask = _shift(rows, k, size.vocab, device), torch.zeros(rows, device=device).bool()
+    first = logits[0].clone()
+    return KernelCase(
+        "guide_logits",
+        f"{rows} rows, vocabulary {size.vocab}, k {k}, tail masked",
+        moved,
+        [lambda x=x: guide_logits_triton(x, shift, mask) for x in logits],
+        [lambda x=x: guide_logits_reference(x, shift, mask) for x in logits],
+        lambda: guide_logits_reference(first, shift, mask),
+        tolerance=1e-5,
+    )
+
+
+def guide_sample_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
+    moved = 60.0 * rows * k
+    sets = rotations(rows * size.vocab * 4, most=32)
+    logits = torch.randn(sets, rows, size.vocab, device=device)
+    other = logits.clone()
+    shift = _shift(rows, k, size.vocab, device)
+    heat = torch.full((rows,), 0.8, device=device)
+    seeds, positions = torch.arange(rows, device=device), torch.arange(rows, device=device) + 100
+    mask = torch.zeros(rows, device=device).bool()
+
+    def unfused(x: Tensor) -> Tensor:
+        guided = guide_logits_reference(x, shift, mask)
+        shares = (guided / heat[:, None]).softmax(-1)
+        return (shares / torch.empty_like(shares).exponential_()).argmax(-1)
+
+    return KernelCase(
+        "guide_sample",
+        f"{rows} rows, vocabulary {size.vocab}, k {k}",
+        moved,
+        [lambda x=x: guide_sample_triton(x, shift, heat, seeds, positions) for x in logits],
+        [lambda x=x: unfused(x) for x in other],
+        lambda: guide_sample_reference(logits[0], shift, heat, seeds, positions),
+        # The share of rows whose two best keys may be a rounding apart.
+        tolerance=0.1,
+    )
+
+
+def _shift(rows: int, k: int, vocab: int, device: str) -> Shift:
+    """Every candidate scored; beta so small that thousands of calls in place stay finite."""
+    tokens = torch.stack([torch.randperm(vocab, device=device)[:k] for _ in range(rows)])
+    per_row = torch.ones(rows, device=device)
+    return Shift(
+        tokens,
+        torch.randn(rows, k, device=device),
+        0.1 * per_row,
+        1e-3 * per_row,
+        torch.inf * per_row,
+        torch.zeros_like(per_row).bool(),
+        torch.ones(rows, k, device=device).bool(),
+        None,
+        1,
+    )

@@ -1,0 +1,191 @@
+"""report.md and report.json of all records, written anew whenever some have come."""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.targets import verdicts
+
+Record = dict[str, Any]
+
+_NOTES = """\
+Weights are random, of the real shapes, in bf16; no row ends. Prompts' keys and values are drawn at
+random instead of computed, but for the check of agreement and for `generate`. All ways but
+`generate` run in one loop, whose policy step is a CUDA graph too; a step's time is the host's,
+until the next token ids are there. Ways of a cell take turns (those that copy or recompute follow),
+and ratios are medians of the rounds' ratios.
+
+Floor: the larger of bytes (weights, keys and values read) over the measured copy bandwidth and
+operations over the measured bf16 rate; the policy's and the critic's forwards added. Gated: a
+random policy is never sure, so a script raises the top logit of 7 steps in 10 above the gate of
+0.9, and the gate finds them itself. Pruning: the margin is so wide that no row goes; the decision
+is made and comes to the host."""
+
+
+def write(records: Sequence[Record], about: Record, folder: Path) -> None:
+    """Both files; about: date, command, machine, seconds."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = [asdict(each) for each in verdicts(records)]
+    whole = {**about, "targets": found, "records": list(records)}
+    text = json.dumps(whole, indent=1, ensure_ascii=False, default=str) + "\n"
+    (folder / "report.json").write_text(text)
+    (folder / "report.md").write_text("\n".join(markdown(records, about)) + "\n")
+
+
+def markdown(records: Sequence[Record], about: Record) -> list[str]:
+    """The report's lines."""
+    lines = ["# GPU check", "", *_facts(records, about), "", "## Targets", "", *_targets(records)]
+    lines += ["", "## Tests", "", *_tests(records)]
+    if any(record["kind"] == "kernel" for record in records):
+        lines += ["", "## Kernels", "", *_kernels(records)]
+    if any(record["kind"] == "decoding" for record in records):
+        lines += ["", "## Decoding", "", _NOTES, "", *_decoding(records)]
+    if any(record["kind"] == "inside" for record in records):
+        lines += ["", "## Inside a step", "", *_inside(records)]
+    problems = [record for record in records if record["kind"] == "not run"]
+    if problems:
+        lines += ["", "## Not run", "", *(_problem(record) for record in problems)]
+    return lines
+
+
+def table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A Markdown table."""
+    body = (f"| {' | '.join(row)} |" for row in rows)
+    return [f"| {' | '.join(heads)} |", f"|{'---|' * len(heads)}", *body]
+
+
+def number(value: float | None, digits: int = 2) -> str:
+    return "—" if value is None else f"{value:,.{digits}f}"
+
+
+def _facts(records: Sequence[Record], about: Record) -> list[str]:
+    machine = about["machine"]
+    gpu = machine["gpu"] or "none: only what compiles without one was run"
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    lines = [
+        f"- date: {about['date']}; {about['seconds']:.0f} s",
+        f"- command: `{about['command']}`",
+        f"- GPU: {gpu}",
+        f"- versions: {versions}",
+    ]
+    names = ("capability", "multiprocessors", "memory_gb", "l2_mb", "cuda", "driver")
+    if machine["gpu"]:
+        lines.append("- device: " + ", ".join(f"{name} {machine[name]}" for name in names))
+    for rate in (record for record in records if record["kind"] == "rates"):
+        lines.append(
+            f"- measured: copy {rate['bytes'] / 1e12:.2f} TB/s (read and written), bf16 product "
+            f"{rate['flops'] / 1e12:.0f} TFLOP/s"
+        )
+    for agreed in (record for record in records if record["kind"] == "agreement"):
+        lines.append(
+            f"- before {agreed['stage']}: all ways agree with full recomputation in float32 to "
+            f"{agreed['difference']:.1g}"
+        )
+    return lines
+
+
+def _targets(records: Sequence[Record]) -> list[str]:
+    rows = [(v.target, v.bound, number(v.figure, 3), v.word) for v in verdicts(records)]
+    return table(("target", "asked", "measured", ""), rows)
+
+
+def _tests(records: Sequence[Record]) -> list[str]:
+    suites = [record for record in records if record["kind"] == "tests"]
+    heads = ("file", "what", "passed", "failed", "skipped", "seconds")
+    rows = [
+        (s["file"], s["what"], *(str(s[n]) for n in heads[2:5]), f"{s['seconds']:.0f}")
+        for s in suites
+    ]
+    lines = table(heads, rows)
+    for suite in suites:
+        for failure in suite["failures"]:
+            lines += ["", f"**{suite['file']}: {failure['test']}**", *_quoted(failure["text"])]
+        if suite["problem"]:
+            lines += ["", f"**{suite['file']} ({suite['what']})**", *_quoted(suite["problem"])]
+    return lines
+
+
+def _quoted(text: str) -> list[str]:
+    return ["", "```", *text.splitlines(), "```"]
+
+
+def _kernels(records: Sequence[Record]) -> list[str]:
+    def also(kind: str, record: Record) -> Record | None:
+        keys = ("kernel", "shape")
+        same = (r for r in records if r["kind"] == kind and all(r[k] == record[k] for k in keys))
+        return next(same, None)
+
+    rows = []
+    for record in (record for record in records if record["kind"] == "kernel"):
+        compiled, launched = also("compiled", record), also("launches", record)
+        others = (f"{k}: {v if isinstance(v, str) else number(v, 1)}"
+                  for k, v in record["others"].items())  # fmt: skip
+        rows.append(
+            (
+                record["kernel"],
+                record["shape"],
+                f"{record['error']:.1g}",
+                f"{record['microseconds']:.1f} ({record['least']:.1f}–{record['most']:.1f})",
+                f"{100 * record['share_of_copy']:.0f}%",
+                number(record["eager_microseconds"], 1),
+                number(compiled and compiled["microseconds"], 1),
+                "; ".join(others) or "—",
+                "—" if launched is None else f"{launched['ours']} of {launched['eager']}",
+            )
+        )
+    heads = ("kernel", "shape", "error", "µs", "of copy bandwidth", "eager µs", "torch.compile µs",
+             "others µs", "launches, of eager's")  # fmt: skip
+    return table(heads, rows)
+
+
+def _decoding(records: Sequence[Record]) -> list[str]:
+    timed = [record for record in records if record["kind"] == "decoding"]
+
+    def cell(record: Record) -> tuple[Any, ...]:
+        return record["model"], record["batch"], record["prefix"]
+
+    stock = {cell(record): record["ms"] for record in timed if record["way"] == "generate"}
+    rows = []
+    for record in timed:
+        base = stock.get(cell(record))
+        rows.append(
+            (
+                *map(str, cell(record)),
+                record["way"],
+                f"{record['ms']:.2f} ({record['ms_least']:.2f}–{record['ms_most']:.2f})",
+                number(record["floor_ms"]),
+                number(record["over_floor"]),
+                number(record["over_plain"]),
+                number(None if base is None else record["ms"] / base),
+                number(record["over_guided"]),
+            )
+        )
+    heads = ("model", "batch", "prefix", "way", "ms a step", "floor ms", "of floor", "of plain",
+             "of generate", "of ours at this k")  # fmt: skip
+    return table(heads, rows)
+
+
+def _inside(records: Sequence[Record]) -> list[str]:
+    lines = []
+    for record in (record for record in records if record["kind"] == "inside"):
+        parts = ", ".join(f"{k} {v:.2f} ms" for k, v in record["parts_ms"].items())
+        lines += [f"**{record['cell']}, {record['way']}**: {parts} (each waited for)"]
+        if "device_ms" in record:
+            lines[-1] += (
+                f"; the device is busy for {record['device_ms']:.2f} ms in "
+                f"{record['kernels_a_step']:.0f} kernels; the host waits {record['host_waits']} "
+                "times"
+            )
+            rows = [(k["name"].replace("|", "/"), number(k["count"], 1), number(k["ms"], 3))
+                    for k in record["slowest"]]  # fmt: skip
+            lines += ["", *table(("kernel", "a step", "ms"), rows), ""]
+        if "error" in record:
+            lines.append(f"not profiled: {record['error']}")
+    return lines
+
+
+def _problem(record: Record) -> str:
+    ways = f" ({', '.join(record['ways'])})" if record.get("ways") else ""
+    return f"- {record['what']}{ways}: not run: {record['reason']}"
