@@ -9,7 +9,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -74,7 +74,7 @@ class GraphedForward:
         self._capture = capture
         self._spare_slot = model.cache.pool.capacity
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
-        self._memory: tuple[int, int] | None = None
+        self._memory: Any = None
         self._works = True
         self.replays = 0
         self.captures = 0
