@@ -249,6 +249,18 @@ def test_parts_of_a_file_share_its_tests(tmp_path):
     assert [suite.passed for suite in suites.run_jobs(parts, 60, tmp_path / "logs")] == [3, 2]
 
 
+def test_jobs_share_their_time(tmp_path):
+    file = file_with(tmp_path, "def test_usual_variants_compile(): pass")
+    (suite,) = suites.run_jobs([suites.Job(file, "compile")], 1, tmp_path / "logs")
+    assert suite.problem == "not run: the time was up"
+
+
+def test_a_test_that_fails_is_the_exit_code(tmp_path, monkeypatch, capsys):
+    without_gpu(monkeypatch, file_with(tmp_path, "def test_usual_variants_compile(): assert 0"))
+    assert gpu_check.main(["--out", str(tmp_path / "out")]) == 1
+    assert "1 failed" in capsys.readouterr().out
+
+
 def test_a_process_that_takes_too_long_is_ended(tmp_path):
     waits = ["-c", "import time; print('begun', flush=True); time.sleep(60)"]
     ended = processes.run_python(waits, 1.5, tmp_path / "log")

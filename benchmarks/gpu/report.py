@@ -46,7 +46,7 @@ def markdown(records: Sequence[Record], about: Record) -> list[str]:
         lines += ["", "## Inside a step", "", *_inside(records)]
     problems = [record for record in records if record["kind"] == "not run"]
     if problems:
-        lines += ["", "## Not run", "", *(_problem(record) for record in problems)]
+        lines += ["", "## Not run", "", *(line for record in problems for line in _problem(record))]
     return lines
 
 
@@ -186,6 +186,8 @@ def _inside(records: Sequence[Record]) -> list[str]:
     return lines
 
 
-def _problem(record: Record) -> str:
+def _problem(record: Record) -> list[str]:
     ways = f" ({', '.join(record['ways'])})" if record.get("ways") else ""
-    return f"- {record['what']}{ways}: not run: {record['reason']}"
+    first, *rest = record["reason"].splitlines()
+    line = f"- {record['what']}{ways}: not run: {first}"
+    return [line, *_quoted("\n".join(rest)), ""] if rest else [line]

@@ -10,6 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.budget import Deadline
 from benchmarks.gpu.processes import ROOT, Ended, run_python
 
 _MARKED = re.compile(r"^@(pytest\.mark\.gpu\b|runs_kernels|on_cuda)", re.MULTILINE)
@@ -21,6 +22,8 @@ _SHARDS = {
     "test_kernel_lookahead_attention.py": 5,
     "test_kernel_value_head.py": 3,
 }
+# Python and torch take about so many seconds to start.
+_SHORTEST = 10.0
 _VLLM_FILE = "test_vllm_gpu.py"
 
 
@@ -84,22 +87,25 @@ def vllm_jobs(tests: Path = ROOT / "tests") -> list[Job]:
 def run_jobs(
     given: Sequence[Job], seconds: float, folder: Path, at_once: int | None = None
 ) -> list[Suite]:
-    """Runs the jobs beside each other; each may take `seconds`."""
+    """Runs the jobs beside each other, all of them in so many seconds."""
+    deadline = Deadline(seconds)
     cores = os.cpu_count() or 1
     most = at_once or max(1, min(_MOST_AT_ONCE, cores - 2))
     folder.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(most) as pool:
-        return list(pool.map(lambda job: _run_job(job, seconds, folder), given))
+        return list(pool.map(lambda job: _run_job(job, deadline, folder), given))
 
 
-def _run_job(job: Job, seconds: float, folder: Path) -> Suite:
+def _run_job(job: Job, deadline: Deadline, folder: Path) -> Suite:
+    if not deadline.allows(_SHORTEST):
+        return Suite(job.name, job.kind, 0.0, problem="not run: the time was up")
     name = f"{job.file.stem}-{job.kind}-{job.shard.replace('/', '-')}"
     junit = folder / f"{name}.xml"
     # Without the project's addopts: their strictness refuses options of plugins that are missing.
     pytest = ["-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short"]
     pytest += ["-p", "benchmarks.gpu.shard", "--shard", job.shard]
     options = [*job.selection, f"--junitxml={junit}", str(job.file)]
-    ended = run_python([*pytest, *options], seconds, folder / f"{name}.log")
+    ended = run_python([*pytest, *options], deadline.left, folder / f"{name}.log")
     return read_suite(job, ended, junit)
 
 
