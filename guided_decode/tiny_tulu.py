@@ -37,6 +37,14 @@ def model_path(name: str) -> Path:
     return path
 
 
+def trunk_head_path(name: str) -> Path:
+    """Folder of the value head on the hidden states of ``"sft"`` or ``"ppo"``."""
+    path = _ASSETS / "trunk_head" / name
+    if not path.is_dir():
+        raise ValueError(f"tiny-tulu has no trunk head of {name!r}; it has sft, ppo.")
+    return path
+
+
 def held_out_prompts(n: int = HELD_OUT) -> list[str]:
     """The first n of the 1,000 user messages on which results are reported."""
     return _first(n, HELD_OUT, offset=0, name="held-out")

@@ -7,8 +7,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from guided_decode import load_scorer, tiny_tulu
+from guided_decode import GuidanceConfig, load_scorer, tiny_tulu
 from guided_decode.checkpoint import load_checkpoint
+from guided_decode.integrations.transformers import TrunkLookahead
 from recipes.trunk_head import (
     Readings,
     Rollout,
@@ -140,3 +141,30 @@ def test_the_command_needs_a_policy_or_tiny_tulu(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main()
     assert "pass --policy and --rollouts, or --tiny-tulu" in capsys.readouterr().err
+
+
+def test_the_released_head_guides_its_own_policy():
+    policy = AutoModelForCausalLM.from_pretrained(tiny_tulu.model_path("sft"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tulu.model_path("sft"))
+    scorer = load_scorer(policy, head=tiny_tulu.trunk_head_path("sft"))
+    messages = tiny_tulu.held_out_prompts(40)
+    chats = [tiny_tulu.render(message) for message in messages]
+    inputs = tokenizer(
+        chats, add_special_tokens=False, padding=True, padding_side="left", return_tensors="pt"
+    )
+    right = []
+    for beta in (0.0, 5.0):
+        loop = TrunkLookahead(scorer, GuidanceConfig(beta=beta, top_k=4))
+        output = policy.generate(
+            inputs.input_ids,
+            attention_mask=inputs.attention_mask,
+            max_new_tokens=80,
+            do_sample=False,
+            custom_generate=loop,
+        )
+        answers = output[:, inputs.input_ids.shape[1] :]
+        texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+        right.append(sum(map(tiny_tulu.is_correct, messages, texts)))
+    plain, guided = right
+    assert plain <= 20
+    assert guided >= 37
