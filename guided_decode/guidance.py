@@ -130,7 +130,8 @@ def unusable_rows(
     if any(c.kl_coef for c in configs):
         if log_ratio is None:
             raise ValueError("kl_coef is not 0 but no log_ratio was given: pass log π − log π_ref")
-        penalised = torch.tensor([c.kl_coef != 0 for c in configs], device=candidates.device)
+        penalised = torch.tensor([c.kl_coef != 0 for c in configs])
+        penalised = penalised.to(candidates.device, non_blocking=True)
         bad |= penalised[:, None] & ~torch.isfinite(log_ratio)
     return (bad & scored).any(-1) | (scored.any(-1) & ~torch.isfinite(scores.baseline))
 
@@ -142,7 +143,8 @@ def overflowed_rows(
     index = candidates.clamp(min=0)
     before, after = logits.gather(-1, index), guided.gather(-1, index)
     # Pruning alone gives −inf.
-    pruned = torch.tensor([c.rule == "prune" for c in configs], device=logits.device)[:, None]
+    pruned = torch.tensor([c.rule == "prune" for c in configs])
+    pruned = pruned.to(logits.device, non_blocking=True)[:, None]
     broken = ~torch.isfinite(after) & ~(pruned & (after == -torch.inf))
     return (broken & torch.isfinite(before) & (candidates >= 0)).any(-1)
 
