@@ -95,6 +95,10 @@ class Guide:
         return logits.argmax(-1).tolist()
 
 
+# No token has this id: telling terminals apart costs what it costs, and none is met.
+_TERMINALS = (1 << 30,)
+
+
 class Guided(Guide):
     """The package: a scorer and its guidance rule."""
 
@@ -103,7 +107,7 @@ class Guided(Guide):
         self.config = config
 
     def __call__(self, logits: Tensor, handles: Handles) -> Tensor:
-        return guide_rows(self.scorer, logits, handles, self.config)
+        return guide_rows(self.scorer, logits, handles, self.config, terminals=_TERMINALS)
 
 
 class Gated(Guided):
