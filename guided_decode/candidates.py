@@ -75,10 +75,12 @@ def log_normaliser(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits.float(), -1, keepdim=True)
 
 
-def gated_rows(logits: Tensor, gate: float) -> Tensor:
-    """Rows whose top token has probability of at least `gate`, bool [rows]."""
+def gated_rows(logits: Tensor, gate: float | Sequence[float]) -> Tensor:
+    """Rows whose top token has probability of at least `gate` (one, or one a row), bool [rows]."""
     top = logits.amax(-1, keepdim=True).float()
-    return ((top - log_normaliser(logits)).exp() >= gate).squeeze(-1)
+    each = [gate] if isinstance(gate, int | float) else gate
+    gates = _column(each, torch.float32, logits.device)
+    return ((top - log_normaliser(logits)).exp() >= gates).squeeze(-1)
 
 
 def _largest(logits: Tensor, k: int) -> Tensor:

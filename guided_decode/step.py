@@ -146,8 +146,8 @@ def _refused_rows(
     scorer: Scorer, prefixes: Sequence[Prefix], candidates: Tensor, active: list[int], vocab: int
 ) -> dict[int, str]:
     """The rows that the scorer would refuse, with its reasons."""
-    width = candidates.shape[-1]
-    reasons = ((i, scorer.refusal(prefixes[i], width)) for i in active)
+    counts = (candidates >= 0).sum(-1).tolist()
+    reasons = ((i, scorer.refusal(prefixes[i], counts[i])) for i in active)
     refused = {i: reason for i, reason in reasons if reason is not None}
     if vocab > scorer.vocab_size:
         unknown = (candidates >= scorer.vocab_size).any(-1).tolist()
@@ -159,12 +159,11 @@ def _refused_rows(
 def _rows_to_score(scorer: Scorer, logits: Tensor, configs: Sequence[GuidanceConfig]) -> list[int]:
     """Indices of the rows whose advantages matter and that their gate does not let pass."""
     wanted = [i for i, c in enumerate(configs) if c.needs_scores]
-    gates = sorted({c.gate for c in configs if c.gate is not None})
+    gates = {i: gate for i in wanted if (gate := configs[i].gate) is not None}
     passed: set[int] = set()
-    for gate in gates:
-        rows = [i for i in wanted if configs[i].gate == gate]
-        hits = gated_rows(logits[rows], gate).tolist() if rows else []
-        passed.update(i for i, hit in zip(rows, hits, strict=True) if hit)
+    if gates:
+        hits = gated_rows(logits[list(gates)], list(gates.values())).tolist()
+        passed = {i for i, hit in zip(gates, hits, strict=True) if hit}
     scorer.stats.rows_gated += len(passed)
     return [i for i in wanted if i not in passed]
 

@@ -291,5 +291,6 @@ def test_v2_slots(config, brute, monkeypatch):
     for _ in range(20):
         processor.apply_staged_writes()
     gc.collect()
+    assert not processor.live
     assert not any(handle() is not None for handle in handles)
     assert_nothing_is_left(processor)

@@ -116,9 +116,11 @@ def test_siblings_whose_value_is_no_number_are_not_compared(scorer):
 
 def test_a_server_may_want_failures_to_end_it(scorer):
     with pytest.raises(RuntimeError, match="the scorer broke"):
-        engine(Failing(scorer, "raises"), on_error="raise").step(step_logits(), rows())
+        engine(Failing(scorer, "raises"), on_error="raise", max_beta=5.0).step(
+            step_logits(), rows()
+        )
     with pytest.raises(ValueError, match="NaN or infinity for rows \\[1\\]"):
-        engine(Failing(scorer, "nan"), on_error="raise").step(step_logits(), rows())
+        engine(Failing(scorer, "nan"), on_error="raise", max_beta=5.0).step(step_logits(), rows())
 
 
 def test_an_error_of_the_device_ends_the_engine(scorer):
@@ -138,22 +140,29 @@ class Ranks:
         self.sent: torch.Tensor | None = None
 
     def lead(self, tensor):
+        assert tensor.is_contiguous()
         self.sent = tensor.clone()
+        self.barrier.wait()
         self.barrier.wait()
         return tensor
 
     def follow(self, tensor):
         self.barrier.wait()
         assert tensor.shape == self.sent.shape
-        return tensor.copy_(self.sent)
+        tensor.copy_(self.sent)
+        self.barrier.wait()
+        return tensor
 
-    def run(self, scorer, **own):
+    def run(self, scorer, every=False, **own):
         """What each rank's step gave: its logits, or its error."""
         results: list[Any] = [None, None]
 
         def rank(number, engine):
             try:
-                results[number] = engine.step(step_logits(), rows(unguided=[2]))
+                # vLLM hands over a slice where it padded the vocabulary.
+                padded = torch.nn.functional.pad(step_logits(), (0, 27))
+                live = rows(unguided=() if every else [2])
+                results[number] = engine.step(padded[:, : models.VOCAB], live)
             except Exception as error:
                 results[number] = error
 
@@ -180,10 +189,11 @@ def test_ranks_have_one_result(scorer):
 
 
 def test_a_failure_is_decided_once_for_all_ranks(scorer):
-    first, second = Ranks().run(Failing(scorer, "raises"))
-    assert torch.equal(first, step_logits())
-    assert torch.equal(second, step_logits())
-    first, second = Ranks().run(Failing(scorer, "raises"), on_error="raise")
+    for every in (False, True):
+        first, second = Ranks().run(Failing(scorer, "raises"), every)
+        assert torch.equal(first, step_logits())
+        assert torch.equal(second, step_logits())
+    first, second = Ranks().run(Failing(scorer, "raises"), on_error="raise", max_beta=5.0)
     assert "the scorer broke" in str(first)
     assert "the rank that scores failed" in str(second)
 
@@ -298,3 +308,59 @@ def test_importing_the_processor_is_light():
         "import torch; assert not torch.cuda.is_initialized()"
     )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_a_request_that_the_scorer_refuses_does_not_end_a_server_that_may_raise(scorer):
+    live = rows()
+    live[1].row.history.extend([7] * models.POSITIONS)
+    logits = step_logits()
+    guided = engine(scorer, on_error="raise", max_beta=5.0).step(logits.clone(), live)
+    assert torch.equal(guided[1], logits[1])
+    oracle.assert_row_equal(guided[0], brute_rows(logits)[0])
+
+
+def test_raising_needs_a_limit_of_beta():
+    with pytest.raises(ValueError, match='on_error="raise" was given without max_beta'):
+        engine(None, on_error="raise")
+
+
+def test_nobody_asks_for_more_candidates_than_there_are_tokens():
+    assert built(max_top_k=10_000).config.max_top_k == models.VOCAB
+    with pytest.raises(ValueError, match="top_k=102 is larger than the policy's vocabulary of 101"):
+        built(top_k=102, max_top_k=200)
+
+
+def test_a_neighbour_with_more_candidates_changes_nothing():
+    small = built(cache_tokens=80).scorer
+    prompt = models.prompts([70])[0]
+    narrow, wide = GuidanceConfig(top_k=4), GuidanceConfig(top_k=64)
+    logits = step_logits()[:2]
+    from guided_decode.step import guide_rows
+
+    alone = guide_rows(small, logits[:1], [prompt], narrow)
+    both = guide_rows(small, logits, [prompt, prompt], [narrow, wide], on_error="passthrough")
+    torch.testing.assert_close(both[:1], alone, rtol=0, atol=1e-5)
+    assert torch.equal(both[1], logits[1])
+
+
+def test_a_log_of_values_that_cannot_be_written_stops_nothing(scorer, caplog):
+    logging_engine = engine(scorer, value_log="/dev/full", value_log_every=1)
+    logits = step_logits()
+    for _ in range(2):
+        guided = logging_engine.step(logits.clone(), rows())
+        oracle.assert_row_equal(guided[0], brute_rows(logits)[0])
+    assert caplog.text.count("values are no longer logged to /dev/full") == 1
+
+
+def test_ranks_admit_the_same_requests():
+    """An implicit reward compares no siblings: the ranks without one must know it, too."""
+    implicit = {"scorer": models.saved("llama", "lm"), "kind": "implicit",
+                "reference": models.saved("llama", "lm", seed=1), "log_every": 0}  # fmt: skip
+    config = vllm_parts.vllm_config({"guided_decode": implicit})
+    asks = vllm_parts.params(8, {"guide_group": "a-group-name", "guide_group_size": 2,
+                                 "guide_keep": 1, "guide_every": 2},
+                             stop_token_ids=[77])  # fmt: skip
+    leader = build_engine(config, CPU)
+    follower = GuidedEngine(leader.config, None, groups=leader._compares)
+    assert leader.admit(asks) is None
+    assert follower.admit(asks) is None

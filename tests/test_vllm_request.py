@@ -229,3 +229,14 @@ def test_the_configuration_of_the_engine(monkeypatch):
     monkeypatch.setenv(CONFIG_VARIABLE, "{scorer")
     with pytest.raises(ValueError, match="GUIDED_DECODE_CONFIG holds no JSON"):
         front_end_config()
+
+
+def test_stop_tokens_of_guided_requests_are_bounded():
+    many = list(range(1000))
+    with pytest.raises(ValueError, match="1000 stop_token_ids came with a guided request"):
+        check_request(Params({"guide": 1}, stop_token_ids=many), None)
+    check_request(Params(None, stop_token_ids=many), config())
+    request, clamps = granted({"guide": 1}, stop_token_ids=many)
+    assert len(request.terminals) == 128
+    assert request.terminals[0] == 2
+    assert clamps == ["1000 stop tokens became 128"]

@@ -142,3 +142,50 @@ def test_the_state_of_a_group_dies_with_its_members():
     (fresh, _) = joined(groups, 2, keep=1)
     groups.record([Arrival(fresh, response(1, 4), 1.0)])
     assert not fresh.is_pruned
+
+
+def test_a_group_that_lives_on_takes_no_more_than_its_siblings():
+    """Who recorded at a boundary stays on record: others must not join for ever."""
+    groups = SiblingGroups()
+    first, second = joined(groups, 2, keep=1)
+    groups.record([Arrival(second, response(1, 4), 1.0)])
+    groups.leave(second)
+    assert groups.join(pruning(size=2, keep=1), PROMPT, EMPTY) is None
+    groups.leave(first)
+    assert groups.join(pruning(size=2, keep=1), PROMPT, EMPTY) is not None
+
+
+def test_who_never_recorded_makes_room():
+    groups = SiblingGroups()
+    first, _ = joined(groups, 2, keep=1)
+    groups.leave(first)
+    assert groups.join(pruning(size=2, keep=1), PROMPT, EMPTY) is not None
+
+
+def test_a_group_whose_members_all_came_back_goes_on():
+    groups = SiblingGroups()
+    for member in joined(groups, 4, keep=1):
+        groups.leave(member)
+    back = [groups.join(pruning(size=4, keep=1), PROMPT, response(i, 3)) for i in range(4)]
+    groups.record([Arrival(each, response(i, 4), float(i)) for i, each in enumerate(back)])
+    assert [each.is_pruned for each in back] == [True, True, True, False]
+
+
+def test_a_runner_that_does_not_say_who_left():
+    """Model Runner V2: a sibling comes back in another slot, and its old self is still a member."""
+    groups = SiblingGroups()
+    members = joined(groups, 4, keep=2)
+    groups.begin_step(members)
+    groups.record([Arrival(m, response(i, 4), float(i // 2)) for i, m in enumerate(members[:2])])
+    groups.begin_step(members[1:])
+    again = groups.join(pruning(size=4, keep=2), PROMPT, response(0, 6))
+    assert again is not None
+    groups.begin_step([again, *members[1:]])
+    groups.record(
+        [Arrival(members[2], response(2, 4), 2.0), Arrival(members[3], response(3, 4), 3.0)]
+    )
+    assert [m.is_pruned for m in (again, *members[1:])] == [True, True, False, False]
+    assert not members[0].is_pruned
+    for member in (again, *members):
+        groups.leave(member)
+    assert len(groups) == 0

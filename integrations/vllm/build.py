@@ -2,7 +2,7 @@
 
 import contextlib
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -31,7 +31,8 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
     config = config_of(vllm_config.additional_config)
     refuse_unsupported(vllm_config)
     parallel = vllm_config.parallel_config
-    leads, broadcast = _ranks(parallel)
+    config = _within_vocabulary(config, vllm_config.model_config.get_vocab_size())
+    leads, broadcast, agreed = _ranks(parallel)
     tap = scorer = None
     if leads and config.guides:
         scorer = _load(config, vllm_config, device)
@@ -42,7 +43,9 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
         scorer,
         tap=tap,
         end_ids=_end_ids(vllm_config.model_config),
-        groups=parallel.data_parallel_size == 1,
+        # An implicit reward has no value of a prefix. All ranks must admit the same requests.
+        groups=agreed(scorer is None or scorer.terminal != "included")
+        and not _is_one_of_many(parallel),
         broadcast=broadcast,
     )
 
@@ -109,18 +112,42 @@ def _tap(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) 
     return tap
 
 
-def _ranks(parallel: Any) -> tuple[bool, Broadcast | None]:
-    """Whether this rank scores, and how its result reaches the others."""
+def _within_vocabulary(config: ServerConfig, vocab: int) -> ServerConfig:
+    """No request may ask for more candidates than there are tokens.
+
+    Raises ValueError: the server's own default does.
+    """
+    if config.top_k is not None and config.top_k > vocab:
+        raise ValueError(
+            f"top_k={config.top_k} is larger than the policy's vocabulary of {vocab} tokens"
+        )
+    return config.model_copy(update={"max_top_k": min(config.max_top_k, vocab)})
+
+
+def _is_one_of_many(parallel: Any) -> bool:
+    """Whether siblings may be on other engines; a dense model's worker may not be told."""
+    several = getattr(parallel, "elastic_ep_max_dp_size", None) or 1
+    index = getattr(parallel, "data_parallel_index", 0) or 0
+    return parallel.data_parallel_size > 1 or several > 1 or index > 0
+
+
+def _ranks(parallel: Any) -> tuple[bool, Broadcast | None, Callable[[bool], bool]]:
+    """Whether this rank leads, how its result reaches the others, and how they hear its word."""
     if parallel.tensor_parallel_size == 1 and parallel.pipeline_parallel_size == 1:
-        return True, None
+        return True, None, bool
     from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
     if not get_pp_group().is_last_rank:
-        return False, None
+        return False, None, bool
     group = get_tp_group()
     if group.world_size == 1:
-        return True, None
-    return group.rank_in_group == 0, lambda tensor: group.broadcast(tensor, src=0)
+        return True, None, bool
+    leads = group.rank_in_group == 0
+    return (
+        leads,
+        lambda tensor: group.broadcast(tensor, src=0),
+        lambda word: bool(group.broadcast_object(word if leads else None, src=0)),
+    )
 
 
 def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) -> Scorer:
@@ -155,6 +182,11 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
         raise ValueError(
             f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
             "set top_k (the whole vocabulary is for implicit rewards only)"
+        )
+    if scorer.vocab_size < config.max_top_k:
+        raise ValueError(
+            f"max_top_k={config.max_top_k} is larger than the scorer's vocabulary of "
+            f"{scorer.vocab_size} tokens: set a smaller one"
         )
     reason = scorer.refusal([0] * (model.max_model_len - 1), config.max_top_k)
     if reason is not None:

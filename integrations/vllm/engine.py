@@ -43,7 +43,8 @@ class GuidedEngine:
             scorer: guides and compares; None where a tap compares, and on the ranks that take over.
             tap: values of prefixes from the policy's own hidden states, in place of a scorer.
             end_ids: what ends any request of this policy, besides its EOS.
-            groups: whether siblings can be compared; not where they may be on several engines.
+            groups: whether siblings can be compared, the same on all ranks; not where they may be
+                on several engines, and not by an implicit reward, which has no value of a prefix.
             broadcast: hands a tensor of the leading rank to all; None with one rank.
         """
         self.config = config
@@ -52,8 +53,7 @@ class GuidedEngine:
         self.counts = StepCounts()
         self._tap = tap
         self._end_ids = frozenset(end_ids)
-        # An implicit reward has no value of a prefix.
-        self._compares = groups and (scorer is None or scorer.terminal != "included")
+        self._compares = groups
         self._broadcast = broadcast
         self._members: list[LiveRow] = []
         source = tap if scorer is None else scorer
@@ -100,9 +100,8 @@ class GuidedEngine:
         own = logits if index is None else logits[index]
         guided = self._lead(own, rows, len(logits)) if self._leads else torch.empty_like(own)
         if self._broadcast is not None:
-            guided = self._broadcast(guided)
-            if not self._leads and self.config.on_error == "raise" and guided.isnan().all():
-                raise RuntimeError("the rank that scores failed: its log has the reason")
+            self._agree(own, works=True)
+            guided = self._broadcast(guided.contiguous())
         if index is None:
             logits.copy_(guided)
         else:
@@ -119,9 +118,16 @@ class GuidedEngine:
             if self.config.on_error == "passthrough" and not is_device_error(error):
                 self._count_failure(len(rows), error)
                 return own
-            if self._broadcast is not None:
-                self._broadcast(torch.full_like(own, torch.nan))
+            self._agree(own, works=False)
             raise
+
+    def _agree(self, own: Tensor, *, works: bool) -> None:
+        """Where a failure ends the engine, it ends all ranks: the one that leads says so first."""
+        if self._broadcast is None or self.config.on_error != "raise":
+            return
+        status = self._broadcast(own.new_tensor([float(works)]))
+        if not self._leads and not bool(status.item()):
+            raise RuntimeError("the rank that scores failed: its log has the reason")
 
     def _guided(self, own: Tensor, rows: Sequence[Placed], batch: int) -> Tensor:
         known = [i for i, (_, row) in enumerate(rows) if row.handle is not None]
@@ -131,6 +137,8 @@ class GuidedEngine:
         live = [row for _, row in rows]
         pruned = {i: p.token for i in known if (p := _ends_now(live[i])) is not None}
         chosen = [i for i in known if i not in pruned and live[i].request.is_guided]
+        if self.config.on_error == "raise":
+            chosen = self._not_refused(chosen, live)
         guided = self._guide(own, live, chosen)
         if pruned:
             guided[list(pruned)] = -torch.inf
@@ -138,6 +146,16 @@ class GuidedEngine:
         for i in known:
             live[i].seen = len(live[i].history)
         return guided
+
+    def _not_refused(self, chosen: list[int], rows: list[LiveRow]) -> list[int]:
+        """Those that the scorer can score: no request may end the engine."""
+        assert self.scorer is not None
+        most = self.config.max_top_k
+        reasons = {i: self.scorer.refusal(rows[i].history, most) for i in chosen}
+        refused = [i for i, reason in reasons.items() if reason is not None]
+        if refused:
+            self._count_failure(len(refused), reasons[refused[0]])
+        return [i for i in chosen if reasons[i] is None]
 
     def _guide(self, own: Tensor, rows: list[LiveRow], chosen: list[int]) -> Tensor:
         """New logits, [rows, vocab]: guided where chosen, else the rows' own."""
@@ -165,6 +183,7 @@ class GuidedEngine:
 
     def _read_values(self, rows: Sequence[Placed], batch: int, vocab: int) -> None:
         """V(prefix) where it is due: siblings record it, and are pruned by it; the log has it."""
+        self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
         siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}
         due = [p for p in rows if id(p.row) in siblings or self._is_logged(p.row)]
         if self._tap is not None:

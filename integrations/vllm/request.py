@@ -14,6 +14,8 @@ _SETTINGS = ("beta", "top_k", "top_p", "rule", "margin", "tail", "gate")
 _GROUP = ("group", "group_size", "keep", "every", "prune_token")
 # JSON's true and false are as good as 1 and 0.
 _Flag = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, bool) else v)]
+# Stop tokens of a guided request; each is looked for among its candidates at every step.
+MOST_TERMINALS = 128
 # Leaves every row's logits as they are, and scores nothing.
 UNGUIDED = GuidanceConfig(beta=0.0, tail="keep")
 
@@ -112,6 +114,11 @@ def check_request(params: SamplingParams, config: ServerConfig | None) -> None:
     if keys is None:
         return
     _check_combination(keys)
+    listed = len(params.stop_token_ids or ())
+    if listed > MOST_TERMINALS:
+        raise ValueError(
+            f"{listed} stop_token_ids came with a guided request: expected at most {MOST_TERMINALS}"
+        )
     if keys.group is not None:
         _pruning(keys, params, ())
         _check_group_with(params)
@@ -149,7 +156,11 @@ def admit(
         return Admitted(None, [str(error)])
     if guidance is None and pruning is None:
         return Admitted(None, clamps)
-    return Admitted(Request(guidance or UNGUIDED, _terminals(params), pruning), clamps)
+    terminals = _terminals(params)
+    if len(terminals) > MOST_TERMINALS:
+        clamps.append(f"{len(terminals)} stop tokens became {MOST_TERMINALS}")
+    request = Request(guidance or UNGUIDED, terminals[:MOST_TERMINALS], pruning)
+    return Admitted(request, clamps)
 
 
 def _keys(extra_args: Mapping[str, Any] | None) -> Keys | None:
@@ -298,5 +309,4 @@ def _granted_group(
 def _terminals(params: SamplingParams) -> tuple[int, ...]:
     """Token ids that end this request: EOS is an ordinary token under ignore_eos."""
     eos = None if params.ignore_eos else getattr(params, "eos_token_id", None)
-    ids = {*(params.stop_token_ids or ()), *(() if eos is None else (eos,))}
-    return tuple(sorted(ids))
+    return tuple(dict.fromkeys([*(() if eos is None else (eos,)), *(params.stop_token_ids or ())]))

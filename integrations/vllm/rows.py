@@ -130,6 +130,8 @@ class SlotRows:
         self._admit = admit
         self._states = states
         self._slots: dict[int, _Slot] = {}
+        # What slots asked for that no step has named for long.
+        self._asleep: dict[int, Request] = {}
         self._step = 0
 
     def __len__(self) -> int:
@@ -138,11 +140,15 @@ class SlotRows:
     def add(self, slot: int, params: SamplingParams) -> bool:
         """A request takes a slot; whether it asks for anything."""
         self._slots.pop(slot, None)
+        self._asleep.pop(slot, None)
         request = self._admit(params)
         if request is None:
             return False
-        self._slots[slot] = _Slot(LiveRow(request, PrefixHandle(), 0), self._step)
+        self._wake(slot, request)
         return True
+
+    def _wake(self, slot: int, request: Request) -> None:
+        self._slots[slot] = _Slot(LiveRow(request, PrefixHandle(), 0), self._step)
 
     def advance(self) -> bool:
         """A step begins; whether slots were forgotten that no step has named for long."""
@@ -150,7 +156,7 @@ class SlotRows:
         ended = [i for i, slot in self._slots.items() if self._step - slot.seen > _FORGET_AFTER]
         for i in ended:
             # What it asked for stays, should it only have waited.
-            self._slots[i].row = LiveRow(self._slots[i].row.request, PrefixHandle(), 0)
+            self._asleep[i] = self._slots.pop(i).row.request
         return bool(ended)
 
     def live(self) -> list[LiveRow]:
@@ -163,6 +169,8 @@ class SlotRows:
         prefills = self._states.prefill_len.np
         found: list[tuple[int, int, int]] = []
         for index, slot in enumerate(context.idx_mapping_np.tolist()):
+            if slot in self._asleep:
+                self._wake(slot, self._asleep.pop(slot))
             if slot in self._slots and lengths[index] >= prefills[slot]:
                 self._slots[slot].seen = self._step
                 found.append((index, slot, int(lengths[index])))

@@ -32,7 +32,8 @@ class ServerConfig(BaseModel):
     max_group_size: siblings of one group; 0 refuses groups.
     value_log, value_log_every: a file that gets one JSON line for V(prefix) of each request that
         asked for anything, after so many tokens, again and again.
-    on_error: what a scorer that fails does: "passthrough" or "raise", which ends the engine.
+    on_error: what a scorer that fails does: "passthrough" or "raise", which ends the engine; a row
+        that the scorer refuses goes on unguided in any case.
     log_every: seconds between log lines with the counters; 0 logs none.
 
     Raises pydantic's ValidationError; `parse_config` turns it into one sentence.
@@ -87,6 +88,11 @@ class ServerConfig(BaseModel):
             raise ValueError(
                 f"beta={guidance.beta:g} is above max_beta={self.max_beta:g}: lower the one, or "
                 "raise the other"
+            )
+        if self.on_error == "raise" and self.max_beta is None:
+            raise ValueError(
+                'on_error="raise" was given without max_beta: a request could end the server with '
+                "a beta whose logits overflow; set max_beta"
             )
         if not self.guides and self.guide_by_default:
             raise ValueError(

@@ -17,14 +17,31 @@ from guided_decode.integrations.vllm.request import Pruning
 _Key = tuple[Pruning, bytes]
 
 
-@dataclass(slots=True, eq=False)
 class Sibling:
-    """A live sample of a group; `boundary` is the length at which it last recorded."""
+    """A live sample of a group; `boundary` is the length at which it last recorded.
 
-    pruning: Pruning
-    key: _Key
-    boundary: int = 0
-    is_pruned: bool = False
+    step: the last step that named it. is_fresh: it joined at its first token.
+    """
+
+    __slots__ = (
+        "_hash", "_hashed", "boundary", "is_fresh", "is_pruned", "key", "pruning", "step",
+    )  # fmt: skip
+
+    def __init__(self, pruning: Pruning, key: _Key, step: int) -> None:
+        self.pruning = pruning
+        self.key = key
+        self.step = step
+        self.boundary = 0
+        self.is_pruned = False
+        self.is_fresh = False
+        self._hash = blake2b(digest_size=16)
+        self._hashed = 0
+
+    def text(self, response: Ints, length: int) -> bytes:
+        """What stands for the first `length` tokens; lengths only grow from call to call."""
+        self._hash.update(response[self._hashed : length].tobytes())
+        self._hashed = length
+        return self._hash.copy().digest()
 
 
 class Arrival(NamedTuple):
@@ -56,9 +73,16 @@ class SiblingGroups:
 
     def __init__(self) -> None:
         self._groups: dict[_Key, _Group] = {}
+        self._step = 0
 
     def __len__(self) -> int:
         return len(self._groups)
+
+    def begin_step(self, named: Iterable[Sibling]) -> None:
+        """A step begins, with these members in the batch."""
+        self._step += 1
+        for sibling in named:
+            sibling.step = self._step
 
     def join(self, pruning: Pruning, prompt: Ints, response: Ints) -> Sibling | None:
         """A new member, or None where its group is full.
@@ -68,15 +92,16 @@ class SiblingGroups:
             prompt, response: int64 [tokens]; a response that is not empty comes back after a
                 preemption, and takes over what it recorded before.
         """
-        key = (pruning, _digest(prompt))
+        key = (pruning, blake2b(prompt.tobytes(), digest_size=16).digest())
         group = self._groups.setdefault(key, _Group())
-        if len(group.members) >= pruning.size:
+        sibling = Sibling(pruning, key, self._step)
+        if len(response):
+            self._take_over(group, response, sibling)
+        if not self._has_room(group, pruning, fresh=not len(response)):
             return None
-        sibling = Sibling(pruning, key)
         group.members.append(sibling)
-        group.joined += not len(response)
-        for boundary in range(pruning.every, len(response) + 1, pruning.every):
-            self._take_over(group, boundary, _digest(response[:boundary]), sibling)
+        sibling.is_fresh = not len(response)
+        group.joined += sibling.is_fresh
         return sibling
 
     def leave(self, sibling: Sibling) -> None:
@@ -84,9 +109,40 @@ class SiblingGroups:
         group = self._groups.get(sibling.key)
         if group is None or sibling not in group.members:
             return
-        group.members.remove(sibling)
+        self._remove(group, sibling)
         if not group.members:
             del self._groups[sibling.key]
+
+    @staticmethod
+    def _remove(group: _Group, sibling: Sibling) -> None:
+        group.members.remove(sibling)
+        # Who never recorded anything leaves no trace.
+        group.joined -= sibling.is_fresh and not sibling.boundary
+
+    def _has_room(self, group: _Group, pruning: Pruning, *, fresh: bool) -> bool:
+        # A runner that does not say who left keeps them as members that no step names.
+        stale = [m for m in group.members if m.step != self._step and not m.boundary]
+        if len(group.members) >= pruning.size and stale:
+            self._remove(group, stale[0])
+        if len(group.members) >= pruning.size:
+            return False
+        # Every fresh member may record at every boundary: no more of them than siblings.
+        return not fresh or group.joined < pruning.size
+
+    def _take_over(self, group: _Group, response: Ints, sibling: Sibling) -> None:
+        """A sibling that came back gets the records of its text, whose owner left the batch."""
+        for boundary in sorted(b for b in group.records if b <= len(response)):
+            text = sibling.text(response, boundary)
+            for record in group.records[boundary]:
+                owner = record.sibling
+                left = owner not in group.members or owner.step != self._step
+                if record.text == text and left:
+                    sibling.is_pruned |= owner.is_pruned
+                    sibling.boundary = boundary
+                    record.sibling = sibling
+                    if owner in group.members:
+                        group.members.remove(owner)
+                    break
 
     @staticmethod
     def is_due(sibling: Sibling, length: int) -> bool:
@@ -102,7 +158,7 @@ class SiblingGroups:
         for sibling, response, value in arrivals:
             boundary = sibling.boundary = len(response)
             records = self._groups[sibling.key].records.setdefault(boundary, [])
-            records.append(_Record(value, _digest(response), sibling))
+            records.append(_Record(value, sibling.text(response, boundary), sibling))
             reached[sibling.key, boundary] = None
         return sum(self._prune(key[0], self._groups[key], boundary) for key, boundary in reached)
 
@@ -111,22 +167,9 @@ class SiblingGroups:
         # The sort is stable: of equal values the earlier ranks higher.
         ranked = sorted(group.records[boundary], key=lambda record: -record.value)
         outranked = [r.sibling for r in ranked[pruning.keep :] if not r.sibling.is_pruned]
-        left = min(group.joined, pruning.size) - group.pruned
+        left = min(max(group.joined, len(group.members)), pruning.size) - group.pruned
         ended = outranked[::-1][: max(0, left - pruning.keep)]
         for sibling in ended:
             sibling.is_pruned = True
         group.pruned += len(ended)
         return len(ended)
-
-    @staticmethod
-    def _take_over(group: _Group, boundary: int, text: bytes, sibling: Sibling) -> None:
-        for record in group.records.get(boundary, ()):
-            if record.text == text and record.sibling not in group.members:
-                sibling.is_pruned |= record.sibling.is_pruned
-                record.sibling = sibling
-                sibling.boundary = boundary
-                return
-
-
-def _digest(tokens: Ints) -> bytes:
-    return blake2b(tokens.tobytes(), digest_size=16).digest()

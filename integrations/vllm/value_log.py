@@ -1,12 +1,15 @@
 """Values of prefixes as the server meets them, one JSON line each, for whoever runs it."""
 
 import json
+import logging
 import time
 from collections.abc import Sequence
 from hashlib import blake2b
 
 from guided_decode.integrations.vllm.rows import LiveRow
 from guided_decode.integrations.vllm.server_config import ServerConfig
+
+logger = logging.getLogger("guided_decode")
 
 
 class ValueLog:
@@ -20,6 +23,7 @@ class ValueLog:
         """Raises ValueError: the file cannot be written."""
         assert config.value_log is not None
         self._every = config.value_log_every
+        self._failed = False
         try:
             self._file = open(config.value_log, "a", encoding="utf-8")  # noqa: SIM115
         except OSError as error:
@@ -47,9 +51,14 @@ class ValueLog:
             for row, value in values
             if self.wants(len(row.response))
         ]
-        if lines:
+        if not lines or self._failed:
+            return
+        try:
             self._file.write("\n".join(lines) + "\n")
             self._file.flush()
+        except OSError as error:
+            self._failed = True
+            logger.warning("values are no longer logged to %s: %s", self._file.name, error)
 
 
 def group_digest(group: str) -> str:
