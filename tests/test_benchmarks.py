@@ -84,7 +84,10 @@ def test_ratios_of_the_vllm_benchmark_are_taken_within_their_round():
     assert cell.latency("plain") == pytest.approx(2.0)
     assert cell.host("unused") is None
     (unused, host) = vllm_throughput.verdicts([cell])
-    assert unused == ("prompts of 20, concurrency 32: loaded but unused ≤ 1.05× plain: 1.050", True)
+    assert unused == (
+        "prompts of 20, concurrency 32: loaded but unused ≤ 1.05× plain: 1.050 (2 pairs)",
+        True,
+    )
     assert host == ("prompts of 20, concurrency 32: host work < 60 µs a row: 70", False)
 
 
