@@ -15,12 +15,12 @@ import torch
 
 from guided_decode.kernels.jit import next_power_of_two
 from guided_decode.packed import PackedBatch
-from guided_decode.packed_model import PackedModel
+from guided_decode.packed_model import MOST_GRAPH_TOKENS, PackedModel
 
 logger = logging.getLogger("guided_decode")
 
 # Tokens of a forward, by bucket; a longer one is bound by arithmetic, not by launches.
-TOKEN_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+TOKEN_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MOST_GRAPH_TOKENS)
 # Tokens of one row: a longer catch-up is rare.
 MOST_QUERIES = 64
 _SHORTEST_PREFIX = 512

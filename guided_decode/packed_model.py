@@ -19,6 +19,8 @@ from guided_decode.scores import Prefix
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.
 _MEMORY_SHARE = 0.25
+# Tokens of the longest forward that is a CUDA graph.
+MOST_GRAPH_TOKENS = 512
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
 
 
@@ -208,4 +210,16 @@ def _default_capacity(shapes: list[tuple[int, int, int]], model: PreTrainedModel
     budget = _MOST_BYTES.get(model.device.type, 2 << 30)
     if model.device.type == "cuda":
         budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
+        budget -= graph_bytes(model)
     return max(1, min(1 << 17, budget // token_bytes))
+
+
+def graph_bytes(model: PreTrainedModel) -> int:
+    """What the CUDA graphs of the forward hold, about: the activations of their longest one.
+
+    All graphs share one memory pool, in which a layer's activations take the place of the last
+    layer's: a few rows of the hidden size, and of the feed-forward's, a token.
+    """
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return MOST_GRAPH_TOKENS * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize

@@ -186,7 +186,7 @@ def _score(
         scores, exempt = score_candidates(scorer, prefixes, candidates, terminals)
         ends_here = None if exempt is None else exempt.to(device)
         return _StepScores(Scores(*(each.to(device) for each in scores)), ends_here, None)
-    rows = torch.tensor(active).to(device)
+    rows = torch.tensor(active).to(device, non_blocking=True)
     chosen, own = candidates[rows], [prefixes[i] for i in active]
     ends = [terminals[i] for i in active]
     scores, exempt = score_candidates(scorer, own, chosen, ends)
@@ -224,7 +224,8 @@ def _apply(
     if log_ratio is None and any(c.kl_coef for c in configs):
         log_ratio = torch.full_like(scores.values, torch.nan)
     here = set(active)
-    live = torch.tensor([i in here for i in range(len(logits))]).to(logits.device)
+    live = torch.tensor([i in here for i in range(len(logits))])
+    live = live.to(logits.device, non_blocking=True)
     failed = unusable_rows(
         candidates, scores, configs, exempt=exempt, log_ratio=log_ratio, active=live
     )

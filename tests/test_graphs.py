@@ -10,7 +10,7 @@ import torch
 
 from guided_decode import GuidanceConfig, graphs, load_scorer
 from guided_decode.critic import CriticScorer
-from guided_decode.packed_model import PackedModel
+from guided_decode.packed_model import PackedModel, graph_bytes
 from guided_decode.prefix import PrefixHandle
 from guided_decode.self_check import check_packed
 from guided_decode.step import guide_rows
@@ -77,6 +77,12 @@ def test_shapes_beyond_the_buckets_run_as_they_are():
         value = scorer.score([prompt], none).baseline
         assert value.item() == pytest.approx(brute([prompt])[0], abs=1e-4)
         assert scorer._graphs.replays == replays
+
+
+def test_the_graphs_memory_is_known_for_the_budget():
+    config = models.tiny("llama", "token").config
+    per_token = 4 * (4 * config.hidden_size + 3 * config.intermediate_size)
+    assert graph_bytes(models.tiny("llama", "token")) == graphs.TOKEN_BUCKETS[-1] * per_token
 
 
 def test_a_table_that_grew_is_another_graph():
