@@ -43,7 +43,10 @@ class Server:
     _seen: set[psutil.Process] = field(default_factory=set)
 
     def __post_init__(self) -> None:
-        self.client = httpx.Client(base_url=f"http://127.0.0.1:{self.port}", timeout=120)
+        # The server closes a connection that was idle for 5 seconds, maybe as it is used again.
+        limits = httpx.Limits(keepalive_expiry=1.0)
+        address = f"http://127.0.0.1:{self.port}"
+        self.client = httpx.Client(base_url=address, timeout=120, limits=limits)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, json={"model": "tiny-tulu", **body})
