@@ -109,6 +109,15 @@ def test_those_that_finished_still_count():
     assert second.is_pruned
 
 
+def test_a_sibling_whose_group_is_gone_records_nothing():
+    groups = SiblingGroups()
+    first, second = joined(groups, 2, keep=1)
+    groups.leave(first)
+    groups.leave(second)
+    assert groups.record([Arrival(first, response(0, 4), 3.0)]) == 0
+    assert len(groups) == 0
+
+
 def test_groups_never_meet():
     groups = SiblingGroups()
     one = groups.join(pruning(keep=1), PROMPT, EMPTY)

@@ -80,9 +80,10 @@ def test_a_second_tap_takes_the_place_of_the_first():
         first.values([0], 2)
 
 
-def test_siblings_are_pruned_by_the_policys_own_values():
+@pytest.mark.parametrize("own", [{}, {"on_error": "raise", "max_beta": 1.0}])
+def test_siblings_are_pruned_by_the_policys_own_values(own):
     policy, tap = watched()
-    guided = engine(tap)
+    guided = engine(tap, **own)
     pruning = Pruning("a-group-name", 3, 1, 2, 40)
     prompt = models.prompts([4])[0]
     live = [

@@ -137,7 +137,7 @@ class GuidedEngine:
         live = [row for _, row in rows]
         pruned = {i: p.token for i in known if (p := _ends_now(live[i])) is not None}
         chosen = [i for i in known if i not in pruned and live[i].request.is_guided]
-        if self.config.on_error == "raise":
+        if chosen and self.config.on_error == "raise":
             chosen = self._not_refused(chosen, live)
         guided = self._guide(own, live, chosen)
         if pruned:

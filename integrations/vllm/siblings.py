@@ -156,6 +156,8 @@ class SiblingGroups:
         """
         reached: dict[tuple[_Key, int], None] = {}
         for sibling, response, value in arrivals:
+            if sibling.key not in self._groups:
+                continue
             boundary = sibling.boundary = len(response)
             records = self._groups[sibling.key].records.setdefault(boundary, [])
             records.append(_Record(value, sibling.text(response, boundary), sibling))
