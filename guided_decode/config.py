@@ -1,8 +1,8 @@
 """The guidance rule's settings: one frozen record, validated once, passed on whole."""
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 Rule = Literal["reweight", "prune"]
 Tail = Literal["mask", "keep"]
@@ -71,6 +71,12 @@ class GuidanceConfig:
                 f'margin={self.margin!r} was given with rule="reweight", which has no margin: '
                 'drop it, or pass rule="prune"'
             )
+
+    def changed(self, **settings: Any) -> "GuidanceConfig":
+        """The same with some fields changed; a margin is not taken over to the other rule."""
+        if settings.get("rule", self.rule) != self.rule:
+            settings.setdefault("margin", None)
+        return replace(self, **settings)
 
     @property
     def needs_scores(self) -> bool:

@@ -182,11 +182,9 @@ def _score(
     if not active:
         return step._replace(log_ratio=torch.zeros_like(step.scores.values))
     device = candidates.device
-    if len(active) == len(candidates) and not any(c.kl_coef for c in configs):
-        scores, exempt = score_candidates(scorer, prefixes, candidates, terminals)
-        ends_here = None if exempt is None else exempt.to(device)
-        return _StepScores(Scores(*(each.to(device) for each in scores)), ends_here, None)
-    rows = torch.tensor(active).to(device, non_blocking=True)
+    rows: Tensor | slice = slice(None)
+    if len(active) < len(candidates):
+        rows = torch.tensor(active).to(device, non_blocking=True)
     chosen, own = candidates[rows], [prefixes[i] for i in active]
     ends = [terminals[i] for i in active]
     scores, exempt = score_candidates(scorer, own, chosen, ends)

@@ -36,14 +36,9 @@ Gate = Annotated[
 def guidance_config(default: GuidanceConfig, **given: Any) -> GuidanceConfig:
     """The default with what was given in its place; None was not given.
 
-    A margin belongs to one rule: it is not taken over to the other.
-
     Raises ValueError as GuidanceConfig does.
     """
     fields = {name: value for name, value in given.items() if value is not None}
     if fields.get("top_k") == 0:
         fields["top_k"] = None
-    if fields.get("rule", default.rule) != default.rule:
-        fields.setdefault("margin", None)
-    names = ("beta", "top_k", "top_p", "rule", "margin", "tail", "baseline", "gate", "kl_coef")
-    return GuidanceConfig(**{name: getattr(default, name) for name in names} | fields)
+    return default.changed(**fields)

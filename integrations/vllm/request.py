@@ -1,7 +1,7 @@
 """What a request asks for: flat keys in `vllm_xargs`, checked by the front end and the worker."""
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, Protocol, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
@@ -187,10 +187,7 @@ def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
                 "own trunk: it compares siblings and guides no one; drop it"
             )
         return UNGUIDED
-    if settings.get("rule") == "reweight":
-        # The margin of the server's default rule goes with that rule.
-        settings.setdefault("margin", None)
-    return replace(config.guidance, **settings)
+    return config.guidance.changed(**settings)
 
 
 def _check_combination(keys: Keys) -> None:
