@@ -12,6 +12,7 @@ from guided_decode.integrations.vllm.server_config import ServerConfig, config_o
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap
 from guided_decode.loading import load_scorer
 from guided_decode.scores import Scorer
+from guided_decode.trunk_head_loading import read_trunk_head
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -81,8 +82,6 @@ def _tap(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) 
     Raises ValueError: the head does not fit this policy, or the engine serves LoRA adapters.
     """
     from vllm.model_executor.model_loader.utils import get_model_architecture
-
-    from guided_decode.trunk_head_loading import read_trunk_head
 
     if vllm_config.lora_config is not None:
         raise ValueError(

@@ -70,20 +70,20 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         """V1: who came, left, and moved."""
         assert self._batch is not None
         if self._batch.update(batch_update):
-            self.engine.release(self._batch.live())
+            self.engine.release(self.live)
 
     def add_request(self, req_idx: int, sampling_params: SamplingParams) -> bool:
         """V2: a request takes a slot; whether any of its rows may change."""
         assert self._slots is not None
         asks = self._slots.add(req_idx, sampling_params)
-        self.engine.release(self._slots.live())
+        self.engine.release(self.live)
         return asks
 
     def apply_staged_writes(self) -> None:
         """V2: a step begins."""
         assert self._slots is not None
         if self._slots.advance():
-            self.engine.release(self._slots.live())
+            self.engine.release(self.live)
 
     def apply(
         self, logits: "torch.Tensor", context: "LogitsContext | None" = None

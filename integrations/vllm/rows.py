@@ -71,9 +71,6 @@ class BatchRows:
         self._admit = admit
         self._rows: dict[int, tuple[LiveRow, Sequence[int]]] = {}
 
-    def __len__(self) -> int:
-        return len(self._rows)
-
     def update(self, batch_update: "BatchUpdate | None") -> bool:
         """Follows the batch; whether any of our rows came, went, or moved."""
         from vllm.v1.sample.logits_processor.builtin import process_dict_updates
@@ -133,9 +130,6 @@ class SlotRows:
         # What slots asked for that no step has named for long.
         self._asleep: dict[int, Request] = {}
         self._step = 0
-
-    def __len__(self) -> int:
-        return len(self._slots)
 
     def add(self, slot: int, params: SamplingParams) -> bool:
         """A request takes a slot; whether it asks for anything."""

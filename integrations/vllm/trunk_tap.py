@@ -27,10 +27,11 @@ class TrunkTap:
         self._head = head
         self._hidden: Tensor | None = None
 
-    def watch(self, model_class: type) -> None:
+    def watch(self, model_class: Any) -> None:
         """Sees every call of the model class's `compute_logits(hidden_states, ...)`."""
-        original = model_class.__dict__.get("compute_logits")
-        original = getattr(original, _ORIGINAL, None) or model_class.compute_logits  # type: ignore[attr-defined]
+        current = model_class.compute_logits
+        # One tap sees, the last: an engine that was here before may have left its own.
+        original = getattr(current, _ORIGINAL, current)
 
         @functools.wraps(original)
         def watched(model: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -38,7 +39,7 @@ class TrunkTap:
             return original(model, hidden_states, *args, **kwargs)
 
         setattr(watched, _ORIGINAL, original)
-        model_class.compute_logits = watched  # type: ignore[attr-defined]
+        model_class.compute_logits = watched
 
     def values(self, rows: Sequence[int], of: int) -> list[float]:
         """V(prefix) of these rows of the step, which has `of` rows in all.
