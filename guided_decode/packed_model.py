@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from guided_decode.attention import ATTENTION_NAME, SlotCache
 from guided_decode.cache import Placement, PrefixCache
+from guided_decode.cpu_linear import use_onednn
 from guided_decode.growable import Ints
 from guided_decode.modes import without_autograd
 from guided_decode.packed import PackedBatch, pack
@@ -79,6 +80,7 @@ class PackedModel:
         capacity = cache_tokens or min(live_tokens or 1 << 17, _default_capacity(shapes, model))
         self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
         model.set_attn_implementation(ATTENTION_NAME)
+        use_onednn(model)
 
     @property
     def device(self) -> torch.device:

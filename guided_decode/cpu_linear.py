@@ -1,0 +1,38 @@
+"""Linear layers of a float32 model on a CPU, through oneDNN instead of torch's default, MKL.
+
+A packed forward on a CPU is mostly narrow matrix products: few tokens, large weights. There MKL
+takes up to twice oneDNN's time on processors that are not Intel's. Torch has both, and sends only
+lower precisions to oneDNN; the operation used here is the one that torch's own compiler emits.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class OneDnnLinear(nn.Linear):
+    """nn.Linear whose float32 products on a CPU are oneDNN's. It has no gradients."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight, bias = self.weight, self.bias
+        if input.is_cpu and input.dtype is weight.dtype is torch.float32:
+            return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+        return F.linear(input, weight, bias)
+
+
+def use_onednn(model: nn.Module) -> None:
+    """Switches the plain linear layers of a model, in place, where there is something to gain.
+
+    Only modules of exactly the class nn.Linear, with float32 weights on a CPU and no gradients:
+    their parameters stay what they are.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return
+    for module in model.modules():
+        if type(module) is nn.Linear and _is_suited(module.weight):
+            module.__class__ = OneDnnLinear
+
+
+def _is_suited(weight: Tensor) -> bool:
+    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
+    return on_cpu and not weight.requires_grad and weight.is_contiguous()

@@ -1,0 +1,62 @@
+"""Linear layers through oneDNN: the same products, and only where they are wanted."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from guided_decode import load_scorer
+from guided_decode.cpu_linear import OneDnnLinear, use_onednn
+from tests import models
+
+pytestmark = pytest.mark.skipif(
+    not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
+)
+
+
+def frozen(inputs, outputs, bias=False, dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(inputs, outputs, bias=bias, dtype=dtype)).requires_grad_(False)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 2, 7, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(8, 8), (48, 101), (123, 37), (1, 1)])
+def test_products_are_those_of_float64(inputs, outputs, tokens, bias):
+    model = frozen(inputs, outputs, bias)
+    x = torch.randn(1, tokens, inputs)
+    exact = copy.deepcopy(model).double()(x.double())
+    error = (model(x) - exact).abs().max()
+    use_onednn(model)
+    assert type(model[0]) is OneDnnLinear
+    assert (model(x) - exact).abs().max() <= error + 1e-5
+
+
+def test_what_it_is_not_for_is_left_alone():
+    class Quantised(nn.Linear):
+        pass
+
+    trainable, low = nn.Linear(4, 4), nn.Linear(4, 4, dtype=torch.bfloat16).requires_grad_(False)
+    other = Quantised(4, 4).requires_grad_(False)
+    model = nn.ModuleList([trainable, low, other])
+    use_onednn(model)
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear, Quantised]
+
+
+def test_a_model_that_changes_its_dtype_afterwards_still_works():
+    model = frozen(8, 8)
+    use_onednn(model)
+    model.to(torch.bfloat16)
+    x = torch.randn(3, 8, dtype=torch.bfloat16)
+    assert torch.equal(model(x), nn.functional.linear(x, model[0].weight))
+
+
+def test_a_scorer_switches_its_own_copy_and_not_the_callers_model():
+    mine = models.tiny("llama", "token")
+    scorer = load_scorer(mine, kind="ppo-critic")
+    linear = [m for m in scorer.model.model.modules() if isinstance(m, nn.Linear)]
+    assert linear
+    assert all(type(module) is OneDnnLinear for module in linear)
+    assert not any(isinstance(module, OneDnnLinear) for module in mine.modules())
+    assert linear[0].weight.data_ptr() in {p.data_ptr() for p in mine.parameters()}
