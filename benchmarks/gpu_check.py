@@ -18,8 +18,8 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.gpu import suites
-from benchmarks.gpu.budget import Budget
+from benchmarks.gpu import suites, vllm_cells
+from benchmarks.gpu.budget import Budget, Deadline
 from benchmarks.gpu.device import machine
 from benchmarks.gpu.processes import read_records, run_python
 from benchmarks.gpu.report import write
@@ -38,17 +38,16 @@ SHARES = {
     "inside a step": 30,
     "vLLM": 20,
 }
+# vLLM's share where it is installed: its tests start two engines or four, its benchmark two.
+VLLM_SHARE = 300
+# Of that, what its tests may take; the benchmark gets what they leave.
+_VLLM_TESTS = 0.55
 # A process needs so long to end by itself before it is ended.
 _GRACE = 6.0
 _WITHOUT_GPU = {"tests": 1}
 _COMPILE_SECONDS = 900.0
 # An H200's, where they could not be measured: bytes and operations a second.
 _ASSUMED_RATES = (4.3e12, 7.9e14)
-_VLLM_BENCHMARK = {
-    "kind": "not run",
-    "what": "benchmarks.vllm_throughput",
-    "reason": "it times two engines on a CPU; one GPU does not hold both as they are set up",
-}
 _VLLM_MISSING = {"kind": "not run", "what": "vLLM's part", "reason": "vLLM is not installed"}
 
 
@@ -110,7 +109,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(check: Check, options: argparse.Namespace, folder: Path) -> None:
     """All parts in their order; whatever one of them does, the others follow."""
-    shares = SHARES if check.gpu else _WITHOUT_GPU
+    shares = gpu_shares() if check.gpu else _WITHOUT_GPU
     budget = Budget(60 * options.minutes, shares)
     if not check.gpu:
         check.console.print("no GPU here: only what compiles without one is run")
@@ -125,6 +124,11 @@ def run(check: Check, options: argparse.Namespace, folder: Path) -> None:
         check.save()
 
 
+def gpu_shares() -> dict[str, int]:
+    """The parts' shares; the others leave vLLM its own where it is installed."""
+    return SHARES | ({"vLLM": VLLM_SHARE} if suites.vllm_jobs() else {})
+
+
 def _step(check: Check, name: str) -> Callable[[float, Path], None]:
     if name == "tests":
         return lambda seconds, folder: check.tests(
@@ -136,12 +140,13 @@ def _step(check: Check, name: str) -> Callable[[float, Path], None]:
 
 
 def _vllm(check: Check, seconds: float, folder: Path) -> None:
-    given = suites.vllm_jobs()
-    if given:
-        check.tests(given, seconds, folder)
-        check.records.append(_VLLM_BENCHMARK)
-    else:
+    given, deadline = suites.vllm_jobs(), Deadline(seconds)
+    if not given:
         check.records.append(_VLLM_MISSING)
+        return
+    check.tests(given, _VLLM_TESTS * seconds, folder)
+    check.save()
+    check.records += vllm_cells.run(deadline.left, folder)
 
 
 def show(check: Check) -> None:

@@ -10,7 +10,16 @@ import pytest
 import torch
 
 from benchmarks import gpu_check
-from benchmarks.gpu import agreement, decoding, kernel_cases, kernels, processes, suites, targets
+from benchmarks.gpu import (
+    agreement,
+    decoding,
+    kernel_cases,
+    kernels,
+    processes,
+    suites,
+    targets,
+    vllm_cells,
+)
 from benchmarks.gpu.attention_case import attention_case
 from benchmarks.gpu.budget import Budget, Deadline
 from benchmarks.gpu.cells import Cell, Setup, gigabytes, k_of
@@ -26,6 +35,7 @@ from benchmarks.gpu.floors import (
 )
 from benchmarks.gpu.loop import GATE_PERIOD, gate_script
 from benchmarks.gpu.models import Models
+from benchmarks.gpu.report import markdown
 from guided_decode import GuidanceConfig
 from guided_decode.critic import CriticScorer
 from guided_decode.integrations.transformers import GuidedDecoding
@@ -318,8 +328,6 @@ def test_a_part_that_fails_keeps_no_other_from_reporting(tmp_path, monkeypatch):
 
 
 def test_the_report_shows_what_was_measured():
-    from benchmarks.gpu.report import markdown
-
     cell = {"kind": "decoding", "model": "8B", "batch": 1, "prefix": 512, "ms_least": 1.0,
             "ms_most": 3.0, "floor_ms": 1.5, "over_floor": 1.3, "over_guided": None}  # fmt: skip
     records = [
@@ -346,3 +354,104 @@ def test_the_report_shows_what_was_measured():
     assert "| 8B | 1 | 512 | k 16 | 4.00 (1.00–3.00) | 1.50 | 1.30 | 2.00 | 2.00 | — |" in text
     assert "the host waits 3 times" in text
     assert "- 13B, batch 64 (plain): not run: too large" in text
+
+
+WRITTEN = {
+    "command": "python -m benchmarks.vllm_throughput --full",
+    "engines": {"plain": {"model_runner": "V2"}, "with the processor": {"model_runner": "V2"}},
+    "targets": [{"target": "unused ≤ 1.05× plain: 1.020", "met": True}],
+    "not_run": [],
+    "cells": [
+        {"prompt": 512, "concurrency": 128, "full": True, "near_ties": 2,
+         "plain": {"tokens_per_second": 9000.0, "seconds_over_plain": [1.0, 1.0],
+                   "unguided_latency_ms": 2.5, "host_microseconds_a_row": None,
+                   "preemptions": 31},
+         "k 8": {"tokens_per_second": 4000.0, "seconds_over_plain": [2.0, 2.5],
+                 "unguided_latency_ms": None, "host_microseconds_a_row": 41.0,
+                 "preemptions": 32}},
+    ],
+}  # fmt: skip
+
+
+def vllm_part(monkeypatch, tmp_path, written, code=0):
+    """The part's records, where the benchmark leaves this text and ends so."""
+
+    def ended(arguments, seconds, log):
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir()
+        (out / "vllm_throughput.json").write_text(written)
+        assert float(arguments[arguments.index("--seconds") + 1]) < seconds
+        return processes.Ended(code, seconds, "an engine said this")
+
+    monkeypatch.setattr(vllm_cells, "run_python", ended)
+    return vllm_cells.run(200.0, tmp_path)
+
+
+def test_the_throughput_in_vllm_is_in_the_report(monkeypatch, tmp_path):
+    found = vllm_part(monkeypatch, tmp_path, json.dumps(WRITTEN))
+    assert [record["kind"] for record in found] == ["vllm engines", "vllm", "vllm"]
+    about = {"date": "", "command": "", "seconds": 1.0, "machine": {"versions": {}, "gpu": None}}
+    text = "\n".join(markdown(found, about))
+    assert "| 512 | 128 | full | plain | 9,000 | 1.00 (1.00–1.00) | 2 | 2.50 | — | 31 |" in text
+    assert "| 512 | 128 | full | k 8 | 4,000 | 2.25 (2.00–2.50) | 2 | — | 41 | 32 |" in text
+    assert "- with the processor: model_runner V2" in text
+    assert "parted at a near tie: 2" in text
+    assert "- met: unused ≤ 1.05× plain: 1.020" in text
+    assert "Not run" not in text
+
+
+def test_cells_of_vllm_for_which_the_time_was_too_short_are_named(monkeypatch, tmp_path):
+    written = json.dumps({**WRITTEN, "not_run": ["prompts of 20, concurrency 8"]})
+    *found, left = vllm_part(monkeypatch, tmp_path, written)
+    assert len(found) == 3
+    assert left == {
+        "kind": "not run",
+        "what": "benchmarks.vllm_throughput: prompts of 20, concurrency 8",
+        "reason": "the time was up",
+    }
+
+
+@pytest.mark.parametrize(
+    ("written", "code", "what", "reason"),
+    [
+        ("", 1, "benchmarks.vllm_throughput", "it ended with exit code 1"),
+        ('{"cells": [', None, "benchmarks.vllm_throughput", "its time was up"),
+        (json.dumps(WRITTEN), None, "the end of benchmarks.vllm_throughput", "its time was up"),
+    ],
+)
+def test_a_benchmark_of_vllm_that_fails_says_why(
+    monkeypatch, tmp_path, written, code, what, reason
+):
+    *found, problem = vllm_part(monkeypatch, tmp_path, written, code)
+    assert len(found) == (3 if written.endswith("}") else 0)
+    assert (problem["kind"], problem["what"]) == ("not run", what)
+    assert problem["reason"].startswith(reason)
+    assert "an engine said this" in problem["reason"]
+
+
+def test_engines_are_not_started_without_the_time_for_it(monkeypatch, tmp_path):
+    monkeypatch.delattr(vllm_cells, "run_python")
+    (record,) = vllm_cells.run(30.0, tmp_path)
+    assert record["reason"] == "30 s were left, and two engines must start"
+
+
+def test_vllm_has_its_tests_and_then_its_throughput(monkeypatch, tmp_path):
+    given, seen = [suites.Job(Path("test_vllm_gpu.py"), "gpu")], []
+    monkeypatch.setattr(suites, "vllm_jobs", lambda: given)
+    monkeypatch.setattr(
+        suites, "run_jobs", lambda jobs, seconds, folder: seen.append(seconds) or []
+    )
+    monkeypatch.setattr(vllm_cells, "run", lambda seconds, folder: seen.append(seconds) or [])
+    options = gpu_check.parse(["--out", str(tmp_path)])
+    check = gpu_check.Check(options, "it", gpu_check.Console())
+    gpu_check._step(check, "vLLM")(200.0, tmp_path)
+    assert seen == [pytest.approx(110.0), pytest.approx(200.0, abs=5.0)]
+
+
+def test_the_other_parts_leave_vllm_time_where_it_is_installed(monkeypatch):
+    monkeypatch.setattr(suites, "vllm_jobs", list)
+    assert gpu_check.gpu_shares() == gpu_check.SHARES
+    monkeypatch.setattr(suites, "vllm_jobs", lambda: ["a job"])
+    shares = gpu_check.gpu_shares()
+    assert list(shares) == list(gpu_check.SHARES)
+    assert 60 * gpu_check.MINUTES * shares["vLLM"] / sum(shares.values()) > 180

@@ -23,6 +23,14 @@ random policy is never sure, so a script raises the top logit of 7 steps in 10 a
 0.9, and the gate finds them itself. Pruning: the margin is so wide that no row goes; the decision
 is made and comes to the host."""
 
+_VLLM_NOTES = """\
+Two engines share the GPU, without and with the processor, tiny-tulu as policy and critic. The ways
+of a cell take turns; ratios of seconds are taken within a round: median (least–most). Latency: the
+median gap between two tokens of an unguided request. Host: a guided row and step in the processor
+and the scorer, with the waits for the device. Preempted: requests in a turn, by vLLM's own count.
+Full: the KV cache holds half of the requests. Before a cell is timed, unguided requests got the
+plain engine's tokens, or others from a near tie (0.5 nats) on, which bf16 leaves to the batch."""
+
 
 def write(records: Sequence[Record], about: Record, folder: Path) -> None:
     """Both files; about: date, command, machine, seconds."""
@@ -44,6 +52,8 @@ def markdown(records: Sequence[Record], about: Record) -> list[str]:
         lines += ["", "## Decoding", "", _NOTES, "", *_decoding(records)]
     if any(record["kind"] == "inside" for record in records):
         lines += ["", "## Inside a step", "", *_inside(records)]
+    if any(record["kind"] == "vllm" for record in records):
+        lines += ["", "## vLLM", "", _VLLM_NOTES, "", *_vllm(records)]
     problems = [record for record in records if record["kind"] == "not run"]
     if problems:
         lines += ["", "## Not run", "", *(line for record in problems for line in _problem(record))]
@@ -184,6 +194,34 @@ def _inside(records: Sequence[Record]) -> list[str]:
         if "error" in record:
             lines.append(f"not profiled: {record['error']}")
     return lines
+
+
+def _vllm(records: Sequence[Record]) -> list[str]:
+    lines = []
+    for record in (record for record in records if record["kind"] == "vllm engines"):
+        for name, facts in record["engines"].items():
+            lines.append(f"- {name}: " + ", ".join(f"{k} {v}" for k, v in facts.items()))
+        lines.append(f"- unguided requests that parted at a near tie: {record['near_ties']}")
+        lines += [f"- {'met' if t['met'] else 'not met'}: {t['target']}" for t in record["targets"]]
+    rows = [
+        (
+            str(r["prompt"]),
+            str(r["concurrency"]),
+            "full" if r["full"] else "roomy",
+            r["way"],
+            number(r["tokens_per_second"], 0),
+            f"{r['over_plain']:.2f} ({r['least']:.2f}–{r['most']:.2f})",
+            str(len(r["seconds_over_plain"])),
+            number(r["unguided_latency_ms"]),
+            number(r["host_microseconds_a_row"], 0),
+            number(r["preemptions"], 0),
+        )
+        for r in records
+        if r["kind"] == "vllm"
+    ]
+    heads = ("prompt", "concurrency", "KV cache", "way", "tokens/s", "seconds over plain", "rounds",
+             "unguided latency ms", "host µs a row", "preempted")  # fmt: skip
+    return [*lines, "", *table(heads, rows)]
 
 
 def _problem(record: Record) -> list[str]:
