@@ -139,6 +139,8 @@ class CriticScorer:
         if not parts:
             empty = torch.empty(candidates.shape, dtype=torch.float32, device=self.model.device)
             return Scores(empty, empty.new_empty(len(empty)))
+        if len(parts) == 1:
+            return parts[0]
         return Scores(
             torch.cat([part.values for part in parts]),
             torch.cat([part.baseline for part in parts]),
@@ -219,13 +221,15 @@ class CriticScorer:
         self.cache.pool.values.index_copy_(0, batch.slots, values)
 
     def _gather(self, placements: list[Placement], slots: Ints) -> Scores:
-        last = np.array([placement.last_slot for placement in placements], np.int64)
-        packed = torch.from_numpy(np.column_stack([last, slots])).to(
-            self.model.device, non_blocking=True
-        )
-        values = self.cache.pool.values[packed.clamp(min=0)]
-        values = values.masked_fill(packed < 0, torch.nan)
-        return Scores(values[:, 1:].contiguous(), values[:, 0].contiguous())
+        rows, k = slots.shape
+        read = np.empty(rows + slots.size, np.int64)
+        read[:rows] = [placement.last_slot for placement in placements]
+        # Padding is -1, where the pool has NaN.
+        read[rows:] = slots.ravel()
+        values = self.cache.pool.values[
+            torch.from_numpy(read).to(self.model.device, non_blocking=True)
+        ]
+        return Scores(values[rows:].view(rows, k), values[:rows])
 
     def _count(self, begun: float, rows: int) -> None:
         evicted = self.cache.tree.evicted

@@ -9,9 +9,11 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from guided_decode.kernels.jit import next_power_of_two
 from guided_decode.packed import PackedBatch
@@ -38,9 +40,17 @@ class Bucket(NamedTuple):
     table: tuple[int, int]
 
 
-class _Graph(NamedTuple):
+class _Static(NamedTuple):
+    """Buffers that a graph reads, and what is in them where a batch is shorter."""
+
     batch: PackedBatch
-    replay: Callable[[], None]
+    padding: Tensor
+    no_segments: Tensor
+
+
+class _Graph(NamedTuple):
+    static: _Static
+    replay: Callable[[], object]
 
 
 def bucket_of(batch: PackedBatch) -> Bucket | None:
@@ -93,7 +103,7 @@ class GraphedForward:
             if graph is None:
                 return False
         self._graphs.move_to_end(bucket)
-        self._fill(graph.batch, batch)
+        self._fill(graph.static, batch)
         graph.replay()
         self.replays += 1
         return True
@@ -105,7 +115,8 @@ class GraphedForward:
             self._graphs.popitem(last=False)
         static = self._static(bucket, batch)
         try:
-            replay = self._record(static) if self._capture else lambda: self._run(static)
+            run = partial(self._forward, static.batch)
+            replay = self._record(run) if self._capture else run
         except (RuntimeError, NotImplementedError) as error:
             # A model whose forward cannot be captured runs as it is, from now on.
             logger.warning("CUDA graphs are off: the forward cannot be captured (%s)", error)
@@ -116,47 +127,40 @@ class GraphedForward:
         self._graphs[bucket] = _Graph(static, replay)
         return self._graphs[bucket]
 
-    def _static(self, bucket: Bucket, batch: PackedBatch) -> PackedBatch:
+    def _static(self, bucket: Bucket, batch: PackedBatch) -> _Static:
         """Buffers of the bucket's size, all padding."""
-        made = batch.token_ids.new_empty
+        device = batch.stacked.device
+        # Token 0 at position -1, in the slot that is nobody's.
+        padding = torch.tensor([[0], [-1], [self._spare_slot]]).expand(3, bucket.tokens)
+        padding = padding.contiguous().to(device)
+        stacked = padding.clone()
+        no_segments = torch.zeros(bucket.rows, 3, dtype=torch.int32, device=device)
+        token_ids, positions, slots = stacked.unbind()
         static = replace(
             batch,
-            token_ids=made(bucket.tokens),
-            positions=made(bucket.tokens),
-            slots=made(bucket.tokens),
+            stacked=stacked,
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
             segments=[],
-            segment_table=torch.zeros(
-                bucket.rows, 3, dtype=torch.int32, device=batch.token_ids.device
-            ),
+            segment_table=no_segments.clone(),
             most_queries=bucket.queries,
             most_positions=bucket.prefix,
             stretches={},
         )
-        self._blank(static)
-        return static
+        return _Static(static, padding, no_segments)
 
-    def _blank(self, static: PackedBatch) -> None:
-        assert static.segment_table is not None
-        static.token_ids.zero_()
-        static.positions.fill_(-1)
-        static.slots.fill_(self._spare_slot)
-        static.segment_table.zero_()
+    def _fill(self, static: _Static, batch: PackedBatch) -> None:
+        """The batch, and padding behind it, in two launches."""
+        segments, into = batch.segment_table, static.batch.segment_table
+        assert segments is not None
+        assert into is not None
+        tokens = [batch.stacked, static.padding[:, len(batch.token_ids) :]]
+        torch.cat(tokens, -1, out=static.batch.stacked)
+        torch.cat([segments, static.no_segments[len(segments) :]], out=into)
 
-    def _fill(self, static: PackedBatch, batch: PackedBatch) -> None:
-        assert static.segment_table is not None
-        assert batch.segment_table is not None
-        n = len(batch.token_ids)
-        self._blank(static)
-        static.token_ids[:n] = batch.token_ids
-        static.positions[:n] = batch.positions
-        static.slots[:n] = batch.slots
-        static.segment_table[: len(batch.segment_table)] = batch.segment_table
-
-    def _run(self, static: PackedBatch) -> None:
-        self._forward(static)
-
-    def _record(self, static: PackedBatch) -> Callable[[], None]:
-        """Captures the forward of the static batch."""
+    def _record(self, run: Callable[[], object]) -> Callable[[], object]:
+        """Captures a forward."""
         if not self._graphs:
             # torch refuses to capture into a memory pool whose graphs are all gone.
             self._memory = torch.cuda.graph_pool_handle()
@@ -165,10 +169,10 @@ class GraphedForward:
         with torch.cuda.stream(side):
             # Kernels are compiled and libraries get their workspaces before the capture.
             for _ in range(2):
-                self._forward(static)
+                run()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # Other threads of a server go on calling CUDA meanwhile.
         with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            self._forward(static)
+            run()
         return graph.replay

@@ -1,6 +1,8 @@
 """The guidance rule: advantages to logits. The one place where the formula meets its settings."""
 
+import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -8,9 +10,11 @@ from torch import Tensor
 from guided_decode.candidates import select_candidates
 from guided_decode.config import GuidanceConfig
 from guided_decode.kernels import guide_logits
+from guided_decode.kernels.candidate_shift import OVERFLOWED, UNUSABLE
+from guided_decode.kernels.guide_logits import GuidedLogits
 from guided_decode.scores import Scores
 
-__all__ = ["guide", "select_candidates", "unusable_rows"]
+__all__ = ["guide", "select_candidates"]
 
 Configs = GuidanceConfig | Sequence[GuidanceConfig]
 
@@ -50,103 +54,110 @@ def guide(
     """
     configs = per_row(config, len(logits))
     _check_shapes(logits, candidates, scores)
-    bad = unusable_rows(
-        candidates, scores, configs, exempt=exempt, log_ratio=log_ratio, active=active
-    )
-    if bad.any():
+    scored = scored_candidates(candidates, exempt, active)
+    guided, failed = apply_guidance(logits, candidates, scores, configs, scored, log_ratio)
+    why = failed.tolist()
+    if UNUSABLE in why:
         raise ValueError(
-            f"the scores of rows {bad.nonzero().flatten().tolist()[:8]} are NaN or infinite: "
+            f"the scores of rows {_rows_of(UNUSABLE, why)} are NaN or infinite: "
             "expected finite values for every candidate that is neither padded nor exempt"
         )
-    guided = apply_guidance(
-        logits.clone(),
-        candidates,
-        scores,
-        configs,
-        exempt=exempt,
-        log_ratio=log_ratio,
-        active=active,
-    )
-    bad = overflowed_rows(logits, guided, candidates, configs)
-    if bad.any():
+    if OVERFLOWED in why:
         raise ValueError(
-            f"the guided logits of rows {bad.nonzero().flatten().tolist()[:8]} are beyond "
+            f"the guided logits of rows {_rows_of(OVERFLOWED, why)} are beyond "
             f"{logits.dtype}: expected a smaller beta or smaller scores"
         )
     return guided
 
 
 def apply_guidance(
-    logits: Tensor,
-    candidates: Tensor,
+    logits: Tensor,  # [rows, vocab] any float
+    candidates: Tensor,  # [rows, k] int64
     scores: Scores,
     configs: Sequence[GuidanceConfig],
-    *,
-    exempt: Tensor | None = None,
-    log_ratio: Tensor | None = None,
-    active: Tensor | None = None,
+    scored: Tensor,  # [rows, k] bool
+    log_ratio: Tensor | None = None,  # [rows, k] float32
     min_keep: int = 1,
-) -> Tensor:
-    """`guide` in place, for scores that are known to be usable.
+) -> GuidedLogits:
+    """`guide` without a wait for the device: which rows failed is left to the caller.
 
-    Arguments as there; min_keep: how many scored candidates "prune" leaves at least.
+    Arguments as there, and scored: which candidates have an advantage; min_keep: how many of them
+    "prune" leaves at least.
+
+    Raises ValueError: kl_coef without log_ratio.
     """
-    device = logits.device
-    weights = torch.tensor(
-        [[c.beta * (c.rule == "reweight"), _margin(c), c.kl_coef] for c in configs],
-        dtype=torch.float32,
-    )
-    flags = torch.tensor([[c.tail == "keep", c.baseline == "mean"] for c in configs])
-    weights, flags = weights.to(device, non_blocking=True), flags.to(device, non_blocking=True)
-    penalty = None if log_ratio is None else weights[:, 2:] * log_ratio.nan_to_num(0.0)
+    rules = _rules_of(configs, logits.device)
+    penalty = None
+    if rules.kl_coef is not None:
+        if log_ratio is None:
+            raise ValueError("kl_coef is not 0 but no log_ratio was given: pass log π − log π_ref")
+        # A row without the term has no log-ratio either.
+        weight = rules.kl_coef[:, None]
+        penalty = torch.where(weight != 0, weight * log_ratio, 0.0)
     return guide_logits(
         logits,
         candidates,
         scores.values,
         scores.baseline,
-        beta=weights[:, 0],
-        margin=weights[:, 1],
-        keep_tail=flags[:, 0],
-        mean_baseline=flags[:, 1],
-        scored=_scored(candidates, exempt, active),
+        beta=rules.beta,
+        margin=rules.margin,
+        keep_tail=rules.keep_tail,
+        mean_baseline=rules.mean_baseline,
+        scored=scored,
         penalty=penalty,
         min_keep=min_keep,
     )
 
 
-def unusable_rows(
-    candidates: Tensor,
-    scores: Scores,
-    config: Configs,
-    *,
-    exempt: Tensor | None = None,
-    log_ratio: Tensor | None = None,
-    active: Tensor | None = None,
+def scored_candidates(
+    candidates: Tensor, exempt: Tensor | None = None, active: Tensor | None = None
 ) -> Tensor:
-    """Rows in which a number that guidance would use is NaN or infinite, bool [rows]."""
-    configs = per_row(config, len(candidates))
-    scored = _scored(candidates, exempt, active)
-    bad = ~torch.isfinite(scores.values)
-    if any(c.kl_coef for c in configs):
-        if log_ratio is None:
-            raise ValueError("kl_coef is not 0 but no log_ratio was given: pass log π − log π_ref")
-        penalised = torch.tensor([c.kl_coef != 0 for c in configs])
-        penalised = penalised.to(candidates.device, non_blocking=True)
-        bad |= penalised[:, None] & ~torch.isfinite(log_ratio)
-    return (bad & scored).any(-1) | (scored.any(-1) & ~torch.isfinite(scores.baseline))
+    """The candidates that have an advantage, bool [rows, k]; arguments as of `guide`."""
+    scored = candidates >= 0
+    if exempt is not None:
+        scored &= ~exempt
+    if active is not None:
+        scored &= active[:, None]
+    return scored
 
 
-def overflowed_rows(
-    logits: Tensor, guided: Tensor, candidates: Tensor, configs: Sequence[GuidanceConfig]
-) -> Tensor:
-    """Rows in which finite numbers gave a logit that no dtype holds, bool [rows]."""
-    index = candidates.clamp(min=0)
-    before, after = logits.gather(-1, index), guided.gather(-1, index)
-    # Pruning alone gives −inf.
-    pruned = torch.tensor([c.rule == "prune" for c in configs])
-    pruned = pruned.to(logits.device, non_blocking=True)[:, None]
-    broken = ~torch.isfinite(after) & ~(pruned & (after == -torch.inf))
-    return (broken & torch.isfinite(before) & (candidates >= 0)).any(-1)
+class _Rules(NamedTuple):
+    """The rows' configs as tensors [rows]; kl_coef is None where it is 0 for all."""
+
+    beta: Tensor
+    margin: Tensor
+    keep_tail: Tensor
+    mean_baseline: Tensor
+    kl_coef: Tensor | None
+
+
+def _rules_of(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules:
+    if len(set(configs)) == 1:
+        return _rules_of_all(configs[0], len(configs), device)
+    return _rules(configs, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _rules_of_all(config: GuidanceConfig, rows: int, device: torch.device) -> _Rules:
+    """Steps repeat themselves: what goes to the device stays there."""
+    return _rules([config] * rows, device)
+
+
+@torch.inference_mode(False)
+def _rules(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules:
+    weights = torch.tensor(
+        [[c.beta * (c.rule == "reweight"), _margin(c), c.kl_coef] for c in configs],
+        dtype=torch.float32,
+    ).T.contiguous()
+    flags = torch.tensor([[c.tail == "keep", c.baseline == "mean"] for c in configs]).T.contiguous()
+    has_kl = any(c.kl_coef for c in configs)
+    beta, margin, kl_coef = weights.to(device, non_blocking=True)
+    keep_tail, mean_baseline = flags.to(device, non_blocking=True)
+    return _Rules(beta, margin, keep_tail, mean_baseline, kl_coef if has_kl else None)
+
+
+def _rows_of(reason: int, why: list[int]) -> list[int]:
+    return [row for row, each in enumerate(why) if each == reason][:8]
 
 
 def per_row(config: Configs, rows: int) -> Sequence[GuidanceConfig]:
@@ -160,15 +171,6 @@ def per_row(config: Configs, rows: int) -> Sequence[GuidanceConfig]:
 
 def _margin(config: GuidanceConfig) -> float:
     return float("inf") if config.margin is None else config.margin
-
-
-def _scored(candidates: Tensor, exempt: Tensor | None, active: Tensor | None) -> Tensor:
-    scored = candidates >= 0
-    if exempt is not None:
-        scored &= ~exempt
-    if active is not None:
-        scored &= active[:, None]
-    return scored
 
 
 def _check_shapes(logits: Tensor, candidates: Tensor, scores: Scores) -> None:

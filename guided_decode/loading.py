@@ -160,8 +160,10 @@ def _load_trunk_head(
     tokenizer = load_tokenizer(source)
     check_tokenizer(options, tokenizer)
     norm = take_final_norm(trunk)
+    # A loop that reads next tokens off this trunk keeps each token's hidden state.
+    hidden_bytes = trunk.config.get_text_config().hidden_size * trunk.dtype.itemsize
     return TrunkScorer(
-        packed_model(trunk, source.name, options),
+        packed_model(trunk, source.name, options, hidden_bytes),
         replace(found, norm=norm),
         reward=_load_reward(reward, options),
         reference=None if reference is None else _load_reference(reference, options),

@@ -41,7 +41,9 @@ class LoadingOptions:
         return self.of_files | {name: getattr(self, name) for name in names}
 
 
-def packed_model(model: PreTrainedModel, name: str, options: LoadingOptions) -> PackedModel:
+def packed_model(
+    model: PreTrainedModel, name: str, options: LoadingOptions, bytes_beside: int = 0
+) -> PackedModel:
     """The model on its slot pool, checked against its stock self."""
     packed = PackedModel(
         model,
@@ -49,6 +51,7 @@ def packed_model(model: PreTrainedModel, name: str, options: LoadingOptions) -> 
         cache_tokens=options.cache_tokens,
         live_tokens=options.live_tokens,
         max_forward_tokens=options.max_forward_tokens,
+        bytes_beside=bytes_beside,
     )
     check_packed(packed)
     return packed

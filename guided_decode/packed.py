@@ -71,7 +71,8 @@ class Segment:
 
 @dataclass(slots=True, frozen=True)
 class PackedBatch:
-    """One forward. token_ids, positions, slots: int64 [tokens], on the model's device.
+    """One forward. token_ids, positions, slots: int64 [tokens], on the model's device; `stacked`
+    is the three of them, int64 [3, tokens], in the same memory.
 
     A prefix query at position p reads the slots table[row, : p + 1]; a candidate reads
     table[row, :length] and itself. Every token's key and value go to its own slot.
@@ -81,6 +82,7 @@ class PackedBatch:
     stretches: by sliding window, what was worked out from the segments, once for all layers.
     """
 
+    stacked: Tensor
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
@@ -135,17 +137,14 @@ def _batch(work: list[RowWork], table: Tensor, pool: SlotPool, fused: bool) -> P
     np.concatenate([part for w in work for part in (w.prefix, w.candidates)], out=packed[0])
     np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
     np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
-    token_ids, positions, slots = torch.from_numpy(packed).to(pool.device, non_blocking=True)
+    stacked = torch.from_numpy(packed).to(pool.device, non_blocking=True)
+    token_ids, positions, slots = stacked.unbind()
+    batch = PackedBatch(stacked, token_ids, positions, slots, segments, table, pool)
     if not fused:
-        return PackedBatch(token_ids, positions, slots, segments, table, pool)
+        return batch
     rows = np.column_stack([starts[:-1], sizes, [w.table_row for w in work]]).astype(np.int32)
-    return PackedBatch(
-        token_ids,
-        positions,
-        slots,
-        segments,
-        table,
-        pool,
+    return replace(
+        batch,
         segment_table=torch.from_numpy(rows).to(pool.device, non_blocking=True),
         most_queries=int(sizes.max()),
         most_positions=int(packed[1].max()),

@@ -47,6 +47,7 @@ class PackedModel:
         live_tokens: int | None = None,
         max_forward_tokens: int = 8192,
         fused: bool | None = None,
+        bytes_beside: int = 0,
     ) -> None:
         """
         Args:
@@ -57,6 +58,7 @@ class PackedModel:
             max_forward_tokens: the most tokens of one forward.
             fused: attention goes through `kernels.lookahead_attention`; None: not on a CPU, where
                 runs of neighbouring slots are read in place.
+            bytes_beside: what others keep for each cached token, counted in the default capacity.
 
         Raises:
             ValueError: a bound below 1, or layers that keep no keys and values.
@@ -77,7 +79,9 @@ class PackedModel:
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         shapes = _layer_shapes(model)
-        capacity = cache_tokens or min(live_tokens or 1 << 17, _default_capacity(shapes, model))
+        capacity = cache_tokens or min(
+            live_tokens or 1 << 17, _default_capacity(shapes, model, bytes_beside)
+        )
         self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
         model.set_attn_implementation(ATTENTION_NAME)
         use_onednn(model)
@@ -207,8 +211,11 @@ def _layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     return shapes
 
 
-def _default_capacity(shapes: list[tuple[int, int, int]], model: PreTrainedModel) -> int:
-    token_bytes = sum(heads * (k + v) for heads, k, v in shapes) * model.dtype.itemsize + 4
+def _default_capacity(
+    shapes: list[tuple[int, int, int]], model: PreTrainedModel, bytes_beside: int
+) -> int:
+    numbers = sum(heads * (k + v) for heads, k, v in shapes)
+    token_bytes = numbers * model.dtype.itemsize + 4 + bytes_beside
     budget = _MOST_BYTES.get(model.device.type, 2 << 30)
     if model.device.type == "cuda":
         budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))

@@ -10,8 +10,8 @@ class SlotPool:
     """KV memory for `capacity` tokens, and each cached token's value.
 
     keys[layer], layer_values[layer]: [capacity + 1, kv_heads, head_dim] of the model's dtype.
-    values: float32 [capacity + 1], V at the token in the slot. The last slot is never handed out:
-    the padding of a CUDA graph writes there.
+    values: float32 [capacity + 2], V at the token in the slot; NaN at index −1. Slot `capacity` is
+    never handed out: the padding of a CUDA graph writes there.
     """
 
     def __init__(
@@ -33,7 +33,8 @@ class SlotPool:
             torch.empty(slots, heads, dim, dtype=dtype, device=device)
             for heads, _, dim in layer_shapes
         ]
-        self.values = torch.empty(slots, dtype=torch.float32, device=device)
+        self.values = torch.empty(slots + 1, dtype=torch.float32, device=device)
+        self.values[-1] = torch.nan
         self._free = np.arange(capacity - 1, -1, -1, dtype=np.int64)
         self._free_count = capacity
 

@@ -7,15 +7,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from guided_decode.candidates import gated_rows, log_normaliser, select_candidates_per_row
+from guided_decode.candidates import choose_candidates, log_normaliser
 from guided_decode.config import GuidanceConfig, OnError
-from guided_decode.guidance import (
-    Configs,
-    apply_guidance,
-    overflowed_rows,
-    per_row,
-    unusable_rows,
-)
+from guided_decode.guidance import Configs, apply_guidance, per_row, scored_candidates
+from guided_decode.kernels.top_candidates import TopCandidates
 from guided_decode.scores import Prefix, Scorer, Scores
 from guided_decode.terminal import score_candidates
 
@@ -26,8 +21,11 @@ logger = logging.getLogger("guided_decode")
 
 
 class _StepScores(NamedTuple):
+    """Scores of every row, and which candidates have an advantage, bool [rows, k]; a row that is
+    not scored has NaN, and none."""
+
     scores: Scores
-    exempt: Tensor | None
+    scored: Tensor
     log_ratio: Tensor | None
 
 
@@ -69,33 +67,37 @@ def guide_rows(
     if all(not c.needs_scores and c.tail == "keep" for c in configs):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
-    candidates = _candidates(logits, configs, min_keep)
-    active = _rows_to_score(scorer, logits, configs)
+    chosen = choose_candidates(logits, configs, min_keep)
+    known, gated = _on_host(chosen, vocabulary=scorer.scores_vocabulary)
+    active = _rows_to_score(scorer, configs, gated)
     reason: object = "NaN or infinite scores"
     refused: dict[int, str] = {}
     try:
         try:
-            step = _score(scorer, logits, candidates, prefixes, configs, active, ends)
+            step = _score(scorer, logits, chosen.candidates, known, prefixes, configs, active, ends)
         except ValueError:
-            refused = _refused_rows(scorer, prefixes, candidates, active, logits.shape[-1])
+            refused = _refused_rows(scorer, prefixes, known, active, logits.shape[-1])
             if on_error == "raise" or not refused:
                 raise
             active = [i for i in active if i not in refused]
-            step = _score(scorer, logits, candidates, prefixes, configs, active, ends)
+            step = _score(scorer, logits, chosen.candidates, known, prefixes, configs, active, ends)
+            step = _spoiled(step, chosen.candidates, list(refused))
+            reason = next(iter(refused.values()))
     except Exception as error:
         if on_error == "raise" or is_device_error(error):
             raise
-        reason, step = error, _no_scores(candidates)
-    guided, failed = _apply(logits, candidates, configs, active, step, min_keep)
+        reason, step = error, _spoiled(_no_scores(chosen.candidates), chosen.candidates, active)
+    guided, why = apply_guidance(
+        logits, chosen.candidates, step.scores, configs, step.scored, step.log_ratio, min_keep
+    )
+    failed = [i for i, each in enumerate(why.tolist()) if each]
     if failed and on_error == "raise":
         raise ValueError(
             f"the scorer answered NaN or infinity for rows {failed}, or so much that their "
             "logits overflow: expected finite values"
         )
-    if failed or refused:
-        untouched = [*failed, *refused]
-        _count_failure(scorer, len(untouched), next(iter(refused.values()), reason))
-        guided[untouched] = logits[untouched]
+    if failed:
+        _count_failure(scorer, len(failed), reason)
     return guided
 
 
@@ -134,12 +136,18 @@ def _per_row_terminals(terminals: Terminals, rows: int) -> Sequence[Collection[i
     return each_row
 
 
-def _candidates(logits: Tensor, configs: Sequence[GuidanceConfig], min_keep: int) -> Tensor:
-    """Candidates by each row's own top_k and top_p, int64 [rows, largest k]."""
-    if len({(c.top_k, c.top_p) for c in configs}) == 1:
-        configs = configs[:1]
-    top_k, top_p = [c.top_k for c in configs], [c.top_p for c in configs]
-    return select_candidates_per_row(logits, top_k, top_p, min_keep)
+def _on_host(chosen: TopCandidates, *, vocabulary: bool) -> tuple[Tensor, list[bool] | None]:
+    """Candidates that are read on the host, and which rows the gate lets pass, in one copy.
+
+    vocabulary: candidates may be all there are, and stay where they are.
+    """
+    candidates, gated = chosen
+    if vocabulary or candidates.device.type == "cpu":
+        return candidates, None if gated is None else gated.tolist()
+    if gated is None:
+        return candidates.cpu(), None
+    both = torch.cat([candidates, gated[:, None]], -1).cpu()
+    return both[:, :-1], both[:, -1].bool().tolist()
 
 
 def _refused_rows(
@@ -156,89 +164,85 @@ def _refused_rows(
     return refused
 
 
-def _rows_to_score(scorer: Scorer, logits: Tensor, configs: Sequence[GuidanceConfig]) -> list[int]:
+def _rows_to_score(
+    scorer: Scorer, configs: Sequence[GuidanceConfig], gated: list[bool] | None
+) -> list[int]:
     """Indices of the rows whose advantages matter and that their gate does not let pass."""
-    wanted = [i for i, c in enumerate(configs) if c.needs_scores]
-    gates = {i: gate for i in wanted if (gate := configs[i].gate) is not None}
-    passed: set[int] = set()
-    if gates:
-        hits = gated_rows(logits[list(gates)], list(gates.values())).tolist()
-        passed = {i for i, hit in zip(gates, hits, strict=True) if hit}
-    scorer.stats.rows_gated += len(passed)
-    return [i for i in wanted if i not in passed]
+    wanted = [i for i, config in enumerate(configs) if config.needs_scores]
+    if gated is None:
+        return wanted
+    rows = [i for i in wanted if not gated[i]]
+    scorer.stats.rows_gated += len(wanted) - len(rows)
+    return rows
 
 
 def _score(
     scorer: Scorer,
     logits: Tensor,
-    candidates: Tensor,
+    candidates: Tensor,  # [rows, k] int64, where the logits are
+    known: Tensor,  # the same where the scorer wants them
     prefixes: Sequence[Prefix],
     configs: Sequence[GuidanceConfig],
     active: list[int],
     terminals: Sequence[Collection[int]],
 ) -> _StepScores:
-    """Scores of the active rows, spread over all rows; NaN elsewhere."""
-    step = _no_scores(candidates)
+    """Scores of the active rows, spread over all rows; on the logits' device."""
     if not active:
-        return step._replace(log_ratio=torch.zeros_like(step.scores.values))
-    device = candidates.device
-    rows: Tensor | slice = slice(None)
-    if len(active) < len(candidates):
-        rows = torch.tensor(active).to(device, non_blocking=True)
-    chosen, own = candidates[rows], [prefixes[i] for i in active]
-    ends = [terminals[i] for i in active]
-    scores, exempt = score_candidates(scorer, own, chosen, ends)
-    step.scores.values[rows] = scores.values.to(device)
-    step.scores.baseline[rows] = scores.baseline.to(device)
-    if exempt is not None:
-        spread = torch.zeros_like(candidates, dtype=torch.bool)
-        spread[rows] = exempt.to(device)
-        step = step._replace(exempt=spread)
+        return _no_scores(candidates)
+    every = len(active) == len(candidates)
+    if not every:
+        rows = torch.tensor(active)
+        known = known[rows.to(known.device, non_blocking=True)]
+        rows = rows.to(logits.device, non_blocking=True)
+        prefixes, terminals = [prefixes[i] for i in active], [terminals[i] for i in active]
+    scores, exempt = score_candidates(scorer, prefixes, known, terminals)
+    scored = scored_candidates(known, exempt)
+    log_ratio = None
     if any(configs[i].kl_coef for i in active):
-        assert scorer.reference is not None
-        policy = logits[rows].gather(-1, chosen.clamp(min=0)).float() - log_normaliser(logits[rows])
-        ratio = torch.full_like(step.scores.values, torch.nan)
-        ratio[rows] = policy - scorer.reference.log_probs(own, chosen).to(device)
-        step = step._replace(log_ratio=ratio)
-    return step
+        own, taken = (logits, candidates) if every else (logits[rows], candidates[rows])
+        log_ratio = _log_ratio(scorer, own, taken, prefixes)
+    values, baseline = (each.to(logits.device) for each in scores)
+    step = _StepScores(
+        Scores(values, baseline), scored.to(logits.device, non_blocking=True), log_ratio
+    )
+    return step if every else _spread(step, rows, candidates)
+
+
+def _log_ratio(
+    scorer: Scorer, logits: Tensor, candidates: Tensor, prefixes: Sequence[Prefix]
+) -> Tensor:
+    """log π − log π_ref of each candidate, float32 [rows, k]."""
+    assert scorer.reference is not None
+    policy = logits.gather(-1, candidates.clamp(min=0)).float() - log_normaliser(logits)
+    return policy - scorer.reference.log_probs(prefixes, candidates).to(logits.device)
 
 
 def _no_scores(candidates: Tensor) -> _StepScores:
-    """NaN for every candidate: what a row has that was not scored."""
+    """What rows have that are not scored."""
     values = torch.full(candidates.shape, torch.nan, dtype=torch.float32, device=candidates.device)
-    return _StepScores(Scores(values, values.new_full((len(values),), torch.nan)), None, None)
+    return _StepScores(Scores(values, values[:, 0]), values == 0, values)
 
 
-def _apply(
-    logits: Tensor,
-    candidates: Tensor,
-    configs: Sequence[GuidanceConfig],
-    active: list[int],
-    step: _StepScores,
-    min_keep: int,
-) -> tuple[Tensor, list[int]]:
-    """Guided logits, and the rows whose scores could not be used."""
-    scores, exempt, log_ratio = step
-    if log_ratio is None and any(c.kl_coef for c in configs):
-        log_ratio = torch.full_like(scores.values, torch.nan)
-    here = set(active)
-    live = torch.tensor([i in here for i in range(len(logits))])
-    live = live.to(logits.device, non_blocking=True)
-    failed = unusable_rows(
-        candidates, scores, configs, exempt=exempt, log_ratio=log_ratio, active=live
+def _spread(step: _StepScores, rows: Tensor, candidates: Tensor) -> _StepScores:
+    """The step of some rows as one of all rows."""
+    nothing = _no_scores(candidates)
+    log_ratio = step.log_ratio
+    if log_ratio is not None:
+        log_ratio = nothing.scores.values.index_copy(0, rows, log_ratio)
+    return _StepScores(
+        Scores(
+            nothing.scores.values.index_copy(0, rows, step.scores.values),
+            nothing.scores.baseline.index_copy(0, rows, step.scores.baseline),
+        ),
+        nothing.scored.index_copy(0, rows, step.scored),
+        log_ratio,
     )
-    guided = apply_guidance(
-        logits.clone(),
-        candidates,
-        scores,
-        configs,
-        exempt=exempt,
-        log_ratio=log_ratio,
-        active=live & ~failed,
-        min_keep=min_keep,
-    )
-    failed |= overflowed_rows(logits, guided, candidates, configs)
-    return guided, failed.nonzero().flatten().tolist()
+
+
+def _spoiled(step: _StepScores, candidates: Tensor, rows: list[int]) -> _StepScores:
+    """The step with rows whose scores are wanted and are NaN: guidance leaves those untouched."""
+    at = torch.tensor(rows, dtype=torch.int64).to(candidates.device, non_blocking=True)
+    return step._replace(scored=step.scored.index_copy(0, at, candidates[at] >= 0))
 
 
 def _count_failure(scorer: Scorer, rows: int, reason: object) -> None:

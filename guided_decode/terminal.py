@@ -10,8 +10,8 @@ from guided_decode.scores import Prefix, Scorer, Scores
 
 
 class TerminalScores(NamedTuple):
-    """scores: as of `Scorer.score`; exempt: bool [rows, k], terminals with A = 0, or None; both on
-    the scorer's device."""
+    """scores: as of `Scorer.score`; exempt: bool [rows, k] where the candidates are, terminals with
+    A = 0, or None."""
 
     scores: Scores
     exempt: Tensor | None
@@ -39,11 +39,11 @@ def score_candidates(
             candidates = candidates.masked_fill(ends, scorer.eos_token_id)
         return TerminalScores(scorer.score(prefixes, candidates), None)
     values, baseline = scorer.score(prefixes, candidates.masked_fill(ends, -1))
-    ends = ends.to(values.device)
     if scorer.terminal == "baseline":
         return TerminalScores(Scores(values, baseline), ends)
     rewards = _final_rewards(scorer, prefixes, ends).to(values.device)
-    return TerminalScores(Scores(torch.where(ends, rewards[:, None], values), baseline), None)
+    values = torch.where(ends.to(values.device), rewards[:, None], values)
+    return TerminalScores(Scores(values, baseline), None)
 
 
 def _is_terminal(candidates: Tensor, terminals: Sequence[Collection[int]]) -> Tensor | None:

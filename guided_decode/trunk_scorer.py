@@ -54,7 +54,7 @@ class TrunkScorer(CriticScorer):
         if self._hidden is not None:
             return
         self.cache.clear()
-        slots = len(self.cache.pool.values)
+        slots = len(self.cache.pool.keys[0])
         self._hidden = torch.empty(
             slots,
             self.trunk_head.hidden_size,

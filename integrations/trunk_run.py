@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -98,19 +99,27 @@ class TrunkRun:
     def _step(self) -> Tensor:
         """The next token of each row, int64 [rows]; any for finished ones."""
         self._read()
-        scores = self.before(self.ids, self.logits.clone())  # type: ignore[arg-type]
+        scores = self.logits
+        if self.before:
+            # Processors may write to what they are given.
+            scores = self.before(self.ids, scores.clone())  # type: ignore[arg-type]
         # Drawn for all rows at once, as torch.multinomial does: beside which others a row is
         # chosen then changes nothing.
         noise = torch.empty_like(scores).exponential_(1) if self.options.do_sample else None
-        processed, tokens = torch.empty_like(scores), torch.empty_like(self.ids[:, 0])
         gated = self._gated(scores)
-        others = sorted(set(range(len(scores))) - set(gated))
-        for rows, config in ((gated, _without_scores(self.config)), (others, self._ungated())):
-            if rows:
-                processed[rows] = self._guided(scores, rows, config)
-                tokens[rows] = _choose(processed[rows], None if noise is None else noise[rows])
-            if rows is gated:
-                self._ride(gated, tokens)
+        everyone = list(range(len(scores)))
+        if gated:
+            processed, tokens = torch.empty_like(scores), torch.empty_like(self.ids[:, 0])
+            others = sorted(set(everyone) - set(gated))
+            for rows, config in ((gated, _without_scores(self.config)), (others, self._ungated())):
+                if rows:
+                    processed[rows] = self._guided(scores, rows, config)
+                    tokens[rows] = _choose(processed[rows], None if noise is None else noise[rows])
+                if rows is gated:
+                    self._ride(gated, tokens)
+        else:
+            processed = self._guided(scores, everyone, self._ungated())
+            tokens = _choose(processed, noise)
         if self.options.output_scores:
             self.scores.append(processed)
         if self.options.output_logits:
@@ -144,19 +153,17 @@ class TrunkRun:
 
     def _guided(self, scores: Tensor, rows: list[int], config: GuidanceConfig) -> Tensor:
         """Guided and processed scores of some rows, [n, vocab]; finished ones are not guided."""
-        guided = scores[rows]
         alive = set(self.live)
-        places = [place for place, i in enumerate(rows) if i in alive]
-        if places:
-            guided[places] = guide_rows(
-                self.scorer,
-                guided[places],
-                [self.handles[rows[place]] for place in places],
-                config,
-                terminals=self.terminals,
-                on_error=self.on_error,
-            )
-        processed: Tensor = self.after(self.ids[rows], guided)  # type: ignore[arg-type]
+        own = [i for i in rows if i in alive]
+        handles = [self.handles[i] for i in own]
+        guide = partial(guide_rows, self.scorer, terminals=self.terminals, on_error=self.on_error)
+        if len(own) == len(scores):
+            guided, ids = guide(scores, handles, config), self.ids
+        else:
+            guided, ids = scores[rows], self.ids[rows]
+            if own:
+                guided[[i in alive for i in rows]] = guide(scores[own], handles, config)
+        processed: Tensor = self.after(ids, guided)  # type: ignore[arg-type]
         return processed
 
     def _ride(self, gated: list[int], tokens: Tensor) -> None:

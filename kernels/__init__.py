@@ -5,6 +5,7 @@ from guided_decode.kernels.guide_sample import guide_sample
 from guided_decode.kernels.gumbel import gumbel_noise
 from guided_decode.kernels.lm_head_value import lm_head_value
 from guided_decode.kernels.lookahead_attention import lookahead_attention
+from guided_decode.kernels.top_candidates import top_candidates
 from guided_decode.kernels.value_head import value_head
 
 __all__ = [
@@ -13,5 +14,6 @@ __all__ = [
     "gumbel_noise",
     "lm_head_value",
     "lookahead_attention",
+    "top_candidates",
     "value_head",
 ]

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 # More candidates than one program holds go to the reference.
 MAX_CANDIDATES = 1024
 
+# Why a row keeps its logits.
+UNUSABLE, OVERFLOWED = 1, 2
+
 
 class Shift(NamedTuple):
     """What moves the logits of candidates, as guide_logits takes it.
@@ -49,7 +52,14 @@ class Shift(NamedTuple):
         )
 
 
-def candidate_logits(own: Tensor, shift: Shift) -> Tensor:
+class Shifted(NamedTuple):
+    """logits: [rows, k], the candidates'. failed: int32 [rows], 0, UNUSABLE or OVERFLOWED."""
+
+    logits: Tensor
+    failed: Tensor
+
+
+def candidate_logits(own: Tensor, shift: Shift) -> Shifted:
     """The guided logits of candidates, by guide_logits' formula.
 
     Args:
@@ -57,21 +67,29 @@ def candidate_logits(own: Tensor, shift: Shift) -> Tensor:
         shift: what moves them.
 
     Returns:
-        [rows, k] of own's dtype; anything where padded.
+        [rows, k] of own's dtype, anything where padded; a row that failed has its own.
     """
     scored = shift.scored & (shift.candidates >= 0)
     quality = shift.values.masked_fill(~scored, 0.0)
-    mean = quality.sum(-1) / scored.sum(-1).clamp(min=1)
-    advantage = quality - torch.where(shift.mean_baseline, mean, shift.baseline)[:, None]
+    taken = quality
     if shift.penalty is not None:
-        advantage = advantage - shift.penalty
-    advantage = advantage.masked_fill(~scored, 0.0)
+        taken = quality - shift.penalty.masked_fill(~scored, 0.0)
+    count = scored.sum(-1)
+    # Comparisons with NaN are false.
+    usable = (taken.abs() < torch.inf).all(-1) & ((shift.baseline.abs() < torch.inf) | (count == 0))
+
+    mean = quality.sum(-1) / count.clamp(min=1)
+    advantage = taken - torch.where(shift.mean_baseline, mean, shift.baseline)[:, None]
     kept = min(shift.min_keep, own.shape[-1])
     best = advantage.masked_fill(~scored, -torch.inf).topk(kept).values
     least = torch.minimum(best[:, :1] - shift.margin[:, None], best[:, -1:])
-    shifted = (own.float() + shift.beta[:, None] * advantage).to(own.dtype)
-    guided = torch.where(scored & (shift.beta != 0)[:, None], shifted, own)
-    return guided.masked_fill(scored & (advantage < least), -torch.inf)
+    moved = scored & (shift.beta != 0)[:, None]
+    shifted = torch.where(moved, own + shift.beta[:, None] * advantage, own).to(own.dtype)
+    overflowed = (moved & (own.abs() < torch.inf) & ~(shifted.abs() < torch.inf)).any(-1)
+
+    failed = torch.where(usable, OVERFLOWED * overflowed, UNUSABLE)
+    guided = shifted.masked_fill(scored & (advantage < least), -torch.inf)
+    return Shifted(torch.where((failed != 0)[:, None], own, guided), failed.int())
 
 
 @kernel()
@@ -94,17 +112,22 @@ def shift_candidates(
     min_keep,
     BLOCK_K: tl.constexpr,
 ):
-    """`candidate_logits` of one row: own and token are [BLOCK_K]."""
+    """`candidate_logits` of one row: own and token are [BLOCK_K]; gives logits and failed."""
+    infinity = float("inf")
     at = row * k + tl.arange(0, BLOCK_K)
     counted = tl.load(scored + at, mask=token >= 0, other=0) != 0
     quality = tl.load(values + at, mask=counted, other=0.0)
-    count = tl.maximum(tl.sum(counted.to(tl.int32)), 1)
+    count = tl.sum(counted.to(tl.int32))
     base = tl.load(baseline + row * baseline_stride)
-    if tl.load(mean_baseline + row * mean_stride):
-        base = tl.div_rn(tl.sum(quality), count.to(tl.float32))
-    advantage = quality - base
+    taken = quality
     if penalty is not None:
-        advantage -= tl.load(penalty + at, mask=counted, other=0.0)
+        taken -= tl.load(penalty + at, mask=counted, other=0.0)
+    # Comparisons with NaN are false.
+    usable = tl.min(tl.where(tl.abs(taken) < infinity, 1, 0))
+    usable = tl.where((tl.abs(base) < infinity) | (count == 0), usable, 0)
+    if tl.load(mean_baseline + row * mean_stride):
+        base = tl.div_rn(tl.sum(quality), tl.maximum(count, 1).to(tl.float32))
+    advantage = taken - base
 
     remaining = tl.where(counted, advantage, float("-inf"))
     best = tl.max(remaining)
@@ -116,8 +139,10 @@ def shift_candidates(
     least = tl.minimum(best - tl.load(margin + row * margin_stride), kept)
 
     weight = tl.load(beta + row * beta_stride)
-    guided = own
-    if weight != 0.0:
-        shifted = (own.to(tl.float32) + weight * advantage).to(own.dtype)
-        guided = tl.where(counted, shifted, own)
-    return tl.where(counted & (advantage < least), float("-inf"), guided)
+    moved = counted & (tl.zeros_like(advantage) + weight != 0.0)
+    shifted = tl.where(moved, (own.to(tl.float32) + weight * advantage).to(own.dtype), own)
+    broken = tl.where(tl.abs(shifted.to(tl.float32)) < infinity, 0, 2)
+    broken = tl.where(moved & (tl.abs(own.to(tl.float32)) < infinity), broken, 0)
+    failed = tl.where(usable != 0, tl.max(broken), 1)
+    guided = tl.where(counted & (advantage < least), float("-inf"), shifted)
+    return tl.where(failed != 0, own, guided), failed

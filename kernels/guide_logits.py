@@ -1,9 +1,9 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Guidance on the logits: advantages of the candidates, the rule, and the tail, in place."""
+"""Guidance on the logits: advantages of the candidates, the rule, and the tail."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,8 +22,19 @@ if TYPE_CHECKING:
 _BLOCK_V = 4096
 
 
+class GuidedLogits(NamedTuple):
+    """logits: [rows, vocab]. failed: int32 [rows], why a row has its own logits, or 0.
+
+    candidate_shift.UNUSABLE: a score that counts is NaN or infinite. OVERFLOWED: finite numbers
+    gave a logit that its dtype does not hold.
+    """
+
+    logits: Tensor
+    failed: Tensor
+
+
 def guide_logits(
-    logits: Tensor,  # [rows, vocab] any float, changed in place
+    logits: Tensor,  # [rows, vocab] any float
     candidates: Tensor,  # [rows, k] int64, -1 where padded
     values: Tensor,  # [rows, k] float32
     baseline: Tensor,  # [rows] float32
@@ -35,8 +46,8 @@ def guide_logits(
     scored: Tensor,  # [rows, k] bool
     penalty: Tensor | None = None,  # [rows, k] float32
     min_keep: int = 1,
-) -> Tensor:
-    """Rewrites each row's logits by its candidates' advantages.
+) -> GuidedLogits:
+    """Each row's logits, moved by its candidates' advantages.
 
     With S the scored candidates of a row and C all of them:
 
@@ -50,23 +61,24 @@ def guide_logits(
     "reweight" is margin = inf, "prune" is beta = 0. A candidate that is not scored (a terminal
     under the "baseline" rule, every candidate of a gated row) is neither shifted nor pruned, and
     its logit keeps its bits. A row without candidates is all tail: with keep_tail it is the
-    sentinel row of a CUDA graph, which nothing touches.
+    sentinel row of a CUDA graph, which nothing touches. A row that fails keeps every bit: what is
+    not finite in the scores never reaches the logits, and nobody has to look before.
 
     Args:
-        logits: [rows, vocab], changed in place; the arithmetic is float32.
+        logits: [rows, vocab], not changed; the arithmetic is float32.
         candidates: int64 [rows, k], distinct within a row, padded with -1.
         values: float32 [rows, k]; read where scored.
-        baseline: float32 [rows].
+        baseline: float32 [rows]; read where anything is scored.
         beta: float32 [rows].
         margin: float32 [rows], inf for no pruning.
         keep_tail: bool [rows].
         mean_baseline: bool [rows].
         scored: bool [rows, k].
-        penalty: float32 [rows, k], kl_coef · (log π − log π_ref), or None.
+        penalty: float32 [rows, k], kl_coef · (log π − log π_ref), or None; read where scored.
         min_keep: how many scored candidates of a row pruning leaves at least.
 
     Returns:
-        logits.
+        New logits of the input's dtype, and which rows failed.
     """
     shift = Shift(
         candidates, values, baseline, beta, margin, mean_baseline, scored, penalty, min_keep
@@ -76,35 +88,38 @@ def guide_logits(
     return guide_logits_reference(logits, shift, keep_tail)
 
 
-def guide_logits_reference(logits: Tensor, shift: Shift, keep_tail: Tensor) -> Tensor:
+def guide_logits_reference(logits: Tensor, shift: Shift, keep_tail: Tensor) -> GuidedLogits:
     """The specification of `guide_logits`."""
     # Padding repeats the row's first candidate, so that one scatter serves ragged rows.
     valid = shift.candidates >= 0
     first = valid.int().argmax(-1, keepdim=True)
     index = torch.where(valid, shift.candidates, shift.candidates.gather(-1, first)).clamp(min=0)
     own = logits.gather(-1, index)
-    guided = candidate_logits(own, shift)
+    guided, failed = candidate_logits(own, shift)
     guided = torch.where(valid, guided, guided.gather(-1, first))
+    kept = (keep_tail | (failed != 0))[:, None]
     # A row without candidates has only a tail.
-    guided = torch.where(valid.any(-1, keepdim=True), guided, own)
-    guided = guided.masked_fill(~(valid.any(-1) | keep_tail)[:, None], -torch.inf)
-
-    logits.masked_fill_(~keep_tail[:, None], -torch.inf)
-    return logits.scatter_(-1, index, guided)
+    tail = torch.where(kept, own, -torch.inf)
+    guided = torch.where(valid.any(-1, keepdim=True), guided, tail)
+    return GuidedLogits(torch.where(kept, logits, -torch.inf).scatter_(-1, index, guided), failed)
 
 
-def guide_logits_triton(logits: Tensor, shift: Shift, keep_tail: Tensor) -> Tensor:
+def guide_logits_triton(logits: Tensor, shift: Shift, keep_tail: Tensor) -> GuidedLogits:
     """The same on a GPU, in one launch.
 
-    Unfused: 40 launches, all but one over [rows, k], and masked_fill_, which reads and writes
-    2 · rows · vocab · itemsize bytes, whatever the tail. This writes rows · vocab · itemsize bytes
-    under tail="mask" and none of the tail under "keep", and reads about 25 bytes a candidate.
+    Unfused: some 50 launches, all but one over [rows, k], and torch.where, which reads and writes
+    2 · rows · vocab · itemsize bytes, whatever the tail. This writes rows · vocab · itemsize bytes,
+    reads as many under tail="keep" and none of the tail under "mask", and reads about 25 bytes a
+    candidate.
     """
     rows, vocab = logits.shape
-    blocks = -(-vocab // _BLOCK_V)
+    guided = torch.empty((rows, vocab), dtype=logits.dtype, device=logits.device)
+    failed = torch.empty(rows, dtype=torch.int32, device=logits.device)
     _guide_logits_kernel.launch(
-        (rows, blocks),
+        (rows, -(-vocab // _BLOCK_V)),
         logits,
+        guided,
+        failed,
         keep_tail,
         *shift.arguments(),
         vocab,
@@ -115,12 +130,14 @@ def guide_logits_triton(logits: Tensor, shift: Shift, keep_tail: Tensor) -> Tens
         BLOCK_K=next_power_of_two(shift.candidates.shape[-1]),
         num_warps=4,
     )
-    return logits
+    return GuidedLogits(guided, failed)
 
 
 @kernel(do_not_specialize=("k", "min_keep"))
 def _guide_logits_kernel(
     logits,
+    guided,
+    failed,
     keep_tail,
     candidates,
     values,
@@ -143,23 +160,26 @@ def _guide_logits_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """One program writes BLOCK_V tokens of a row, and reads no logit that another one writes."""
+    """One program writes BLOCK_V tokens of a row; all of a row work out its candidates."""
     row = tl.program_id(0).to(tl.int64)
     start = tl.program_id(1) * BLOCK_V
     offsets = tl.arange(0, BLOCK_K)
     token = tl.load(candidates + row * k + offsets, mask=offsets < k, other=-1)
-    mine = (token >= start) & (token < start + BLOCK_V)
     logits += row * row_stride
-    own = tl.load(logits + token * token_stride, mask=mine, other=0.0)
-    guided = shift_candidates(
+    own = tl.load(logits + token * token_stride, mask=token >= 0, other=0.0)
+    moved, why = shift_candidates(
         own, token, row, values, scored, penalty, baseline, beta, margin, mean_baseline,
         baseline_stride, beta_stride, margin_stride, mean_stride, k, min_keep, BLOCK_K,
     )  # fmt: skip
-    # The candidates' logits are read before the tail is written, and written after it.
+    tail = start + tl.arange(0, BLOCK_V).to(tl.int64)
+    kept = (tl.load(keep_tail + row * keep_stride) != 0) | (why != 0)
+    # Of a tail that is masked nothing is read.
+    read = tl.where(kept, vocab, 0)
+    x = tl.load(logits + tail * token_stride, mask=tail < read, other=float("-inf"))
+    guided += row * vocab
+    tl.store(guided + tail, x, mask=tail < vocab)
+    # The candidates are written over what the tail has in their places.
     tl.debug_barrier()
-    if tl.load(keep_tail + row * keep_stride) == 0:
-        tail = start + tl.arange(0, BLOCK_V).to(tl.int64)
-        hidden = tl.full([BLOCK_V], float("-inf"), logits.dtype.element_ty)
-        tl.store(logits + tail * token_stride, hidden, mask=tail < vocab)
-    tl.debug_barrier()
-    tl.store(logits + token * token_stride, guided, mask=mine)
+    tl.store(guided + token, moved, mask=(token >= start) & (token < start + BLOCK_V))
+    if tl.program_id(1) == 0:
+        tl.store(failed + row, why)

@@ -46,7 +46,8 @@ def guide_sample(
     with l' by guide_logits, rounded to the logits' dtype, and g by gumbel_noise (Gumbel-max:
     Maddison et al. 2014). Where temperature is 0, the argmax of l'. Ties go to the lower token id.
     The token is that of the argmax over the vocabulary with the same noise and −inf outside C;
-    under tail="keep" the others could be drawn, so that such rows want guide_logits instead.
+    under tail="keep" the others could be drawn, so that such rows want guide_logits instead, as
+    do rows whose scores may fail: here such a row's candidates are drawn by their own logits.
 
     Args:
         logits: [rows, vocab], not changed; read at the candidates.
@@ -73,7 +74,7 @@ def guide_sample_reference(
     """The specification of `guide_sample`."""
     tokens = shift.candidates
     own = logits.gather(-1, tokens.clamp(min=0))
-    guided = candidate_logits(own, shift).float().masked_fill(tokens < 0, -torch.inf)
+    guided = candidate_logits(own, shift).logits.float().masked_fill(tokens < 0, -torch.inf)
     noise = gumbel_noise(seeds[:, None], positions[:, None], tokens.clamp(min=0))
     greedy = (temperature == 0)[:, None]
     keys = torch.where(greedy, guided, guided / temperature[:, None] + noise)
@@ -148,7 +149,7 @@ def _guide_sample_kernel(
     token = tl.load(candidates + row * k + offsets, mask=offsets < k, other=-1)
     valid = token >= 0
     own = tl.load(logits + row * row_stride + token * token_stride, mask=valid, other=0.0)
-    guided = shift_candidates(
+    guided, _ = shift_candidates(
         own, token, row, values, scored, penalty, baseline, beta, margin, mean_baseline,
         baseline_stride, beta_stride, margin_stride, mean_stride, k, min_keep, BLOCK_K,
     )  # fmt: skip

@@ -43,7 +43,8 @@ def batch_of(layout, shapes, dtype=torch.float32):
         positions += [*range(first, length), *[length] * candidates]
         start += prefix + candidates
     ids = torch.tensor([int(slot) for slot in slots])
-    return PackedBatch(ids, torch.tensor(positions), ids, segments, table, pool)
+    stacked = torch.stack([ids, torch.tensor(positions), ids])
+    return PackedBatch(stacked, *stacked.unbind(), segments, table, pool)
 
 
 def attend(batch, window=None, softcap=None):

@@ -202,6 +202,7 @@ def test_kernels_are_compared_with_what_they_should_give():
         attention_case(made, TINY, 2, 3, 20, "cpu", torch.float32),
         kernel_cases.value_head_case(TINY, 3, "cpu", torch.float32),
         kernel_cases.lm_head_case(TINY, 3, "cpu", torch.float32),
+        kernel_cases.top_candidates_case(TINY, 3, 4, "cpu"),
         kernel_cases.guide_logits_case(TINY, 3, 4, "cpu"),
     ]
     for case in cases:

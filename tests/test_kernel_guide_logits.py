@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 
-from guided_decode.kernels.candidate_shift import MAX_CANDIDATES, Shift
+from guided_decode.kernels.candidate_shift import MAX_CANDIDATES, OVERFLOWED, UNUSABLE, Shift
 from guided_decode.kernels.guide_logits import (
+    GuidedLogits,
     guide_logits,
     guide_logits_reference,
     guide_logits_triton,
@@ -21,6 +22,7 @@ from tests.kernel_cases import (
     assert_builds,
     captured,
     on_cuda,
+    poisoned,
     recorded,
     runs_kernels,
 )
@@ -101,17 +103,62 @@ def expected(logits, shift, keep_tail):
 def test_reference_is_the_formula(rows, k, vocab, penalty, min_keep):
     logits, shift, keep = case(rows, k, vocab, penalty=penalty, min_keep=min_keep)
     truth = expected(logits, shift, keep)
-    result = guide_logits_reference(logits, shift, keep)
+    before = logits.clone()
+    result, failed = guide_logits_reference(logits, shift, keep)
     torch.testing.assert_close(result.double(), truth, rtol=1e-5, atol=1e-5)
+    assert not failed.any()
+    assert torch.equal(logits, before)
 
 
 def test_a_row_without_candidates_is_all_tail():
     logits, shift, _ = case(4, 3, 257)
-    before = logits.clone()
-    guide_logits_reference(logits, shift, torch.tensor([False, False, False, True]))
-    assert torch.equal(logits[-1], before[-1])
-    guide_logits_reference(logits, shift, torch.tensor([False] * 4))
-    assert (logits[-1] == -INF).all()
+    kept = guide_logits_reference(logits, shift, torch.tensor([False, False, False, True])).logits
+    assert torch.equal(kept[-1], logits[-1])
+    masked = guide_logits_reference(logits, shift, torch.tensor([False] * 4)).logits
+    assert (masked[-1] == -INF).all()
+
+
+def spoiled(device="cpu", dtype=torch.float32):
+    """Ten rows of which the first five are fine, and what guide_logits shall say of each."""
+    huge = torch.finfo(dtype).max
+    logits, shift, keep = case(10, 16, 5003, device=device, dtype=dtype)
+    scored, values, baseline = shift.scored.clone(), shift.values.clone(), shift.baseline.clone()
+    beta, penalty = shift.beta.clone(), shift.penalty.clone()
+    scored[5:, 1], scored[4] = True, False
+    shift.candidates[4:] = shift.candidates[:1]
+    values[5:], penalty[5:], beta[5:] = 0.5, 0.0, 1.0
+    # Not read: nothing of this row is scored.
+    values[4], baseline[4] = NAN, NAN
+    values[5, 1], baseline[6], penalty[7, 1], values[8, 1] = NAN, -INF, INF, -INF
+    beta[9], logits[9] = -huge, huge
+    values[9] = -1.0
+    baseline[9] = 1.0
+    shift = shift._replace(
+        scored=scored, values=values, baseline=baseline, beta=beta, penalty=penalty,
+        margin=torch.full_like(shift.margin, INF), mean_baseline=shift.mean_baseline & False,
+    )  # fmt: skip
+    return logits, shift, keep, [0] * 5 + [UNUSABLE] * 4 + [OVERFLOWED]
+
+
+def test_a_row_that_fails_keeps_every_bit():
+    logits, shift, keep, why = spoiled()
+    guided, failed = guide_logits_reference(logits, shift, keep)
+    assert failed.tolist() == why
+    assert torch.equal(guided[5:], logits[5:])
+    fine = Shift(*(x[:5] if isinstance(x, torch.Tensor) else x for x in shift))
+    alone, _ = guide_logits_reference(logits[:5], fine, keep[:5])
+    assert torch.equal(guided[:5], alone)
+    assert not guided.isnan().any()
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_kernel_finds_the_rows_that_fail(dtype):
+    logits, shift, keep, why = spoiled(DEVICE, dtype)
+    guided = guide_logits_triton(logits, shift, keep)
+    check(guided, guide_logits_reference(logits, shift, keep))
+    assert guided.failed.tolist() == why
+    assert torch.equal(guided.logits[5:], logits[5:])
 
 
 @runs_kernels
@@ -119,58 +166,61 @@ def test_a_row_without_candidates_is_all_tail():
 @pytest.mark.parametrize("vocab", [100, *VOCABULARIES])
 @pytest.mark.parametrize(("rows", "k", "penalty", "min_keep"),
                          [(5, 3, True, 1), (3, 16, False, 2), (2, 64, True, 5)])  # fmt: skip
-def test_kernel_is_the_reference(rows, k, vocab, penalty, min_keep, dtype):
+def test_kernel_is_the_reference(rows, k, vocab, penalty, min_keep, dtype, monkeypatch):
     logits, shift, keep = case(
         rows, k, vocab, device=DEVICE, dtype=dtype, penalty=penalty, min_keep=min_keep
     )
-    wanted = guide_logits_reference(logits.clone(), shift, keep)
+    wanted = guide_logits_reference(logits, shift, keep)
+    poisoned(monkeypatch)
+    before = logits.clone()
     check(guide_logits_triton(logits, shift, keep), wanted)
+    assert torch.equal(logits, before)
 
 
 @runs_kernels
 @pytest.mark.parametrize(("rows", "k"), [*SHAPES, (1, 1023), (2, MAX_CANDIDATES)])
 def test_kernel_takes_any_number_of_candidates(rows, k):
     logits, shift, keep = case(rows, k, 5003, device=DEVICE, min_keep=2)
-    wanted = guide_logits_reference(logits.clone(), shift, keep)
+    wanted = guide_logits_reference(logits, shift, keep)
     check(guide_logits_triton(logits, shift, keep), wanted)
 
 
 @runs_kernels
-def test_kernel_writes_through_any_strides():
+def test_kernel_reads_through_any_strides():
     logits, shift, keep = case(3, 16, 5003, device=DEVICE)
-    wanted = guide_logits_reference(logits.clone(), shift, keep)
-    columns = logits.t().contiguous().t()
-    check(guide_logits_triton(columns, shift, keep), wanted)
+    wanted = guide_logits_reference(logits, shift, keep)
+    check(guide_logits_triton(logits.t().contiguous().t(), shift, keep), wanted)
     wide = torch.full((3, 6000), 7.0, device=logits.device)
     wide[:, :5003] = logits
-    guide_logits_triton(wide[:, :5003], shift, keep)
-    check(wide[:, :5003], wanted)
-    assert (wide[:, 5003:] == 7.0).all()
+    check(guide_logits_triton(wide[:, :5003], shift, keep), wanted)
 
 
 @runs_kernels
 def test_kernel_keeps_the_bits_of_what_is_not_scored():
     # A denormal, a negative zero and infinities.
     logits = torch.tensor([[1e-40, -0.0, 3.1, -INF, 7e37]], device=DEVICE)
-    before = logits.clone()
     _, shift, keep = case(1, 4, 5, device=DEVICE)
     shift = shift._replace(
         candidates=torch.tensor([[4, 0, 1, 3]], device=DEVICE),
         scored=torch.zeros(1, 4, dtype=torch.bool, device=DEVICE),
     )
-    guide_logits_triton(logits, shift, torch.ones_like(keep))
-    assert torch.equal(logits.view(torch.int32), before.view(torch.int32))
+    guided, _ = guide_logits_triton(logits, shift, torch.ones_like(keep))
+    assert torch.equal(guided.view(torch.int32), logits.view(torch.int32))
 
 
 @on_cuda
 def test_public_function_replays_in_a_cuda_graph():
     logits, shift, keep = case(5, 16, 32001, device="cuda")
-    static = logits.clone()
+    static, guided = logits.clone(), logits.clone()
+    failed = torch.empty(5, dtype=torch.int32, device="cuda")
     names = ("candidates", "values", "baseline")
     given = {name: value for name, value in shift._asdict().items() if name not in names}
 
     def run():
-        guide_logits(static, *(getattr(shift, name) for name in names), keep_tail=keep, **given)
+        first = (getattr(shift, name) for name in names)
+        result = guide_logits(static, *first, keep_tail=keep, **given)
+        guided.copy_(result.logits)
+        failed.copy_(result.failed)
 
     graph = captured(run)
     for seed in (1, 2):
@@ -181,11 +231,13 @@ def test_public_function_replays_in_a_cuda_graph():
                 old.copy_(new)
         wanted = guide_logits_reference(fresh, shift, keep)
         graph.replay()
-        check(static, wanted)
+        check(GuidedLogits(guided, failed), wanted)
 
 
 def check(result, wanted):
     """Every −inf is where it should be, and every number within a rounding of its dtype."""
+    assert torch.equal(result.failed, wanted.failed)
+    result, wanted = result.logits, wanted.logits
     exact = torch.isinf(wanted) | (result == wanted)
     assert torch.equal(result[exact], wanted[exact])
     rtol = 4 * torch.finfo(result.dtype).eps

@@ -86,7 +86,7 @@ def test_noise_depends_on_each_of_its_keys():
 def whole_vocabulary(logits, shift, temperature, seeds, positions):
     """Gumbel-max over the vocabulary with −inf outside the candidates, -1 where there are none."""
     everywhere = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    guided = guide_logits_reference(logits.clone(), shift, everywhere).float()
+    guided = guide_logits_reference(logits, shift, everywhere).logits.float()
     tokens = torch.arange(logits.shape[1], device=logits.device)
     noise = gumbel_noise(seeds[:, None], positions[:, None], tokens)
     greedy = (temperature == 0)[:, None]
@@ -129,7 +129,7 @@ def one_row_often(draws, device="cpu"):
 def assert_distributed(tokens, logits, shift):
     hidden = torch.zeros(1, dtype=torch.bool, device=logits.device)
     one = type(shift)(*(x[:1] if isinstance(x, torch.Tensor) else x for x in shift))
-    guided = guide_logits_reference(logits[:1].clone(), one, hidden)
+    guided = guide_logits_reference(logits[:1], one, hidden).logits
     exact = (guided.double() / 0.8).softmax(-1)[0].cpu()
     counts = torch.bincount(tokens.cpu(), minlength=1000).double()
     assert not counts[exact == 0].any()
@@ -189,7 +189,7 @@ def test_kernel_draws_alike_from_candidates_and_from_the_vocabulary():
     logits, shift, *noise = draw_case(12, 16, 700, device=DEVICE, penalty=False)
     drawn = guide_sample_triton(logits, shift, *noise)
     hidden = torch.zeros(12, dtype=torch.bool, device=DEVICE)
-    guided = guide_logits_reference(logits.clone(), shift, hidden)
+    guided = guide_logits_reference(logits, shift, hidden).logits
     everything = torch.arange(700, device=DEVICE).expand(12, -1)
     plain = torch.zeros(12, 700, device=DEVICE)
     whole = shift._replace(candidates=everything, values=plain, scored=plain > 0)

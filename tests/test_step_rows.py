@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from guided_decode import GuidanceConfig, load_scorer
-from guided_decode.candidates import select_candidates, select_candidates_per_row
+from guided_decode.candidates import choose_candidates, select_candidates
 from guided_decode.step import guide_rows
 from tests import models, oracle
 
@@ -32,7 +32,9 @@ def step():
 def test_a_selection_of_each_rows_own_equals_the_rows_alone():
     logits = torch.randn(6, 101, generator=torch.Generator().manual_seed(0)).round(decimals=1)
     top_k, top_p = [1, 8, 101, 3, 40, None], [1.0, 0.5, 0.9, 0.1, 1.0, 0.7]
-    together = select_candidates_per_row(logits, top_k, top_p)
+    configs = [GuidanceConfig(top_k=k, top_p=p) for k, p in zip(top_k, top_p, strict=True)]
+    together, gated = choose_candidates(logits, configs)
+    assert gated is None
     for row, k, p, got in zip(logits, top_k, top_p, together, strict=True):
         alone = select_candidates(row[None], k, p)[0]
         assert got[got >= 0].tolist() == alone[alone >= 0].tolist()

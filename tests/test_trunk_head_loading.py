@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from guided_decode import load_scorer, tiny_tulu
+from guided_decode import load_scorer, packed_model, tiny_tulu
 from guided_decode.checkpoint import load_checkpoint
 from guided_decode.critic import CriticScorer
 from guided_decode.families import find_family
@@ -316,3 +316,13 @@ def test_a_loaded_head_is_on_the_trunks_device_in_float32():
         "the policy",
     )
     assert (head.weight.dtype, head.weight.device.type) == (torch.float32, "cpu")
+
+
+def test_hidden_states_count_in_the_caches_default_budget(monkeypatch):
+    budget = 1 << 18
+    monkeypatch.setitem(packed_model._MOST_BYTES, "cpu", budget)
+    scorer = load_scorer(trunk_heads.policy(), kind="trunk-head", head=trunk_heads.linear())
+    scorer.keep_hidden()
+    token = scorer.cache.pool.nbytes // (scorer.cache.capacity + 1) + scorer._hidden[0].nbytes
+    held = scorer.cache.pool.nbytes + scorer._hidden.nbytes
+    assert budget - 2 * token < held <= budget + 2 * token

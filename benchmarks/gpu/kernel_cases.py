@@ -21,6 +21,11 @@ from guided_decode.kernels.lm_head_value import (
     lm_head_value_triton,
 )
 from guided_decode.kernels.norm import Norm
+from guided_decode.kernels.top_candidates import (
+    Cut,
+    top_candidates_reference,
+    top_candidates_triton,
+)
 from guided_decode.kernels.value_head import value_head_reference, value_head_triton
 
 Call = Callable[[], Any]
@@ -68,6 +73,7 @@ def makers(device: str, dtype: torch.dtype = torch.bfloat16) -> list[Maker]:
         found += [
             Maker(partial(lm_head_case, size, rows, device, dtype), closer),
             Maker(partial(value_head_case, size, rows, device, dtype), closer),
+            Maker(partial(top_candidates_case, size, rows, 16, device), closer),
             Maker(partial(guide_logits_case, size, rows, 16, device), closer),
             Maker(partial(guide_sample_case, size, rows, 16, device), closer),
         ]
@@ -121,19 +127,35 @@ def lm_head_case(size: Size, rows: int, device: str, dtype: torch.dtype) -> Kern
     )
 
 
+def top_candidates_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
+    moved = rows * size.vocab * 4.125
+    logits = torch.randn(rotations(moved, most=32), rows, size.vocab, device=device)
+    cut = Cut(k, None, torch.full((rows,), 0.9, device=device), None, 1)
+    return KernelCase(
+        "top_candidates",
+        f"{rows} rows, vocabulary {size.vocab}, k {k}, top-p 0.9",
+        moved,
+        [lambda x=x: top_candidates_triton(x, cut).candidates for x in logits],
+        [lambda x=x: top_candidates_reference(x, cut).candidates for x in logits],
+        lambda: top_candidates_reference(logits[0], cut).candidates,
+        # The share of candidates that top-p may cut on either side of a rounding.
+        tolerance=0.05,
+        others={"torch.topk alone": lambda: [lambda x=x: x.topk(k) for x in logits]},
+    )
+
+
 def guide_logits_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
     moved = rows * size.vocab * 4 + 25 * rows * k
     sets = rotations(moved, most=32)
     logits = torch.randn(sets, rows, size.vocab, device=device)
     shift, mask = _shift(rows, k, size.vocab, device), torch.zeros(rows, device=device).bool()
-    first = logits[0].clone()
     return KernelCase(
         "guide_logits",
         f"{rows} rows, vocabulary {size.vocab}, k {k}, tail masked",
         moved,
-        [lambda x=x: guide_logits_triton(x, shift, mask) for x in logits],
-        [lambda x=x: guide_logits_reference(x, shift, mask) for x in logits],
-        lambda: guide_logits_reference(first, shift, mask),
+        [lambda x=x: guide_logits_triton(x, shift, mask).logits for x in logits],
+        [lambda x=x: guide_logits_reference(x, shift, mask).logits for x in logits],
+        lambda: guide_logits_reference(logits[0], shift, mask).logits,
         tolerance=1e-5,
     )
 
@@ -142,14 +164,13 @@ def guide_sample_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
     moved = 60.0 * rows * k
     sets = rotations(rows * size.vocab * 4, most=32)
     logits = torch.randn(sets, rows, size.vocab, device=device)
-    other = logits.clone()
     shift = _shift(rows, k, size.vocab, device)
     heat = torch.full((rows,), 0.8, device=device)
     seeds, positions = torch.arange(rows, device=device), torch.arange(rows, device=device) + 100
     mask = torch.zeros(rows, device=device).bool()
 
     def unfused(x: Tensor) -> Tensor:
-        guided = guide_logits_reference(x, shift, mask)
+        guided = guide_logits_reference(x, shift, mask).logits
         shares = (guided / heat[:, None]).softmax(-1)
         return (shares / torch.empty_like(shares).exponential_()).argmax(-1)
 
@@ -158,7 +179,7 @@ def guide_sample_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
         f"{rows} rows, vocabulary {size.vocab}, k {k}",
         moved,
         [lambda x=x: guide_sample_triton(x, shift, heat, seeds, positions) for x in logits],
-        [lambda x=x: unfused(x) for x in other],
+        [lambda x=x: unfused(x) for x in logits],
         lambda: guide_sample_reference(logits[0], shift, heat, seeds, positions),
         # The share of rows whose two best keys may be a rounding apart.
         tolerance=0.1,
@@ -166,14 +187,14 @@ def guide_sample_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
 
 
 def _shift(rows: int, k: int, vocab: int, device: str) -> Shift:
-    """Every candidate scored; beta so small that thousands of calls in place stay finite."""
+    """Every candidate scored, under reweight."""
     tokens = torch.stack([torch.randperm(vocab, device=device)[:k] for _ in range(rows)])
     per_row = torch.ones(rows, device=device)
     return Shift(
         tokens,
         torch.randn(rows, k, device=device),
         0.1 * per_row,
-        1e-3 * per_row,
+        per_row,
         torch.inf * per_row,
         torch.zeros_like(per_row).bool(),
         torch.ones(rows, k, device=device).bool(),

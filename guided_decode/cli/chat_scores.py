@@ -54,7 +54,7 @@ class ChatScorer:
         )
         values = scores.values[:, 0]
         if exempt is not None:
-            values = torch.where(exempt[:, 0], scores.baseline, values)
+            values = torch.where(exempt[:, 0].to(values.device), scores.baseline, values)
         return values.float().cpu().tolist()
 
     def _by_token(self, prompt: list[int], response: list[int], per_token: bool) -> dict[str, Any]:
