@@ -151,7 +151,8 @@ class PrefixCache:
         path = pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else NO_INTS
         first = min(depth, len(tokens) - 1) if reread_last else depth
         last_slot = self._last_slot(node, len(tokens))
-        self._pieces.append((row, start, path))
+        if len(path):
+            self._pieces.append((row, start, path))
         self._remember(handle, row, node, len(tokens), skip)
         return Placement(
             work=RowWork(
