@@ -76,7 +76,7 @@ class GuidanceConfig:
         """The same with some fields changed; a margin is not taken over to the other rule."""
         if settings.get("rule", self.rule) != self.rule:
             settings.setdefault("margin", None)
-        return replace(self, **settings)
+        return replace(self, **settings) if settings else self
 
     @property
     def needs_scores(self) -> bool:

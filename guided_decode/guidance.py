@@ -131,8 +131,13 @@ class _Rules(NamedTuple):
     kl_coef: Tensor | None
 
 
+def distinct(configs: Sequence[GuidanceConfig]) -> set[GuidanceConfig]:
+    """The rows' different configs; most rows share one object, which is looked at once."""
+    return set({id(config): config for config in configs}.values())
+
+
 def _rules_of(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules:
-    if len(set(configs)) == 1:
+    if len(distinct(configs)) == 1:
         return _rules_of_all(configs[0], len(configs), device)
     return _rules(configs, device)
 

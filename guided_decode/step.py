@@ -9,7 +9,7 @@ from torch import Tensor
 
 from guided_decode.candidates import choose_candidates, log_normaliser
 from guided_decode.config import GuidanceConfig, OnError
-from guided_decode.guidance import Configs, apply_guidance, per_row, scored_candidates
+from guided_decode.guidance import Configs, apply_guidance, distinct, per_row, scored_candidates
 from guided_decode.kernels.top_candidates import TopCandidates
 from guided_decode.scores import Prefix, Scorer, Scores
 from guided_decode.terminal import score_candidates
@@ -62,7 +62,7 @@ def guide_rows(
     """
     configs = per_row(config, len(logits))
     _check_call(logits, prefixes, on_error)
-    for each in set(configs):
+    for each in distinct(configs):
         _check_supported(scorer, each)
     if all(not c.needs_scores and c.tail == "keep" for c in configs):
         return logits.clone()
