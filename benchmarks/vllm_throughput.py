@@ -185,8 +185,8 @@ def requests(way: str, count: int) -> list[dict[str, Any] | None]:
 
 
 def draw_prompts(cell: Cell, turn: str) -> list[list[int]]:
-    """Prompts of the cell's length, whose last tokens are the turn's own."""
-    base, own = random.Random(cell.prompt), random.Random(turn)
+    """Prompts of the cell's length, whose last tokens are the cell's and the turn's own."""
+    base, own = random.Random(cell.prompt), random.Random(f"{cell}, {turn}")
     return [
         [base.randrange(10, 280) for _ in range(cell.prompt - NEW)]
         + [own.randrange(10, 280) for _ in range(NEW)]

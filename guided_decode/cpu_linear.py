@@ -5,18 +5,21 @@ takes up to twice oneDNN's time on processors that are not Intel's. Torch has bo
 lower precisions to oneDNN; the operation used here is the one that torch's own compiler emits.
 """
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 class OneDnnLinear(nn.Linear):
-    """nn.Linear whose float32 products on a CPU are oneDNN's. It has no gradients."""
+    """nn.Linear whose float32 products on a CPU are oneDNN's, where gradients are off."""
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        if input.is_cpu and input.dtype is weight.dtype is torch.float32:
-            return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+        ours = input.is_cpu and input.dtype is weight.dtype is torch.float32
+        if ours and not torch.is_grad_enabled():
+            return _onednn(input, weight, bias)
         return F.linear(input, weight, bias)
 
 
@@ -26,11 +29,26 @@ def use_onednn(model: nn.Module) -> None:
     Only modules of exactly the class nn.Linear, with float32 weights on a CPU and no gradients:
     their parameters stay what they are.
     """
-    if not torch.backends.mkldnn.is_available():
+    if not (torch.backends.mkldnn.is_available() and _is_there()):
         return
     for module in model.modules():
         if type(module) is nn.Linear and _is_suited(module.weight):
             module.__class__ = OneDnnLinear
+
+
+def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return product
+
+
+@functools.cache
+def _is_there() -> bool:
+    """Whether this torch has the operation, which is not of its public interface, as it was."""
+    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    try:
+        return torch.equal(_onednn(x, weight, None), F.linear(x, weight))
+    except (AttributeError, RuntimeError, TypeError):
+        return False
 
 
 def _is_suited(weight: Tensor) -> bool:

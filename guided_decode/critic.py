@@ -221,15 +221,16 @@ class CriticScorer:
         self.cache.pool.values.index_copy_(0, batch.slots, values)
 
     def _gather(self, placements: list[Placement], slots: Ints) -> Scores:
-        rows, k = slots.shape
-        read = np.empty(rows + slots.size, np.int64)
-        read[:rows] = [placement.last_slot for placement in placements]
+        # Baselines begin at a multiple of 16 bytes: kernels are compiled for that.
+        size, start = slots.size, -(-slots.size // 4) * 4
         # Padding is -1, where the pool has NaN.
-        read[rows:] = slots.ravel()
+        read = np.full(start + len(slots), -1, np.int64)
+        read[:size] = slots.ravel()
+        read[start:] = [placement.last_slot for placement in placements]
         values = self.cache.pool.values[
             torch.from_numpy(read).to(self.model.device, non_blocking=True)
         ]
-        return Scores(values[rows:].view(rows, k), values[:rows])
+        return Scores(values[:size].view(slots.shape), values[start:])
 
     def _count(self, begun: float, rows: int) -> None:
         evicted = self.cache.tree.evicted

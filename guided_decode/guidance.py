@@ -150,14 +150,17 @@ def _rules_of_all(config: GuidanceConfig, rows: int, device: torch.device) -> _R
 
 @torch.inference_mode(False)
 def _rules(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules:
-    weights = torch.tensor(
-        [[c.beta * (c.rule == "reweight"), _margin(c), c.kl_coef] for c in configs],
-        dtype=torch.float32,
-    ).T.contiguous()
-    flags = torch.tensor([[c.tail == "keep", c.baseline == "mean"] for c in configs]).T.contiguous()
+    rows = len(configs)
+    # Each begins at a multiple of 16 bytes, whatever the rows: kernels are compiled for that.
+    weights = torch.zeros(3, -(-rows // 16) * 16)
+    weights[:, :rows] = torch.tensor(
+        [[c.beta * (c.rule == "reweight"), _margin(c), c.kl_coef] for c in configs]
+    ).T
+    flags = torch.zeros(2, weights.shape[1], dtype=torch.bool)
+    flags[:, :rows] = torch.tensor([[c.tail == "keep", c.baseline == "mean"] for c in configs]).T
+    beta, margin, kl_coef = weights.to(device, non_blocking=True)[:, :rows]
+    keep_tail, mean_baseline = flags.to(device, non_blocking=True)[:, :rows]
     has_kl = any(c.kl_coef for c in configs)
-    beta, margin, kl_coef = weights.to(device, non_blocking=True)
-    keep_tail, mean_baseline = flags.to(device, non_blocking=True)
     return _Rules(beta, margin, keep_tail, mean_baseline, kl_coef if has_kl else None)
 
 

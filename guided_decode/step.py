@@ -142,10 +142,10 @@ def _on_host(chosen: TopCandidates, *, vocabulary: bool) -> tuple[Tensor, list[b
     vocabulary: candidates may be all there are, and stay where they are.
     """
     candidates, gated = chosen
-    if vocabulary or candidates.device.type == "cpu":
-        return candidates, None if gated is None else gated.tolist()
     if gated is None:
-        return candidates.cpu(), None
+        return candidates if vocabulary else candidates.cpu(), None
+    if vocabulary:
+        return candidates, gated.tolist()
     both = torch.cat([candidates, gated[:, None]], -1).cpu()
     return both[:, :-1], both[:, -1].bool().tolist()
 
@@ -220,15 +220,17 @@ def _log_ratio(
 def _no_scores(candidates: Tensor) -> _StepScores:
     """What rows have that are not scored."""
     values = torch.full(candidates.shape, torch.nan, dtype=torch.float32, device=candidates.device)
-    return _StepScores(Scores(values, values[:, 0]), values == 0, values)
+    baseline = values.new_full((len(values),), torch.nan)
+    return _StepScores(Scores(values, baseline), values == 0, values)
 
 
 def _spread(step: _StepScores, rows: Tensor, candidates: Tensor) -> _StepScores:
     """The step of some rows as one of all rows."""
     nothing = _no_scores(candidates)
-    log_ratio = step.log_ratio
-    if log_ratio is not None:
-        log_ratio = nothing.scores.values.index_copy(0, rows, log_ratio)
+    # Rows that are not scored may have a KL term.
+    log_ratio = nothing.scores.values
+    if step.log_ratio is not None:
+        log_ratio = log_ratio.index_copy(0, rows, step.log_ratio)
     return _StepScores(
         Scores(
             nothing.scores.values.index_copy(0, rows, step.scores.values),

@@ -162,7 +162,8 @@ class TrunkRun:
         else:
             guided, ids = scores[rows], self.ids[rows]
             if own:
-                guided[[i in alive for i in rows]] = guide(scores[own], handles, config)
+                places = [place for place, i in enumerate(rows) if i in alive]
+                guided[places] = guide(scores[own], handles, config)
         processed: Tensor = self.after(ids, guided)  # type: ignore[arg-type]
         return processed
 

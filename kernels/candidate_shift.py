@@ -71,15 +71,17 @@ def candidate_logits(own: Tensor, shift: Shift) -> Shifted:
     """
     scored = shift.scored & (shift.candidates >= 0)
     quality = shift.values.masked_fill(~scored, 0.0)
-    taken = quality
-    if shift.penalty is not None:
-        taken = quality - shift.penalty.masked_fill(~scored, 0.0)
     count = scored.sum(-1)
     # Comparisons with NaN are false.
-    usable = (taken.abs() < torch.inf).all(-1) & ((shift.baseline.abs() < torch.inf) | (count == 0))
+    usable = (quality.abs() < torch.inf).all(-1)
+    usable &= (shift.baseline.abs() < torch.inf) | (count == 0)
 
     mean = quality.sum(-1) / count.clamp(min=1)
-    advantage = taken - torch.where(shift.mean_baseline, mean, shift.baseline)[:, None]
+    advantage = quality - torch.where(shift.mean_baseline, mean, shift.baseline)[:, None]
+    if shift.penalty is not None:
+        penalty = shift.penalty.masked_fill(~scored, 0.0)
+        usable &= (penalty.abs() < torch.inf).all(-1)
+        advantage = advantage - penalty
     kept = min(shift.min_keep, own.shape[-1])
     best = advantage.masked_fill(~scored, -torch.inf).topk(kept).values
     least = torch.minimum(best[:, :1] - shift.margin[:, None], best[:, -1:])
@@ -119,15 +121,16 @@ def shift_candidates(
     quality = tl.load(values + at, mask=counted, other=0.0)
     count = tl.sum(counted.to(tl.int32))
     base = tl.load(baseline + row * baseline_stride)
-    taken = quality
-    if penalty is not None:
-        taken -= tl.load(penalty + at, mask=counted, other=0.0)
     # Comparisons with NaN are false.
-    usable = tl.min(tl.where(tl.abs(taken) < infinity, 1, 0))
+    usable = tl.min(tl.where(tl.abs(quality) < infinity, 1, 0))
     usable = tl.where((tl.abs(base) < infinity) | (count == 0), usable, 0)
     if tl.load(mean_baseline + row * mean_stride):
         base = tl.div_rn(tl.sum(quality), tl.maximum(count, 1).to(tl.float32))
-    advantage = taken - base
+    advantage = quality - base
+    if penalty is not None:
+        cost = tl.load(penalty + at, mask=counted, other=0.0)
+        usable = tl.minimum(usable, tl.min(tl.where(tl.abs(cost) < infinity, 1, 0)))
+        advantage -= cost
 
     remaining = tl.where(counted, advantage, float("-inf"))
     best = tl.max(remaining)

@@ -104,3 +104,7 @@ def test_prompts_of_the_vllm_benchmark_differ_at_their_end_only():
     assert [len(prompt) for prompt in one] == [40, 40]
     assert [p[: -vllm_throughput.NEW] for p in one] == [p[: -vllm_throughput.NEW] for p in two]
     assert one != two
+    # Else a later cell would find its text in the scorer's cache.
+    for other in (vllm_throughput.Cell(4, 40), vllm_throughput.Cell(2, 40, full=True)):
+        drawn = vllm_throughput.draw_prompts(other, "one")
+        assert not {*map(tuple, one)} & {*map(tuple, drawn)}

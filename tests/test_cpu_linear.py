@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from guided_decode import load_scorer
+from guided_decode import cpu_linear, load_scorer
 from guided_decode.cpu_linear import OneDnnLinear, use_onednn
 from tests import models
 
@@ -30,7 +30,8 @@ def test_products_are_those_of_float64(inputs, outputs, tokens, bias):
     error = (model(x) - exact).abs().max()
     use_onednn(model)
     assert type(model[0]) is OneDnnLinear
-    assert (model(x) - exact).abs().max() <= error + 1e-5
+    with torch.no_grad():
+        assert (model(x) - exact).abs().max() <= error + 1e-5
 
 
 def test_what_it_is_not_for_is_left_alone():
@@ -42,6 +43,27 @@ def test_what_it_is_not_for_is_left_alone():
     model = nn.ModuleList([trainable, low, other])
     use_onednn(model)
     assert [type(module) for module in model] == [nn.Linear, nn.Linear, Quantised]
+
+
+def test_gradients_are_torchs_own():
+    model = frozen(8, 4)
+    use_onednn(model)
+    with torch.enable_grad():
+        x = torch.randn(3, 8, requires_grad=True)
+        model(x).sum().backward()
+    torch.testing.assert_close(x.grad, model[0].weight.sum(0).expand(3, 8))
+
+
+def test_a_torch_without_the_operation_keeps_its_own(monkeypatch):
+    def gone(*arguments):
+        raise AttributeError("'_OpNamespace' 'mkldnn' object has no attribute '_linear_pointwise'")
+
+    monkeypatch.setattr(cpu_linear, "_onednn", gone)
+    cpu_linear._is_there.cache_clear()
+    model = frozen(4, 4)
+    use_onednn(model)
+    assert type(model[0]) is nn.Linear
+    cpu_linear._is_there.cache_clear()
 
 
 def test_a_model_that_changes_its_dtype_afterwards_still_works():

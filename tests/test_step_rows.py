@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from guided_decode import GuidanceConfig, load_scorer
+from guided_decode import GuidanceConfig, guidance, load_scorer
 from guided_decode.candidates import choose_candidates, select_candidates
 from guided_decode.step import guide_rows
 from tests import models, oracle
@@ -89,3 +89,46 @@ def test_a_candidate_that_the_critic_does_not_know_passes_its_row_through():
     others = [0, 2, 3, 5]
     torch.testing.assert_close(guided[others, : models.VOCAB], expected[others], rtol=0, atol=1e-4)
     assert scorer.stats.passthroughs == 1
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        GuidanceConfig(top_k=5, kl_coef=0.5, gate=1e-6),
+        GuidanceConfig(top_k=5, kl_coef=0.5, beta=0.0),
+        GuidanceConfig(top_k=5, kl_coef=0.5, beta=0.0, tail="keep"),
+    ],
+    ids=["gated", "beta 0", "untouched"],
+)
+@pytest.mark.parametrize("on_error", ["raise", "passthrough"])
+def test_a_row_with_a_kl_term_that_is_not_scored_troubles_nobody(config, on_error):
+    prefixes, logits = step()
+    scorer = critic(reference=models.saved("llama", "lm", seed=5))
+    configs = [config, *CONFIGS[1:]]
+    guided = guide_rows(scorer, logits, prefixes, configs, on_error=on_error)
+    expected = guide_rows(critic(), logits, prefixes, CONFIGS)
+    torch.testing.assert_close(guided[1:], expected[1:], rtol=0, atol=1e-5)
+    kept = select_candidates(logits[:1], 5)[0] if config.tail == "mask" else slice(None)
+    assert torch.equal(guided[0, kept], logits[0, kept])
+    assert scorer.stats.passthroughs == 0
+
+
+def test_a_row_with_a_kl_term_that_is_refused_passes_through_alone():
+    prefixes, logits = step()
+    prefixes[0] = []
+    scorer = critic(reference=models.saved("llama", "lm", seed=5))
+    configs = [GuidanceConfig(top_k=5, kl_coef=0.5), *CONFIGS[1:]]
+    guided = guide_rows(scorer, logits, prefixes, configs, on_error="passthrough")
+    assert torch.equal(guided[0], logits[0])
+    assert scorer.stats.passthroughs == 1
+
+
+def test_tensors_that_kernels_take_are_aligned_whatever_the_rows():
+    scorer = critic()
+    for rows in (1, 2, 3, 5):
+        candidates = torch.arange(3, 6).expand(rows, 3)
+        scores = scorer.score(models.prompts(LENGTHS)[:rows], candidates)
+        rules = guidance._rules(CONFIGS[:rows], torch.device("cpu"))
+        given = [*scores, *rules[:4]]
+        assert all(tensor.data_ptr() % 16 == 0 for tensor in given)
+        assert all(tensor.stride(-1) == 1 for tensor in given)
