@@ -31,8 +31,8 @@ def score_candidates(
 
     Raises ValueError: the rule is "reward" and the scorer has no reward model.
     """
-    ends = _is_terminal(candidates, terminals)
-    if scorer.terminal == "included" or ends is None:
+    ends = None if scorer.terminal == "included" else _is_terminal(candidates, terminals)
+    if ends is None:
         return TerminalScores(scorer.score(prefixes, candidates), None)
     if scorer.terminal == "critic":
         if scorer.eos_token_id is not None:

@@ -7,6 +7,7 @@ import pytest
 from tests import models, vllm_parts
 from tests.vllm_steps import CPU, built, engine
 
+from guided_decode.integrations.vllm import build  # isort: skip
 from guided_decode.integrations.vllm.build import build_engine, refuse_unsupported  # isort: skip
 
 
@@ -42,6 +43,17 @@ def test_the_whole_vocabulary_is_refused_for_a_critic_at_start():
 def test_the_cache_is_as_large_as_the_batch_needs():
     config = vllm_parts.vllm_config(vllm_parts.scorer_config(), max_num_seqs=4, max_model_len=100)
     assert build_engine(config, CPU).scorer.cache.capacity == 4 * (100 + 64)
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"beta": 0.0}, {"rule": "prune", "margin": 0.1}, {"gate": 0.5}]
+)
+def test_what_is_run_before_the_first_request_leaves_nothing_behind(own):
+    made = built(**own)
+    build._run_once(made.scorer, 64, 40)
+    build._guide_once(made.scorer, made.config, models.VOCAB, CPU)
+    assert made.scorer.stats.forwards == made.scorer.stats.rows_scored == 0
+    made.scorer.cache.check()
 
 
 def test_a_mismatched_tokenizer_stops_the_server():

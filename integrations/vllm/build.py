@@ -12,6 +12,7 @@ from guided_decode.integrations.vllm.server_config import ServerConfig, config_o
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap
 from guided_decode.loading import load_scorer
 from guided_decode.scores import Scorer
+from guided_decode.step import guide_rows
 from guided_decode.trunk_head_loading import read_trunk_head
 
 if TYPE_CHECKING:
@@ -177,6 +178,7 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
         )
         if on.type != "cpu":
             _run_once(scorer, forward, model.max_model_len)
+            _guide_once(scorer, config, model.get_vocab_size(), device)
     if config.top_k is None and not scorer.scores_vocabulary:
         raise ValueError(
             f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
@@ -220,6 +222,14 @@ def _run_once(scorer: Scorer, tokens: int, most: int) -> None:
         length //= 2
     rows = [[i % scorer.vocab_size, *[0] * (length - 1)] for i in range(max(1, tokens // length))]
     scorer.score(rows, torch.zeros(len(rows), 1, dtype=torch.int64))
+    scorer.stats.reset()
+
+
+def _guide_once(scorer: Scorer, config: ServerConfig, vocab: int, device: torch.device) -> None:
+    """A step by the server's defaults, so that no request waits for its kernels to be compiled."""
+    logits = torch.zeros(2, vocab, device=device)
+    guidance = config.guidance.changed(beta=1.0) if config.beta == 0 else config.guidance
+    guide_rows(scorer, logits, [[0], [0, 0]], guidance, terminals=[(0,), (0,)])
     scorer.stats.reset()
 
 
