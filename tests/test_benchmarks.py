@@ -1,13 +1,15 @@
 """The benchmark's ways give the same guided logits, and it refuses to report otherwise."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from benchmarks import baselines, lookahead, pairs, vllm_throughput
+from benchmarks import baselines, lookahead, pairs, trunk_lookahead, vllm_throughput
 from benchmarks.baselines import Copied, Models, Ours, Recomputed, Shape
 from guided_decode import GuidanceConfig
+from guided_decode.integrations.transformers import GuidedDecoding
 
 SMALL = Shape(layers=2, hidden=32, intermediate=48, heads=2, vocab=97)
 
@@ -67,6 +69,30 @@ def test_nothing_is_reported_where_the_ways_differ(tmp_path, monkeypatch, capsys
     )
     arguments = ["--batch", "1", "--prefix", "12", "--k", "2", "--pairs", "1"]
     assert lookahead.main([*arguments, "--out", str(tmp_path)]) == 1
+    assert "nothing is reported" in capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_trunks_benchmark_writes_its_table_and_its_figures(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trunk_lookahead, "Shape", lambda: SMALL)
+    arguments = ["--batch", "1", "2", "--prefix", "12", "--k", "3", "--rounds", "2"]
+    assert trunk_lookahead.main([*arguments, "--out", str(tmp_path)]) == 0
+    assert "trunk / plain" in capsys.readouterr().out
+    written = json.loads((tmp_path / "trunk_lookahead.json").read_text())
+    assert [result["case"]["batch"] for result in written["results"]] == [1, 2]
+    for result in written["results"]:
+        assert {way: len(each) for way, each in result["seconds"].items()} == {
+            "plain": 2, "trunk": 2, "two models": 2,
+        }  # fmt: skip
+    assert "trunk / plain" in (tmp_path / "trunk_lookahead.txt").read_text()
+
+
+def test_the_trunks_benchmark_reports_nothing_where_its_ways_differ(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(trunk_lookahead, "Shape", lambda: SMALL)
+    other = lambda scorer, config: GuidedDecoding(scorer, replace(config, beta=-40.0))  # noqa: E731
+    monkeypatch.setattr(trunk_lookahead, "GuidedDecoding", other)
+    arguments = ["--batch", "1", "--prefix", "12", "--k", "3", "--rounds", "1"]
+    assert trunk_lookahead.main([*arguments, "--out", str(tmp_path)]) == 1
     assert "nothing is reported" in capsys.readouterr().out
     assert not list(tmp_path.iterdir())
 
