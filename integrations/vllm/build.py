@@ -229,7 +229,9 @@ def _guide_once(scorer: Scorer, config: ServerConfig, vocab: int, device: torch.
     """A step by the server's defaults, so that no request waits for its kernels to be compiled."""
     logits = torch.zeros(2, vocab, device=device)
     guidance = config.guidance.changed(beta=1.0) if config.beta == 0 else config.guidance
-    guide_rows(scorer, logits, [[0], [0, 0]], guidance, terminals=[(0,), (0,)])
+    guide_rows(
+        scorer, logits, [[0], [0, 0]], guidance, terminals=[(0,), (0,)], on_error="passthrough"
+    )
     scorer.stats.reset()
 
 
