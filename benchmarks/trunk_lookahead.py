@@ -16,10 +16,10 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from rich.console import Console
@@ -35,6 +35,8 @@ from guided_decode.integrations.transformers import GuidedDecoding, TrunkLookahe
 TOKENS = 24
 # A step of generate's loop is what tokens beyond the first few cost.
 _FIRST = 4
+
+Way: TypeAlias = TrunkLookahead | GuidedDecoding | None
 
 
 @dataclass(frozen=True)
@@ -83,7 +85,7 @@ def run(policy: Any, head: nn.Module, case: Case, rounds: int) -> Result | None:
     config = GuidanceConfig(beta=1.0, top_k=case.k)
     room = case.batch * (case.prefix + (TOKENS + 2) * (case.k + 2))
     load = {"kind": "trunk-head", "head": head, "cache_tokens": room}
-    ways: dict[str, Callable[..., Any] | None] = {
+    ways: dict[str, Way] = {
         "plain": None,
         "trunk": TrunkLookahead(load_scorer(policy, **load), config),
         "two models": GuidedDecoding(load_scorer(policy, **load), config),
@@ -99,19 +101,19 @@ def run(policy: Any, head: nn.Module, case: Case, rounds: int) -> Result | None:
     return Result(case, seconds)
 
 
-def seconds_a_token(policy: Any, prompts: Tensor, way: Callable[..., Any] | None) -> float:
+def seconds_a_token(policy: Any, prompts: Tensor, way: Way) -> float:
     """What the last tokens took: a long call less a short one, both from an empty cache."""
     taken = []
     for tokens in (TOKENS, _FIRST):
         if way is not None:
-            way.scorer.cache.clear()  # type: ignore[attr-defined]
+            way.scorer.cache.clear()
         begun = time.perf_counter()
         generate(policy, prompts, way, tokens)
         taken.append(time.perf_counter() - begun)
     return (taken[0] - taken[1]) / (TOKENS - _FIRST)
 
 
-def generate(policy: Any, prompts: Tensor, way: Callable[..., Any] | None, tokens: int) -> Tensor:
+def generate(policy: Any, prompts: Tensor, way: Way, tokens: int) -> Tensor:
     """Prompts and `tokens` new tokens each, greedily."""
     answer: Tensor = policy.generate(
         prompts,

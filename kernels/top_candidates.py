@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from guided_decode.kernels.jit import kernel, on_gpu
+from guided_decode.kernels.largest_keys import best_of, members_of, places_of
 
 if TYPE_CHECKING:
     import triton.language as tl
@@ -268,13 +269,13 @@ def _choose_kernel(
         # −inf − (−inf) would be NaN.
         top = tl.maximum(tl.max(tops), -3.4028234663852886e38)
         total = tl.sum(sums * tl.exp(tops - top))
-    best = _best_of(block_tops, block, 1, blocks, LOG_BLOCKS, LOG_K)
-    group = _members(best, LOG_GROUP)
+    best = best_of(block_tops, block, 1, blocks, LOG_BLOCKS, LOG_K)
+    group = members_of(best, LOG_GROUP)
     group_tops += row * (blocks << LOG_GROUP)
-    best = _best_of(group_tops, group, 1, groups, LOG_K + LOG_GROUP, LOG_K)
-    token = _members(best, LOG_GROUP)
+    best = best_of(group_tops, group, 1, groups, LOG_K + LOG_GROUP, LOG_K)
+    token = members_of(best, LOG_GROUP)
     logits += row * row_stride
-    best = _best_of(logits, token, token_stride, vocab, LOG_K + LOG_GROUP, LOG_K)
+    best = best_of(logits, token, token_stride, vocab, LOG_K + LOG_GROUP, LOG_K)
 
     ordered = (best >> 32).to(tl.int32)
     place = tl.arange(0, 1 << LOG_K)
@@ -292,74 +293,5 @@ def _choose_kernel(
             kept &= (place < min_keep) | (enough ^ True)
     if top_k is not None:
         kept &= place < tl.load(top_k + row * top_k_stride)
-    chosen = tl.where(kept, _ids(best), -1)
+    chosen = tl.where(kept, places_of(best), -1)
     tl.store(candidates + row * width + place, chosen, mask=place < width)
-
-
-@kernel()
-def _best_of(logits, place, stride, count, LOG_N: tl.constexpr, LOG_K: tl.constexpr):
-    """The keys of the 2^LOG_K largest of 2^LOG_N logits, the largest first.
-
-    A key is an int64 that orders by (logit, −place), so that nothing ties, and tells both; places
-    from count on come after all others.
-    """
-    known = place < count
-    logit = tl.load(logits + place * stride, mask=known, other=0.0).to(tl.float32)
-    bits = logit.to(tl.int32, bitcast=True)
-    # Sign and magnitude as one number: both zeros are 0.
-    ordered = tl.where(bits < 0, -(bits & 0x7FFFFFFF), bits)
-    keys = (ordered.to(tl.int64) << 32) + (0x7FFFFFFF - place)
-    keys = tl.where(known, keys, -0x7FFFFFFFFFFFFFFF)
-    return _largest_keys(keys, LOG_N, LOG_K)
-
-
-@kernel()
-def _ids(keys):
-    """The places that keys tell, int64; of what lies beyond the count one that is beyond any."""
-    return 0x7FFFFFFF - (keys & 0x7FFFFFFF)
-
-
-@kernel()
-def _members(keys, LOG_GROUP: tl.constexpr):
-    """The places of the members of the groups that keys tell, int64 [keys, 2^LOG_GROUP]."""
-    inside = tl.arange(0, 1 << LOG_GROUP)
-    return (_ids(keys)[:, None] << LOG_GROUP) + inside[None, :]
-
-
-@kernel()
-def _largest_keys(keys, LOG_N: tl.constexpr, LOG_K: tl.constexpr):
-    """The 2^LOG_K largest of 2^LOG_N keys in order (bitonic top-k: Shanbhag et al., SIGMOD 2018).
-
-    tl.topk does the same, but takes Triton's interpreter seconds. The keys form a hypercube whose
-    axes are the bits of their places.
-    """
-    cube = tl.reshape(keys, [2] * LOG_N)
-    # Runs of 2^LOG_K are sorted, by turns rising and falling. Of two that are neighbours, the
-    # larger keys at each place are the larger half, and a bitonic run.
-    for log_run in tl.static_range(1, LOG_K + 1):
-        cube = _sorted_runs(cube, _bit(log_run, LOG_N), log_run, LOG_N)
-    for log_n in tl.static_range(LOG_N - 1, LOG_K - 1, -1):
-        cube = tl.max(cube, log_n - LOG_K)
-        if log_n > LOG_K:
-            cube = _sorted_runs(cube, _bit(LOG_K, log_n), LOG_K, log_n)
-        else:
-            cube = _sorted_runs(cube, 1, LOG_K, log_n)
-    return tl.reshape(cube, [1 << LOG_K])
-
-
-@kernel()
-def _sorted_runs(cube, falling, LOG_RUN: tl.constexpr, LOG_N: tl.constexpr):
-    """Sorts bitonic runs of 2^LOG_RUN keys, falling where that is 1 and rising where it is 0."""
-    for bit in tl.static_range(LOG_RUN - 1, -1, -1):
-        # A pair's sum less one is the other, also where the sum overflows.
-        other = tl.sum(cube, LOG_N - 1 - bit, keep_dims=True) - cube
-        larger = falling ^ _bit(bit, LOG_N)
-        cube = tl.where((cube > other) == (larger != 0), cube, other)
-    return cube
-
-
-@kernel()
-def _bit(bit: tl.constexpr, LOG_N: tl.constexpr):
-    """A bit of the place in a hypercube of 2^LOG_N, in a shape that broadcasts over it."""
-    shape: tl.constexpr = [1] * (LOG_N - 1 - bit) + [2] + [1] * bit
-    return tl.reshape(tl.arange(0, 2), shape)
