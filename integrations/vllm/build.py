@@ -178,7 +178,6 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
         )
         if on.type != "cpu":
             _run_once(scorer, forward, model.max_model_len)
-            _guide_once(scorer, config, model.get_vocab_size(), device)
     if config.top_k is None and not scorer.scores_vocabulary:
         raise ValueError(
             f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
@@ -189,6 +188,9 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
             f"max_top_k={config.max_top_k} is larger than the scorer's vocabulary of "
             f"{scorer.vocab_size} tokens: set a smaller one"
         )
+    if on.type != "cpu":
+        with _explained(config, on):
+            _guide_once(scorer, config, model.get_vocab_size(), device)
     reason = scorer.refusal([0] * (model.max_model_len - 1), config.max_top_k)
     if reason is not None:
         logger.warning(
