@@ -15,11 +15,11 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from guided_decode import GuidanceConfig, guide
-from guided_decode.critic import CriticScorer, ValueHead
-from guided_decode.guidance import select_candidates
+from guided_decode.forward.packed_model import PackedModel
+from guided_decode.guidance.rule import select_candidates
 from guided_decode.integrations.transformers import ValueGuidedLogitsProcessor
-from guided_decode.packed_model import PackedModel
-from guided_decode.scores import Scores
+from guided_decode.scorer import Scores
+from guided_decode.scoring.critic import CriticScorer, ValueHead
 
 EOS = 2
 

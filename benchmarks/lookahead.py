@@ -7,7 +7,7 @@
 A random policy and critic in float32. The ways are checked against each other before anything is
 timed, then take turns within each round; nothing is reported where they differ. The policy, and
 the critic of the other ways, run as transformers runs them; ours has what the package gives every
-critic on a CPU, its linear layers through oneDNN (guided_decode/cpu_linear.py) among it.
+critic on a CPU, its linear layers through oneDNN (guided_decode/forward/cpu_linear.py) among it.
 """
 
 import argparse

@@ -5,7 +5,7 @@
 Every method of the demo, for the SFT and the PPO policy, with tokens and FLOPs an answer, and the
 paired bootstrap of guided against plain. A folder holds sft/, ppo/ and value/ of one training
 seed; without --models it is the released family. beta, k and the rest were chosen on the
-validation prompts (guided_decode/demo/chosen.py).
+validation prompts (guided_decode/lab/demo/chosen.py).
 """
 
 import argparse
@@ -25,9 +25,10 @@ from rich.progress import Progress
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from guided_decode import load_scorer, tiny_tulu
-from guided_decode.demo.decoding import Models
-from guided_decode.demo.measure import Outcome, compare, steps
-from guided_decode.demo.report import as_dict, table
+from guided_decode.integrations.transformers import GuidedDecoding
+from guided_decode.lab.demo.decoding import Models
+from guided_decode.lab.demo.measure import Outcome, compare, steps
+from guided_decode.lab.demo.report import as_dict, table
 from recipes.tiny_tulu.metrics import paired_bootstrap
 
 BATCH = 100
@@ -86,7 +87,7 @@ def measure(folder: Path, messages: list[str], advance: Callable[[], None]) -> l
         tokenizer = AutoTokenizer.from_pretrained(folder / name)
         policy = AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval()
         critic = load_scorer(folder / "value", "ppo-critic", policy_tokenizer=tokenizer)
-        models = Models(policy, tokenizer, critic)
+        models = Models(policy, tokenizer, critic, GuidedDecoding)
         outcomes = compare(
             name.upper(), models, messages, batch_size=BATCH, seed=0, advance=advance
         )

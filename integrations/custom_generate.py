@@ -14,14 +14,14 @@ from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from guided_decode.config import GuidanceConfig
+from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.guidance.step import OnError
 from guided_decode.integrations.logits_processor import (
     ValueGuidedLogitsProcessor,
     WatchedCriteria,
     token_ids,
 )
-from guided_decode.scores import Scorer
-from guided_decode.step import OnError
+from guided_decode.scorer import Scorer
 
 # Guidance acts before these: on the policy's logits at temperature 1, over all tokens.
 _AFTER_GUIDANCE = tuple(

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteriaList
 
-from guided_decode.config import GuidanceConfig
+from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.guidance.step import OnError, guide_rows
 from guided_decode.integrations.padding import masked_ids, masked_lengths, unmasked_lengths
 from guided_decode.prefix import PrefixHandle
-from guided_decode.scores import Scorer
-from guided_decode.step import OnError, guide_rows
+from guided_decode.scorer import Scorer
 
 
 class WatchedCriteria(StoppingCriteriaList):

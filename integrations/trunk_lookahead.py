@@ -16,7 +16,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from guided_decode.config import GuidanceConfig, OnError
+from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.integrations.padding import masked_lengths
 from guided_decode.integrations.trunk_options import (
     refuse_inputs,
@@ -24,9 +24,9 @@ from guided_decode.integrations.trunk_options import (
     refuse_positions,
 )
 from guided_decode.integrations.trunk_run import TrunkRun
-from guided_decode.next_logits import NextLogits
-from guided_decode.scores import Scorer
-from guided_decode.trunk_scorer import TrunkScorer
+from guided_decode.scorer import Scorer
+from guided_decode.scoring.next_logits import NextLogits
+from guided_decode.scoring.trunk_scorer import TrunkScorer
 
 
 class TrunkLookahead:

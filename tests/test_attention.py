@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from guided_decode.attention import packed_attention
-from guided_decode.packed import PackedBatch, Segment
-from guided_decode.pool import SlotPool
-from guided_decode.reads import stretches
+from guided_decode.cache.pool import SlotPool
+from guided_decode.forward.attention import packed_attention
+from guided_decode.forward.packed import PackedBatch, Segment
+from guided_decode.forward.reads import stretches
 
 CAPACITY, KV_HEADS, GROUPS, DIM = 700, 2, 3, 8
 

@@ -9,8 +9,8 @@ import transformers as tf
 from tokenizers import Tokenizer
 from tokenizers import models as tokenizer_models
 
-from guided_decode.checkpoint import load_causal_lm, load_checkpoint
-from guided_decode.transforms import Clip, Normalise, Sigmoid, SoftmaxClass
+from guided_decode.checkpoints.checkpoint import load_causal_lm, load_checkpoint
+from guided_decode.scoring.transforms import Clip, Normalise, Sigmoid, SoftmaxClass
 from tests.checkpoint_files import outputs, stock, write
 from tests.models import ARCHITECTURES, VOCAB, model_class, saved, saved_value_head, tiny
 

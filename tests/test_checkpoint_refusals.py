@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers as tf
 
-from guided_decode.checkpoint import load_causal_lm, load_checkpoint
+from guided_decode.checkpoints.checkpoint import load_causal_lm, load_checkpoint
 from tests.checkpoint_files import write
 from tests.models import saved, saved_value_head, tiny
 

@@ -5,9 +5,9 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from guided_decode.checkpoints.registry import REGISTRY
 from guided_decode.cli.app import app
 from guided_decode.cli.models import size
-from guided_decode.registry import REGISTRY
 
 
 def models(*args):

@@ -14,7 +14,7 @@ import pytest
 from typer.testing import CliRunner
 
 from guided_decode.cli.app import app
-from guided_decode.demo import chosen
+from guided_decode.lab.demo import chosen
 from guided_decode.tiny_tulu import model_path
 
 PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"

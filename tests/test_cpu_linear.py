@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from guided_decode import cpu_linear, load_scorer
-from guided_decode.cpu_linear import OneDnnLinear, use_onednn
+from guided_decode import load_scorer
+from guided_decode.forward import cpu_linear
+from guided_decode.forward.cpu_linear import OneDnnLinear, use_onednn
 from tests import models
 
 pytestmark = pytest.mark.skipif(

@@ -14,10 +14,10 @@ from typer.testing import CliRunner
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
 from guided_decode.cli.demo import _draw, _load
-from guided_decode.demo.decoding import answer, draw, pick, prompt_ids
-from guided_decode.demo.measure import Outcome, compare, steps
-from guided_decode.demo.methods import METHODS, Method
-from guided_decode.demo.report import as_dict, conclusions, table
+from guided_decode.lab.demo.decoding import answer, draw, pick, prompt_ids
+from guided_decode.lab.demo.measure import Outcome, compare, steps
+from guided_decode.lab.demo.methods import METHODS, Method
+from guided_decode.lab.demo.report import as_dict, conclusions, table
 
 MESSAGES = tiny_tulu.validation_prompts(12)
 

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 import torch
 
-from guided_decode.families import FAMILIES, Rope, find_family
-from guided_decode.transforms import Clip, LogSigmoid, SoftmaxClass, parse_transform
+from guided_decode.checkpoints.families import FAMILIES, Rope, find_family
+from guided_decode.scoring.transforms import Clip, LogSigmoid, SoftmaxClass, parse_transform
 
 OUTPUT = torch.tensor([[-2.0], [0.5], [3.0]])
 

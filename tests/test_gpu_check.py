@@ -37,9 +37,9 @@ from benchmarks.gpu.loop import GATE_PERIOD, gate_script
 from benchmarks.gpu.models import Models
 from benchmarks.gpu.report import markdown
 from guided_decode import GuidanceConfig
-from guided_decode.critic import CriticScorer
+from guided_decode.forward.packed_model import PackedModel
 from guided_decode.integrations.transformers import GuidedDecoding
-from guided_decode.packed_model import PackedModel
+from guided_decode.scoring.critic import CriticScorer
 
 TINY = Size("tiny", 2, 32, 48, 4, 2, 203, itemsize=4)
 RATES = Rates(bytes=1e9, flops=1e9)

@@ -8,12 +8,13 @@ import random
 import pytest
 import torch
 
-from guided_decode import GuidanceConfig, graphs, load_scorer
-from guided_decode.critic import CriticScorer
-from guided_decode.packed_model import PackedModel, graph_bytes
+from guided_decode import GuidanceConfig, load_scorer
+from guided_decode.forward import graphs
+from guided_decode.forward.packed_model import PackedModel, graph_bytes
+from guided_decode.forward.self_check import check_packed
+from guided_decode.guidance.step import guide_rows
 from guided_decode.prefix import PrefixHandle
-from guided_decode.self_check import check_packed
-from guided_decode.step import guide_rows
+from guided_decode.scoring.critic import CriticScorer
 from tests import models, oracle
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from guided_decode import GuidanceConfig, Scores, guide
-from guided_decode.guidance import select_candidates
+from guided_decode.guidance.rule import select_candidates
 
 INF = math.inf
 NAN = math.nan

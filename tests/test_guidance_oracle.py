@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from guided_decode import GuidanceConfig, load_scorer
-from guided_decode.step import guide_rows
+from guided_decode.guidance.step import guide_rows
 from tests import models, oracle
 
 LENGTHS = [3, 17, 1, 40, 8, 25]

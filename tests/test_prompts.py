@@ -5,8 +5,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from guided_decode.prompts import FORMATS, find_format, render, tokenise
-from guided_decode.registry import find
+from guided_decode.checkpoints.prompts import FORMATS, find_format, render, tokenise
+from guided_decode.checkpoints.registry import find
 from recipes.tiny_tulu.tokenizer import build_tokenizer
 
 ASK = [{"role": "user", "content": "Hi"}]

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from guided_decode import GuidanceConfig, Scores, guide
-from guided_decode.guidance import select_candidates
+from guided_decode.guidance.rule import select_candidates
 from tests import oracle
 
 # Few distinct logits, so that ties are the rule.

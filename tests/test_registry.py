@@ -6,11 +6,11 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from guided_decode.checkpoint import load_causal_lm, load_checkpoint
-from guided_decode.families import FAMILIES
-from guided_decode.prompts import FORMATS
-from guided_decode.registry import REGISTRY, Shape, find
-from guided_decode.tokenizer_match import check_tokenizers
+from guided_decode.checkpoints.checkpoint import load_causal_lm, load_checkpoint
+from guided_decode.checkpoints.families import FAMILIES
+from guided_decode.checkpoints.prompts import FORMATS
+from guided_decode.checkpoints.registry import REGISTRY, Shape, find
+from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 
 FIVE = [
     ("allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm-value", "ppo-critic", "tulu-2"),

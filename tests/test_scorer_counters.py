@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from guided_decode import GuidanceConfig, PrefixHandle, load_scorer
-from guided_decode.step import guide_rows
+from guided_decode.guidance.step import guide_rows
 from tests import models, oracle
 
 K = 6

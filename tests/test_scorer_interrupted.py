@@ -5,8 +5,8 @@ import torch
 import transformers
 
 from guided_decode import GuidanceConfig, PrefixHandle, Scores, guide, load_scorer
-from guided_decode.pool import SlotTables
-from guided_decode.step import guide_rows
+from guided_decode.cache.pool import SlotTables
+from guided_decode.guidance.step import guide_rows
 from tests import models
 
 

@@ -7,7 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from guided_decode import GuidanceConfig, PrefixHandle
-from guided_decode.step import guide_rows
+from guided_decode.guidance.step import guide_rows
 from tests import models
 from tests.test_graphs import scorer_like_a_gpus
 

@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from guided_decode import GuidanceConfig, guidance, load_scorer
-from guided_decode.candidates import choose_candidates, select_candidates
-from guided_decode.step import guide_rows
+from guided_decode import GuidanceConfig, load_scorer
+from guided_decode.guidance import rule
+from guided_decode.guidance.candidates import choose_candidates, select_candidates
+from guided_decode.guidance.step import guide_rows
 from tests import models, oracle
 
 LENGTHS = [3, 17, 1, 40, 8, 25]
@@ -128,7 +129,7 @@ def test_tensors_that_kernels_take_are_aligned_whatever_the_rows():
     for rows in (1, 2, 3, 5):
         candidates = torch.arange(3, 6).expand(rows, 3)
         scores = scorer.score(models.prompts(LENGTHS)[:rows], candidates)
-        rules = guidance._rules(CONFIGS[:rows], torch.device("cpu"))
+        rules = rule._rules(CONFIGS[:rows], torch.device("cpu"))
         given = [*scores, *rules[:4]]
         assert all(tensor.data_ptr() % 16 == 0 for tensor in given)
         assert all(tensor.stride(-1) == 1 for tensor in given)

@@ -10,11 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guided_decode import load_scorer, tiny_tulu
-from guided_decode.demo import decoding
-from guided_decode.demo.chosen import REWEIGHT
-from guided_decode.demo.decoding import Models
-from guided_decode.demo.measure import Outcome
-from guided_decode.demo.methods import Method
+from guided_decode.integrations.transformers import GuidedDecoding
+from guided_decode.lab.demo import decoding
+from guided_decode.lab.demo.chosen import REWEIGHT
+from guided_decode.lab.demo.decoding import Models
+from guided_decode.lab.demo.measure import Outcome
+from guided_decode.lab.demo.methods import Method
 from recipes.tiny_tulu.metrics import auc, paired_bootstrap
 
 MESSAGES = tiny_tulu.held_out_prompts()
@@ -28,7 +29,7 @@ def models(policy: str) -> Models:
         tiny_tulu.model_path(policy), dtype=torch.float32
     ).eval()
     critic = load_scorer(tiny_tulu.model_path("value"), policy_tokenizer=tokenizer)
-    return Models(model, tokenizer, critic)
+    return Models(model, tokenizer, critic, GuidedDecoding)
 
 
 @functools.cache

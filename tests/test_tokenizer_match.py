@@ -4,7 +4,7 @@ import pytest
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
-from guided_decode.tokenizer_match import check_tokenizers
+from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 
 WORDS = ["<unk>", "<s>", "</s>", "a", "b", "c"]
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from guided_decode import GuidanceConfig, load_scorer
+from guided_decode.forward.packed_model import PackedModel
 from guided_decode.integrations.transformers import GuidedDecoding, TrunkLookahead
-from guided_decode.packed_model import PackedModel
-from guided_decode.trunk_scorer import TrunkScorer
+from guided_decode.scoring.trunk_scorer import TrunkScorer
 from tests import models, oracle, trunk_heads
 
 NEW = 20

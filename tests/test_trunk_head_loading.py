@@ -9,13 +9,16 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from guided_decode import load_scorer, packed_model, tiny_tulu
-from guided_decode.checkpoint import load_checkpoint
-from guided_decode.critic import CriticScorer
-from guided_decode.families import find_family
-from guided_decode.final_norm import take_final_norm
+from guided_decode import load_scorer, tiny_tulu
+from guided_decode.checkpoints.checkpoint import load_checkpoint
+from guided_decode.checkpoints.families import find_family
+from guided_decode.checkpoints.trunk_head_identity import fingerprint, record_trunk
+from guided_decode.checkpoints.trunk_head_loading import load_trunk_head, read_trunk_head
+from guided_decode.forward import packed_model
+from guided_decode.forward.final_norm import take_final_norm
 from guided_decode.kernels.norm import rms_norm
-from guided_decode.trunk_head import (
+from guided_decode.scoring.critic import CriticScorer
+from guided_decode.scoring.trunk_head import (
     FILE_NAME,
     METADATA,
     InnerLayer,
@@ -23,9 +26,7 @@ from guided_decode.trunk_head import (
     head_of_module,
     save_trunk_head,
 )
-from guided_decode.trunk_head_identity import fingerprint, record_trunk
-from guided_decode.trunk_head_loading import load_trunk_head, read_trunk_head
-from guided_decode.trunk_scorer import TrunkScorer
+from guided_decode.scoring.trunk_scorer import TrunkScorer
 from tests import models, trunk_heads
 from tests.checkpoint_files import write
 

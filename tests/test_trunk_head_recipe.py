@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guided_decode import GuidanceConfig, load_scorer, tiny_tulu
-from guided_decode.checkpoint import load_checkpoint
+from guided_decode.checkpoints.checkpoint import load_checkpoint
 from guided_decode.integrations.transformers import TrunkLookahead
 from recipes.trunk_head import (
     Readings,

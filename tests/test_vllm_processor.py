@@ -129,7 +129,7 @@ def test_a_neighbour_with_more_candidates_changes_nothing():
     prompt = models.prompts([70])[0]
     narrow, wide = GuidanceConfig(top_k=4), GuidanceConfig(top_k=64)
     logits = step_logits()[:2]
-    from guided_decode.step import guide_rows
+    from guided_decode.guidance.step import guide_rows
 
     alone = guide_rows(small, logits[:1], [prompt], narrow)
     both = guide_rows(small, logits, [prompt, prompt], [narrow, wide], on_error="passthrough")

@@ -17,7 +17,7 @@ from guided_decode.integrations.vllm.rows import LiveRow, Placed  # isort: skip
 from guided_decode.integrations.vllm.server_config import parse_config  # isort: skip
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap  # isort: skip
 from guided_decode.prefix import PrefixHandle  # isort: skip
-from guided_decode.trunk_head import TrunkHead, save_trunk_head  # isort: skip
+from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head  # isort: skip
 
 CPU = torch.device("cpu")
 WEIGHT = torch.randn(1, 48, generator=torch.Generator().manual_seed(3)) * 0.3

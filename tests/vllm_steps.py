@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from guided_decode import GuidanceConfig
-from guided_decode.scores import Scores
+from guided_decode.scorer import Scores
 from tests import models, oracle, vllm_parts
 
 from guided_decode.integrations.vllm.build import build_engine  # isort: skip

@@ -20,9 +20,9 @@ from benchmarks.gpu.models import Models
 from benchmarks.gpu.rivals import CopiedCache, Recomputed
 from benchmarks.gpu.trunk import LookaheadPolicy, SiblingPruning, ValuedPolicy, trunk_of
 from guided_decode import GuidanceConfig, PrefixHandle
-from guided_decode.critic import CriticScorer
-from guided_decode.packed_model import PackedModel
-from guided_decode.trunk_scorer import TrunkScorer
+from guided_decode.forward.packed_model import PackedModel
+from guided_decode.scoring.critic import CriticScorer
+from guided_decode.scoring.trunk_scorer import TrunkScorer
 
 GATE, GATE_RATE = 0.9, 0.7
 # Losers stay in a critic's cache until they are evicted: so many tokens of them, and of two steps

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from guided_decode import GuidanceConfig, PrefixHandle
-from guided_decode.graphs import TOKEN_BUCKETS, GraphedForward
-from guided_decode.packed import PackedBatch
-from guided_decode.packed_model import PackedModel
-from guided_decode.scores import Scorer
-from guided_decode.step import guide_rows
+from guided_decode.forward.graphs import TOKEN_BUCKETS, GraphedForward
+from guided_decode.forward.packed import PackedBatch
+from guided_decode.forward.packed_model import PackedModel
+from guided_decode.guidance.step import guide_rows
+from guided_decode.scorer import Scorer
 
 Handles = Sequence[PrefixHandle]
 

@@ -8,9 +8,9 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel, PreTrainedModel
 
 from benchmarks.gpu.floors import Size
-from guided_decode.critic import ValueHead
-from guided_decode.source import open_source
-from guided_decode.trunk import load_trunk
+from guided_decode.checkpoints.source import open_source
+from guided_decode.checkpoints.trunk import load_trunk
+from guided_decode.scoring.critic import ValueHead
 
 _STD = 0.02
 # Beyond the checkpoints' own: prefixes of 4096 tokens are decoded from.

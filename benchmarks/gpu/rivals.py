@@ -12,9 +12,9 @@ from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, StoppingCri
 from benchmarks.gpu.loop import Guide, Handles
 from benchmarks.gpu.models import Models
 from guided_decode import GuidanceConfig, guide
-from guided_decode.critic import ValueHead
-from guided_decode.guidance import select_candidates
-from guided_decode.scores import Scores
+from guided_decode.guidance.rule import select_candidates
+from guided_decode.scorer import Scores
+from guided_decode.scoring.critic import ValueHead
 
 
 class CopiedCache(Guide):

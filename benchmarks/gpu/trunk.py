@@ -7,13 +7,13 @@ from torch import Tensor
 
 from benchmarks.gpu.loop import Guide, Handles, PooledPolicy
 from benchmarks.gpu.models import Models, head_weight
-from guided_decode.final_norm import take_final_norm
+from guided_decode.forward.final_norm import take_final_norm
+from guided_decode.forward.packed import PackedBatch
+from guided_decode.forward.packed_model import PackedModel
 from guided_decode.kernels import lm_head_value
-from guided_decode.next_logits import NextLogits
-from guided_decode.packed import PackedBatch
-from guided_decode.packed_model import PackedModel
-from guided_decode.trunk_head import TrunkHead
-from guided_decode.trunk_scorer import TrunkScorer
+from guided_decode.scoring.next_logits import NextLogits
+from guided_decode.scoring.trunk_head import TrunkHead
+from guided_decode.scoring.trunk_scorer import TrunkScorer
 
 
 def trunk_of(models: Models, cache_tokens: int, **options: Any) -> tuple[PackedModel, TrunkHead]:

@@ -13,8 +13,8 @@ from guided_decode.cli.token_values import last_value, rounded, token_values
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from guided_decode.registry import Record
-    from guided_decode.scores import Scorer
+    from guided_decode.checkpoints.registry import Record
+    from guided_decode.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +45,7 @@ class ChatScorer:
         """The score at each last token, one call for all."""
         import torch
 
-        from guided_decode.terminal import score_candidates
+        from guided_decode.guidance.terminal import score_candidates
 
         whole = [prompt + response for prompt, response in pairs]
         last = torch.tensor([[ids[-1]] for ids in whole])

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from itertools import takewhile
 from typing import TYPE_CHECKING, Any
 
+from guided_decode.checkpoints.registry import Record
 from guided_decode.cli.errors import Refusal
-from guided_decode.registry import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -59,7 +59,7 @@ def prompt_ids(
     Raises Refusal where neither the registry nor the tokenizer knows the chat format.
     """
     if record is not None:
-        from guided_decode.prompts import tokenise
+        from guided_decode.checkpoints.prompts import tokenise
 
         return tokenise(tokenizer, messages, record.prompt_format, add_generation_prompt=True)
     return _template_ids(tokenizer, messages, add_generation_prompt=True)
@@ -71,7 +71,7 @@ def raw_ids(tokenizer: PreTrainedTokenizerBase, record: Record | None, text: str
     if record is None:
         ids: list[int] = tokenizer.encode(text)
         return ids
-    from guided_decode.prompts import find_format
+    from guided_decode.checkpoints.prompts import find_format
 
     bos = tokenizer.bos_token_id
     lead = [bos] if find_format(record.prompt_format).bos and bos is not None else []
@@ -87,7 +87,7 @@ def response_ids(
     """
     prompt = prompt_ids(tokenizer, record, messages[:-1])
     if record is not None:
-        from guided_decode.prompts import tokenise
+        from guided_decode.checkpoints.prompts import tokenise
 
         whole = tokenise(tokenizer, messages, record.prompt_format, end="eos")
     else:

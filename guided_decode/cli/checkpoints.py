@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guided_decode.checkpoints.registry import REGISTRY, Record, find
 from guided_decode.cli.errors import Refusal, one_line
-from guided_decode.registry import REGISTRY, Record, find
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedTokenizerBase
 
-    from guided_decode.scores import Scorer
+    from guided_decode.scorer import Scorer
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_POLICY, DEFAULT_SCORER = "tiny-tulu-sft", "tiny-tulu-value"

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from transformers import GenerationConfig
 
     from guided_decode.cli.checkpoints import Policy
-    from guided_decode.config import GuidanceConfig
-    from guided_decode.scores import Scorer
+    from guided_decode.guidance.config import GuidanceConfig
+    from guided_decode.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,8 +18,8 @@ from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import token_values
 
 if TYPE_CHECKING:
-    from guided_decode.demo.decoding import Models
-    from guided_decode.demo.measure import Outcome
+    from guided_decode.lab.demo.decoding import Models
+    from guided_decode.lab.demo.measure import Outcome
 
 POLICIES = {"SFT": "tiny-tulu-sft", "PPO": "tiny-tulu-ppo"}
 SCORER = "tiny-tulu-value"
@@ -49,7 +49,7 @@ def demo(
     messages = held_out_prompts(prompts)
     outcomes = _measure(models, messages, batch_size, seed)
     if as_json:
-        from guided_decode.demo.report import as_dict
+        from guided_decode.lab.demo.report import as_dict
 
         print(json.dumps([as_dict(outcome) for outcome in outcomes], indent=2))
     else:
@@ -60,7 +60,7 @@ def demo(
 
 def _check_plot(plot: Path, no_plot: bool) -> None:
     """Refuses at once what would fail after all the work."""
-    from guided_decode.demo.plot import require_matplotlib
+    from guided_decode.lab.demo.plot import require_matplotlib
 
     if no_plot:
         raise Refusal(f"--plot {plot} and --no-plot were both given: pass one of them")
@@ -70,20 +70,24 @@ def _check_plot(plot: Path, no_plot: bool) -> None:
 
 
 def _load() -> dict[str, Models]:
-    from guided_decode.critic import CriticScorer
-    from guided_decode.demo.decoding import Models
+    from guided_decode.integrations.transformers import GuidedDecoding
+    from guided_decode.lab.demo.decoding import Models
+    from guided_decode.scoring.critic import CriticScorer
 
     policies = {name: load_policy(path, "cpu", "float32") for name, path in POLICIES.items()}
     tokenizer = next(iter(policies.values())).tokenizer
     critic = open_scorer(SCORER, "auto", device="cpu", dtype="float32", policy_tokenizer=tokenizer)
     assert isinstance(critic, CriticScorer)
-    return {name: Models(own.model, own.tokenizer, critic) for name, own in policies.items()}
+    return {
+        name: Models(own.model, own.tokenizer, critic, GuidedDecoding)
+        for name, own in policies.items()
+    }
 
 
 def _measure(
     models: dict[str, Models], messages: Sequence[str], batch_size: int, seed: int
 ) -> list[Outcome]:
-    from guided_decode.demo.measure import compare, steps
+    from guided_decode.lab.demo.measure import compare, steps
 
     columns = (BarColumn(), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn(),
                TextColumn("{task.description}"))  # fmt: skip
@@ -105,7 +109,7 @@ def _measure(
 
 
 def _print(models: dict[str, Models], outcomes: Sequence[Outcome]) -> None:
-    from guided_decode.demo.report import NOTES, conclusions, table
+    from guided_decode.lab.demo.report import NOTES, conclusions, table
 
     console = Console()
     answers = len(outcomes[0].messages)
@@ -145,7 +149,7 @@ def _print_example(
 
 
 def _valued(models: Models, outcome: Outcome, at: int) -> ValuedText:
-    from guided_decode.demo.decoding import prompt_ids
+    from guided_decode.lab.demo.decoding import prompt_ids
 
     response = outcome.responses[at]
     prompt = prompt_ids(models, [outcome.messages[at]])[0]
@@ -156,7 +160,7 @@ def _valued(models: Models, outcome: Outcome, at: int) -> ValuedText:
 
 def _draw(outcomes: Sequence[Outcome], asked: Path | None) -> None:
     """Draws to the place asked for, or to the usual one if matplotlib is there."""
-    from guided_decode.demo.plot import draw
+    from guided_decode.lab.demo.plot import draw
 
     console = Console(stderr=True)
     path = asked or PLOT

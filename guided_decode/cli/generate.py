@@ -17,8 +17,8 @@ from guided_decode.cli.compare import compare
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.prompts_in import read_prompts
-from guided_decode.config import GuidanceConfig
-from guided_decode.demo import chosen
+from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.lab.demo import chosen
 
 Prompt = Annotated[str | None, typer.Option(help="the user's message")]
 PromptFile = Annotated[

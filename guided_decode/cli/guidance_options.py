@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from guided_decode.config import GuidanceConfig
+from guided_decode.guidance.config import GuidanceConfig
 
 _PANEL = "Guidance"
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from guided_decode.registry import REGISTRY, Record
+from guided_decode.checkpoints.registry import REGISTRY, Record
 
 
 def models(

@@ -19,6 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from guided_decode.checkpoints.registry import find
 from guided_decode.cli import model_options as models
 from guided_decode.cli.chat_scores import ChatScorer
 from guided_decode.cli.chats import Messages, read_messages
@@ -26,7 +27,6 @@ from guided_decode.cli.checkpoints import DEFAULT_SCORER, load_tokenizer, open_s
 from guided_decode.cli.errors import INTERRUPTED, Refusal
 from guided_decode.cli.prompts_in import read_jsonl
 from guided_decode.cli.scored_file import ScoredFile, line_key
-from guided_decode.registry import find
 
 
 @dataclass(frozen=True, slots=True)

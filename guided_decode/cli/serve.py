@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from guided_decode.checkpoints.registry import find
 from guided_decode.cli import guidance_options as guidance
 from guided_decode.cli import model_options as models
 from guided_decode.cli.checkpoints import DEFAULT_POLICY, location
@@ -20,7 +21,6 @@ from guided_decode.cli.vllm_command import (
 )
 from guided_decode.cli.vllm_options import VllmOptions
 from guided_decode.cli.vllm_process import require_free, run
-from guided_decode.registry import find
 
 _LIMITS = "Limits of requests"
 

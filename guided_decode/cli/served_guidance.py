@@ -9,8 +9,8 @@ from typing import Any
 
 from guided_decode.cli.checkpoints import DEFAULT_SCORER, location, pair
 from guided_decode.cli.errors import Refusal
-from guided_decode.config import GuidanceConfig
-from guided_decode.demo import chosen
+from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.lab.demo import chosen
 
 
 def paired(policy: str | None, scorer: str | None) -> tuple[str, str]:

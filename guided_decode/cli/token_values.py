@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from guided_decode.scores import Scorer
+    from guided_decode.scorer import Scorer
 
 # Rows of one call; the response's tokens are in the cache by then, so a row costs no forward.
 _ROWS = 256
@@ -32,7 +32,7 @@ def token_values(
     """
     import torch
 
-    from guided_decode.terminal import score_candidates
+    from guided_decode.guidance.terminal import score_candidates
 
     if not len(response):
         return []

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from guided_decode.checkpoints.loading import load_scorer
+from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
+from guided_decode.guidance.step import guide_rows
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap
-from guided_decode.loading import load_scorer
-from guided_decode.scores import Scorer
-from guided_decode.step import guide_rows
-from guided_decode.trunk_head_loading import read_trunk_head
+from guided_decode.scorer import Scorer
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from guided_decode.guidance.step import guide_rows, is_device_error
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
 from guided_decode.integrations.vllm.request import Pruning, Request, SamplingParams, admit
 from guided_decode.integrations.vllm.rows import LiveRow, Placed
@@ -15,9 +16,8 @@ from guided_decode.integrations.vllm.server_config import ServerConfig
 from guided_decode.integrations.vllm.siblings import Arrival, SiblingGroups
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap
 from guided_decode.integrations.vllm.value_log import ValueLog
-from guided_decode.scores import Scorer
+from guided_decode.scorer import Scorer
 from guided_decode.stats import ScorerStats
-from guided_decode.step import guide_rows, is_device_error
 
 logger = logging.getLogger("guided_decode")
 

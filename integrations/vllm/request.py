@@ -6,7 +6,7 @@ from typing import Annotated, Any, NamedTuple, Protocol, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
-from guided_decode.config import GuidanceConfig, Rule, Tail
+from guided_decode.guidance.config import GuidanceConfig, Rule, Tail
 from guided_decode.integrations.vllm.server_config import ServerConfig, sentence
 
 # The keys that change a setting of GuidanceConfig; each of them asks for guidance.

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
-from guided_decode.config import Baseline, GuidanceConfig, OnError, Rule, Tail
+from guided_decode.guidance.config import Baseline, GuidanceConfig, OnError, Rule, Tail
 
 # The key of vLLM's additional_config, and the variable in which the front end finds the same.
 CONFIG_KEY = "guided_decode"

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode import GuidanceConfig, Scores, guide, tiny_tulu
-from guided_decode.candidates import select_candidates
+from guided_decode.guidance.candidates import select_candidates
 from recipes.ppo.rollout import pad_left
 
 MAX_NEW_TOKENS = 80

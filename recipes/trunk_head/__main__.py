@@ -20,9 +20,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from guided_decode.checkpoint import load_checkpoint
-from guided_decode.trunk_head import TrunkHead, save_trunk_head
-from guided_decode.trunk_head_identity import record_trunk
+from guided_decode.checkpoints.checkpoint import load_checkpoint
+from guided_decode.checkpoints.trunk_head_identity import record_trunk
+from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from recipes.trunk_head import tiny_tulu
 from recipes.trunk_head.config import TrunkHeadConfig
 from recipes.trunk_head.readings import critic_targets, read_rollouts, reward_targets

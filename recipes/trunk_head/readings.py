@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from guided_decode.checkpoint import Checkpoint
+from guided_decode.checkpoints.checkpoint import Checkpoint
 from recipes.trunk_head.rollouts import Rollout
 
 

@@ -9,10 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from guided_decode import GuidanceConfig, load_scorer, tiny_tulu
-from guided_decode.checkpoint import load_checkpoint
+from guided_decode.checkpoints.checkpoint import load_checkpoint
 from guided_decode.integrations.transformers import GuidedDecoding, TrunkLookahead
-from guided_decode.scores import Scorer
-from guided_decode.trunk_head import TrunkHead
+from guided_decode.scorer import Scorer
+from guided_decode.scoring.trunk_head import TrunkHead
 from recipes.ppo.rollout import pad_left
 from recipes.tiny_tulu.decoding import MAX_NEW_TOKENS, decode, prompt_ids
 from recipes.tiny_tulu.measure import (

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from guided_decode.trunk_head import TrunkHead, head_of_module
+from guided_decode.scoring.trunk_head import TrunkHead, head_of_module
 from recipes.trunk_head.config import TrunkHeadConfig
 from recipes.trunk_head.readings import Readings
 

@@ -1,0 +1,218 @@
+"""The prefix cache of one model: where each row stands, what it still has to forward."""
+
+import weakref
+from dataclasses import dataclass
+
+import numpy as np
+
+from guided_decode.cache.pool import SlotPool, SlotTables
+from guided_decode.cache.radix import RadixTree
+from guided_decode.cache.radix_node import NO_INTS, Node
+from guided_decode.cache.row_work import RowWork
+from guided_decode.growable import Ints
+from guided_decode.prefix import PrefixHandle
+
+
+@dataclass(slots=True)
+class _Anchor:
+    """Where a handle stood after its last look-up; `row` is its slot table, filled to `depth`."""
+
+    row: int
+    node: Node
+    depth: int
+    epoch: int
+    generation: int
+    version: int
+    skip: int
+
+
+@dataclass(slots=True, frozen=True)
+class Placement:
+    """A row in the cache: its work, and the slots of its candidates, int64 [k], -1 where padded."""
+
+    work: RowWork
+    last_slot: int
+    candidate_slots: Ints
+    hits: int
+
+
+class PrefixCache:
+    """A radix tree over a slot pool, and a slot table for each live row.
+
+    Rows are placed between `begin_batch` and `end_batch`; what a batch placed is pinned until then.
+    """
+
+    def __init__(self, pool: SlotPool) -> None:
+        self.pool = pool
+        self.tree = RadixTree(pool)
+        self.tables = SlotTables(pool.device)
+        self._anchors: weakref.WeakKeyDictionary[PrefixHandle, _Anchor] = (
+            weakref.WeakKeyDictionary()
+        )
+        # Slot tables of this batch's plain prefixes, and of handles that are not placed yet.
+        self._scratch: set[int] = set()
+        self._pieces: list[tuple[int, int, Ints]] = []
+
+    @property
+    def capacity(self) -> int:
+        """Slots of the pool, in tokens."""
+        return self.pool.capacity
+
+    @property
+    def free_slots(self) -> int:
+        return self.pool.free_slots
+
+    @property
+    def cached_tokens(self) -> int:
+        """Tokens in the cache: prefixes and scored candidates."""
+        return sum(len(slots) for slots in self._owned())
+
+    @property
+    def pinned(self) -> int:
+        """Nodes that the batch in progress holds; 0 between calls."""
+        return sum(node.stamp == self.tree.clock for node in self.tree.nodes())
+
+    @property
+    def operations(self) -> int:
+        """Node operations so far: the host's work on the tree."""
+        return self.tree.operations
+
+    def clear(self) -> None:
+        """Empties the cache. Changes cost, never an answer."""
+        self.tree.clear()
+        self.end_batch()
+
+    def drop_candidates(self) -> None:
+        """Frees the scored candidates that no prefix has taken since, between batches."""
+        self.tree.drop_candidates()
+
+    def check(self) -> None:
+        """Asserts that every slot is either free or owned by exactly one token."""
+        slots = np.concatenate([self.pool.free_ids, *self._owned()])
+        assert len(slots) == self.capacity, f"{len(slots)} of {self.capacity} slots accounted for"
+        assert len(np.unique(slots)) == self.capacity, "a slot is owned twice"
+        handles = len(self._anchors)
+        assert self.tables.open_rows == handles, "a slot table outlived its row"
+
+    def begin_batch(self) -> None:
+        self.tree.begin_batch()
+
+    def end_batch(self) -> None:
+        """Unpins what the batch placed."""
+        while self._scratch:
+            self.tables.close_row(self._scratch.pop())
+        self._pieces.clear()
+        self.tree.begin_batch()
+
+    def write_tables(self) -> None:
+        """Brings the device's slot tables up to date with the rows placed so far."""
+        self.tables.write(self._pieces)
+        self._pieces.clear()
+
+    def place(
+        self,
+        prefix: PrefixHandle | Ints,
+        skip: int,
+        candidates: Ints = NO_INTS,
+        *,
+        reread_last: bool = False,
+    ) -> Placement | None:
+        """Finds or makes room for a row; None where the pinned rows leave too little.
+
+        Args:
+            prefix: handle or int64 [n].
+            skip: leading tokens that the model does not see.
+            candidates: distinct token ids, int64 [k].
+            reread_last: forward the last token even if it is cached, to read the model there.
+        """
+        handle = prefix if isinstance(prefix, PrefixHandle) else None
+        tokens = (prefix.tokens if isinstance(prefix, PrefixHandle) else prefix)[skip:]
+        node, start, row = self._position(handle, skip)
+        node, depth, pieces = self.tree.match(tokens, node, start)
+        if depth == len(tokens) and len(candidates):
+            slots = self.tree.candidate_slots(node, depth, candidates)
+        else:
+            slots = np.full(len(candidates), -1, np.int64)
+        fresh, missing = tokens[depth:], slots < 0
+        new = int(np.count_nonzero(missing))
+        if not self.tree.make_room(len(fresh) + new):
+            return None
+        if len(fresh):
+            pieces.append(self.pool.take(len(fresh)))
+            node = self.tree.insert(node, depth, fresh, pieces[-1])
+        if new == len(candidates):
+            own, own_slots = candidates, self.pool.take(new)
+            slots = own_slots
+        else:
+            own, own_slots = candidates[missing], self.pool.take(new)
+            slots[missing] = own_slots
+        if new:
+            self.tree.add_candidates(node, len(tokens), own, own_slots)
+        path = pieces[0] if len(pieces) == 1 else np.concatenate(pieces) if pieces else NO_INTS
+        first = min(depth, len(tokens) - 1) if reread_last else depth
+        last_slot = self._last_slot(node, len(tokens))
+        if len(path):
+            self._pieces.append((row, start, path))
+        self._remember(handle, row, node, len(tokens), skip)
+        return Placement(
+            work=RowWork(
+                table_row=row,
+                first=first,
+                prefix=tokens[first:].copy(),
+                prefix_slots=self._tail(node, len(tokens), first, pieces),
+                length=len(tokens),
+                candidates=own,
+                candidate_slots=own_slots,
+            ),
+            last_slot=last_slot,
+            candidate_slots=slots,
+            hits=first + len(candidates) - new,
+        )
+
+    def _tail(self, node: Node, length: int, first: int, pieces: list[Ints]) -> Ints:
+        """Slots of the prefix tokens from `first` on: the freshly taken ones, or the last."""
+        count = length - first
+        if not count:
+            return NO_INTS
+        if pieces and len(pieces[-1]) >= count:
+            return pieces[-1][-count:]
+        return np.array([self._last_slot(node, length)], np.int64)
+
+    def _last_slot(self, node: Node, length: int) -> int:
+        return int(node.slots.view[length - node.start - 1])
+
+    def _position(self, handle: PrefixHandle | None, skip: int) -> tuple[Node, int, int]:
+        """Where to look up from, and the slot table to write to."""
+        anchor = None if handle is None else self._anchors.get(handle)
+        if handle is None or anchor is None:
+            row = self.tables.open_row()
+            self._scratch.add(row)
+            return self.tree.root, 0, row
+        valid = (
+            anchor.generation == self.tree.generation
+            and anchor.epoch == anchor.node.epoch
+            and anchor.version == handle.version
+            and anchor.skip == skip
+        )
+        return (anchor.node, anchor.depth, anchor.row) if valid else (self.tree.root, 0, anchor.row)
+
+    def _remember(
+        self, handle: PrefixHandle | None, row: int, node: Node, depth: int, skip: int
+    ) -> None:
+        if handle is None:
+            return
+        known = self._anchors.get(handle)
+        if known is None:
+            self._scratch.discard(row)
+            weakref.finalize(handle, self.tables.close_row, row).atexit = False
+            known = self._anchors[handle] = _Anchor(row, node, 0, 0, 0, 0, 0)
+        known.node, known.depth, known.epoch = node, depth, node.epoch
+        known.generation, known.version, known.skip = self.tree.generation, handle.version, skip
+
+    def _owned(self) -> list[Ints]:
+        """The slots that the tree owns, by node and block."""
+        owned = []
+        for node in self.tree.nodes():
+            owned.append(node.slots.view)
+            owned.extend(block.slots for block in node.blocks if block is not None)
+        return owned

@@ -1,0 +1,198 @@
+"""Loading a critic or a language model as its trainer's conventions ask, or refusing it."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from guided_decode.checkpoints.config_checks import check_config, settle_rope
+from guided_decode.checkpoints.families import BosRule, Family
+from guided_decode.checkpoints.head import choose_transform, read_head
+from guided_decode.checkpoints.kinds import choose_family
+from guided_decode.checkpoints.registry import Record
+from guided_decode.checkpoints.source import ModelLike, Source, open_source
+from guided_decode.checkpoints.trunk import load_language_model, load_trunk
+from guided_decode.scorer import TerminalRule
+from guided_decode.scoring.transforms import Transform, parse_transform
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A critic, ready to be scored with.
+
+    name: what it was loaded by. family: its conventions, with the BOS and terminal rules that
+    were asked for. transform: from the head's output to a value. trunk: the decoder without a
+    head, on its own config, in eval mode, with eager attention. head_weight: float32
+    [labels, hidden]; head_bias: float32 [labels], or None. tokenizer: None where the checkpoint
+    has none. record: its entry in the registry, if it has one.
+    """
+
+    name: str
+    family: Family
+    transform: Transform
+    trunk: PreTrainedModel
+    head_weight: Tensor
+    head_bias: Tensor | None
+    tokenizer: PreTrainedTokenizerBase | None
+    record: Record | None
+
+    @property
+    def max_positions(self) -> int | None:
+        """The longest sequence that the trunk was made for; None where its config sets none."""
+        return getattr(self.trunk.config, "max_position_embeddings", None)
+
+    @property
+    def prompt_format(self) -> str | None:
+        """The name of its prompt format; None is the tokenizer's own chat template."""
+        return self.family.prompt_format if self.record is None else self.record.prompt_format
+
+
+def load_checkpoint(
+    model: ModelLike,
+    kind: str = "auto",
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    bos: BosRule | None = None,
+    terminal: TerminalRule | None = None,
+    transform: str | Transform | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    rope_theta: float | None = None,
+) -> Checkpoint:
+    """A critic of any kind but "implicit" and "trunk-head".
+
+    Args:
+        model: a registered name, a Hub id, a local path, or a transformers model, whose weights
+            are then shared and which is not changed.
+        kind: a family's; "auto" decides on positive evidence only.
+        dtype: of the trunk; None keeps the checkpoint's.
+        device: None is the CPU, or where the given model is.
+        revision: of the Hub repository.
+        bos: overrides the family's rule.
+        terminal: overrides the family's rule.
+        transform: overrides the family's, such as "sigmoid", "softmax:1", "clip:0,1".
+        allow_pickle: read pickled weights where there are no safetensors.
+        trust_remote_code: run code that comes with the checkpoint.
+        rope_theta: overrides the config's.
+
+    Raises:
+        ValueError: the checkpoint does not fit its kind, or cannot be scored in packed form;
+            names what was found, what was expected and what to do.
+    """
+    wanted = None if transform is None else parse_transform(transform)
+    source = open_source(
+        model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    family = choose_family(source, kind, bos=bos, terminal=terminal)
+    if not family.heads:
+        raise ValueError(
+            f"{source.name} was given as {family.kind}, which is a pair of language models: "
+            "expected a critic or reward model; load each of the pair with load_causal_lm"
+        )
+    if family.head_apart:
+        raise ValueError(
+            f"{source.name} was given as {family.kind}, whose head comes apart from the policy: "
+            "expected a critic or reward model; load it with load_scorer(policy, head=...)"
+        )
+    check_config(source.name, source.config)
+    _settle_rope(source, family, rope_theta)
+    head = read_head(source, family)
+    read = choose_transform(source, family, wanted, len(head.weight))
+    trunk = load_trunk(source, dtype, device)
+    return Checkpoint(
+        name=source.name,
+        family=family,
+        transform=read,
+        trunk=trunk,
+        head_weight=head.weight.to(trunk.device),
+        head_bias=None if head.bias is None else head.bias.to(trunk.device),
+        tokenizer=load_tokenizer(source),
+        record=source.record,
+    )
+
+
+def load_causal_lm(
+    model: ModelLike,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    rope_theta: float | None = None,
+) -> PreTrainedModel:
+    """A language model on its own config, in eval mode: one of an implicit pair, or a reference.
+
+    Arguments as of `load_checkpoint`. Raises ValueError: it is no causal LM, or does not load
+    whole, or cannot be scored in packed form.
+    """
+    source = open_source(
+        model, revision=revision, allow_pickle=allow_pickle, trust_remote_code=trust_remote_code
+    )
+    family = choose_family(source, "implicit")
+    if source.architecture and not family.takes(source.architecture):
+        raise ValueError(
+            f"{source.name} is a {source.architecture}: a reference or implicit reward expects a "
+            "class that ends in ForCausalLM; pass a language model"
+        )
+    check_config(source.name, source.config)
+    _settle_rope(source, family, rope_theta)
+    return load_language_model(source, dtype, device)
+
+
+def load_policy_trunk(
+    source: Source,
+    family: Family,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    rope_theta: float | None,
+) -> PreTrainedModel:
+    """The decoder of a causal LM, on its own config, for a head that comes apart from it.
+
+    Arguments as of `load_checkpoint`. Raises ValueError: it is no causal LM, or does not load
+    whole, or cannot be scored in packed form.
+    """
+    if source.architecture and not family.takes(source.architecture):
+        raise ValueError(
+            f"{source.name} is a {source.architecture}: {family.kind} expects the policy itself, a "
+            f"class that ends in {' or '.join(family.architectures)}, and its head as head="
+        )
+    check_config(source.name, source.config)
+    _settle_rope(source, family, rope_theta)
+    return load_trunk(source, dtype, device)
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with the checkpoint; None where it has none."""
+    weights = source.weights
+    if weights is None or not any(
+        cached_file(
+            weights.location,
+            name,
+            revision=weights.revision,
+            _raise_exceptions_for_missing_entries=False,
+        )
+        for name in _TOKENIZER_FILES
+    ):
+        return None
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+        weights.location,
+        revision=weights.revision,
+        trust_remote_code=source.trust_remote_code,
+    )
+    return tokenizer
+
+
+def _settle_rope(source: Source, family: Family, rope_theta: float | None) -> None:
+    if source.instance is not None and rope_theta is not None:
+        raise ValueError(
+            f"rope_theta={rope_theta:g} was given for {source.name}, a model in memory, whose "
+            "frequencies are computed already: expected a name or path; load it from there"
+        )
+    settle_rope(source.name, source.config, family, rope_theta)

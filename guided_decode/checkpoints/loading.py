@@ -1,0 +1,236 @@
+"""`load_scorer`: a checkpoint, read as its trainer read it, ready to score candidates."""
+
+from dataclasses import replace
+
+import torch
+
+from guided_decode.checkpoints.checkpoint import (
+    load_causal_lm,
+    load_checkpoint,
+    load_policy_trunk,
+    load_tokenizer,
+)
+from guided_decode.checkpoints.families import BosRule, Family
+from guided_decode.checkpoints.kinds import choose_family
+from guided_decode.checkpoints.loading_options import (
+    LoadingOptions,
+    Tokenizer,
+    check_tokenizer,
+    conventions,
+    packed_model,
+    read_tokenizer,
+    settled_dtype,
+    special_token,
+)
+from guided_decode.checkpoints.source import ModelLike, Source, open_source
+from guided_decode.checkpoints.trunk_head_loading import HeadLike, load_trunk_head
+from guided_decode.forward.final_norm import take_final_norm
+from guided_decode.forward.modes import without_autograd
+from guided_decode.scorer import LogProbs, Scorer, TerminalRule
+from guided_decode.scoring.critic import CriticScorer, ValueHead
+from guided_decode.scoring.implicit import ImplicitScorer, LanguageModel
+from guided_decode.scoring.transforms import Transform
+from guided_decode.scoring.trunk_head import KIND as TRUNK_HEAD
+from guided_decode.scoring.trunk_scorer import TrunkScorer
+
+
+@without_autograd
+def load_scorer(
+    model: ModelLike,
+    kind: str = "auto",
+    *,
+    head: HeadLike | None = None,
+    reward: "ModelLike | Scorer | None" = None,
+    reference: "ModelLike | LogProbs | None" = None,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+    cache_tokens: int | None = None,
+    live_tokens: int | None = None,
+    max_forward_tokens: int = 8192,
+    bos: BosRule | None = None,
+    terminal: TerminalRule | None = None,
+    transform: str | Transform | None = None,
+    policy_tokenizer: Tokenizer | None = None,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+    rope_theta: float | None = None,
+) -> Scorer:
+    """A scorer that follows the conventions its checkpoint's trainer used.
+
+    Args:
+        model: a registered name, a Hub id, a local path, or a transformers model in memory, whose
+            weights are then shared and which is not changed.
+        kind: the checkpoint family (`guided_decode.checkpoints.families`); "auto" decides on
+            positive evidence.
+        head: for kind="trunk-head", where `model` is the policy: a value head on its hidden states
+            (`trunk_head_loading.load_trunk_head` says in which forms).
+        reward: a reward model that scores responses that end, in the critic's units; implies
+            terminal="reward".
+        reference: the language model of kl_coef; for kind="implicit" the tuned policy's reference.
+        device: where it runs; None is the CPU, or where the given model is.
+        dtype: of the weights; None keeps the checkpoint's, and is float32 on a CPU.
+        cache_tokens: capacity of each model's prefix cache; None takes a bounded share of memory.
+        live_tokens: the most tokens that are live at once; the default of cache_tokens takes no
+            more than these.
+        max_forward_tokens: the most tokens of one forward.
+        bos: "keep" or "drop" one leading BOS; None follows the family.
+        terminal: the terminal rule; None follows the family.
+        transform: "sigmoid", "softmax:1", "clip:0,1", ...; None follows the family.
+        policy_tokenizer: the policy's, or its path: refused where its ids are not the scorer's.
+        revision: of the Hub repository.
+        allow_pickle: read pickled weights where there are no safetensors.
+        trust_remote_code: run code that comes with the checkpoint.
+        rope_theta: overrides the config's.
+
+    Returns:
+        A CriticScorer, TrunkScorer or ImplicitScorer.
+
+    Raises:
+        ValueError: what does not fit; names what was given, what was expected and what to do.
+    """
+    options = LoadingOptions(
+        device=device,
+        dtype=settled_dtype(model, device, dtype),
+        revision=revision,
+        allow_pickle=allow_pickle,
+        trust_remote_code=trust_remote_code,
+        rope_theta=rope_theta,
+        cache_tokens=cache_tokens,
+        live_tokens=live_tokens,
+        max_forward_tokens=max_forward_tokens,
+        policy_tokenizer=read_tokenizer(policy_tokenizer),
+    )
+    source = open_source(model, **options.of_files)
+    family = choose_family(source, _kind(kind, head, source.name))
+    if not family.heads:
+        _refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
+        return _load_implicit(model, source, reference, options)
+    if reward is not None and terminal not in (None, "reward"):
+        raise ValueError(
+            f'a reward model was given with terminal={terminal!r}: expected terminal="reward", or '
+            "no reward model"
+        )
+    terminal = "reward" if reward is not None else terminal
+    if head is not None:
+        family = choose_family(source, family.kind, bos=bos, terminal=terminal)
+        return _load_trunk_head(source, family, head, transform, reward, reference, options)
+    checkpoint = load_checkpoint(
+        model, kind, bos=bos, terminal=terminal, transform=transform, **options.of_weights
+    )
+    check_tokenizer(options, checkpoint.tokenizer)
+    return CriticScorer(
+        packed_model(checkpoint.trunk, checkpoint.name, options),
+        ValueHead(checkpoint.head_weight, checkpoint.head_bias, checkpoint.transform),
+        reward=_load_reward(reward, options),
+        reference=None if reference is None else _load_reference(reference, options),
+        **conventions(checkpoint.family, checkpoint.tokenizer, checkpoint.trunk),
+    )
+
+
+def _kind(kind: str, head: object, name: str) -> str:
+    """The kind that was asked for: a head that comes apart is evidence for its own."""
+    if head is None:
+        if kind == TRUNK_HEAD:
+            raise ValueError(
+                f"{name} was given as {kind} without a head: pass head=, a value head on this "
+                "policy's hidden states (a file that recipes.trunk_head wrote, say)"
+            )
+        return kind
+    if kind not in ("auto", TRUNK_HEAD):
+        raise ValueError(
+            f"head= was given with kind={kind!r}, whose checkpoints have their head inside: "
+            f'expected kind="{TRUNK_HEAD}" with the policy as the model; drop one of the two'
+        )
+    return TRUNK_HEAD
+
+
+def _load_trunk_head(
+    source: Source,
+    family: Family,
+    head: HeadLike,
+    transform: str | Transform | None,
+    reward: "ModelLike | Scorer | None",
+    reference: "ModelLike | LogProbs | None",
+    options: LoadingOptions,
+) -> TrunkScorer:
+    trunk = load_policy_trunk(source, family, options.dtype, options.device, options.rope_theta)
+    found = load_trunk_head(
+        head, trunk, source.name, transform=transform, **options.of_files | {"revision": None}
+    )
+    tokenizer = load_tokenizer(source)
+    check_tokenizer(options, tokenizer)
+    norm = take_final_norm(trunk)
+    # A loop that reads next tokens off this trunk keeps each token's hidden state.
+    hidden_bytes = trunk.config.get_text_config().hidden_size * trunk.dtype.itemsize
+    return TrunkScorer(
+        packed_model(trunk, source.name, options, hidden_bytes),
+        replace(found, norm=norm),
+        reward=_load_reward(reward, options),
+        reference=None if reference is None else _load_reference(reference, options),
+        **conventions(family, tokenizer, trunk),
+    )
+
+
+def _load_implicit(
+    model: ModelLike,
+    source: Source,
+    reference: "ModelLike | LogProbs | None",
+    options: LoadingOptions,
+) -> ImplicitScorer:
+    if reference is None and source.record is not None:
+        reference = source.record.reference
+    if reference is None or not isinstance(reference, ModelLike):
+        raise ValueError(
+            f"{source.name} is scored as an implicit reward, log π* − log π_ref, but no reference "
+            "came with it: pass reference=, the model that its training started from"
+        )
+    tuned = load_causal_lm(model, **options.of_weights)
+    base_options = replace(options, revision=None)
+    base = load_causal_lm(reference, **base_options.of_weights)
+    base_source = open_source(reference, **base_options.of_files)
+    tokenizer = load_tokenizer(source)
+    for other in (tokenizer, load_tokenizer(base_source)):
+        check_tokenizer(options, other)
+    return ImplicitScorer(
+        packed_model(tuned, source.name, options),
+        packed_model(base, base_source.name, options),
+        bos_token_id=special_token("bos_token_id", tokenizer, tuned),
+        eos_token_id=special_token("eos_token_id", tokenizer, tuned),
+    )
+
+
+def _load_reference(reference: "ModelLike | LogProbs", options: LoadingOptions) -> LogProbs:
+    if not isinstance(reference, ModelLike):
+        return reference
+    own = replace(options, revision=None, rope_theta=None)
+    source = open_source(reference, **own.of_files)
+    check_tokenizer(own, load_tokenizer(source))
+    return LanguageModel(
+        packed_model(load_causal_lm(reference, **own.of_weights), source.name, own)
+    )
+
+
+def _load_reward(reward: "ModelLike | Scorer | None", options: LoadingOptions) -> Scorer | None:
+    if reward is None or not isinstance(reward, ModelLike):
+        return reward
+    return load_scorer(
+        reward,
+        device=options.device,
+        dtype=options.dtype,
+        cache_tokens=options.cache_tokens,
+        live_tokens=options.live_tokens,
+        max_forward_tokens=options.max_forward_tokens,
+        policy_tokenizer=options.policy_tokenizer,
+        allow_pickle=options.allow_pickle,
+        trust_remote_code=options.trust_remote_code,
+    )
+
+
+def _refuse_for_implicit(**given: object) -> None:
+    names = [name for name, value in given.items() if value is not None]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} came with an implicit reward, which has no value head: expected "
+            "only a reference; drop it"
+        )

@@ -1,0 +1,94 @@
+"""Where a model comes from, its files or a model in memory, before any weight is read."""
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+
+from guided_decode.checkpoints.registry import Record, find
+from guided_decode.checkpoints.weight_files import WeightFiles, open_weights
+
+ModelLike = str | Path | PreTrainedModel
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A model that is to be loaded.
+
+    name: how errors call it. architecture: its class name, "" where its config names none.
+    config: a copy of its own. weights: its files; instance: the model in memory; one of the two.
+    record: what the registry knows of it.
+    """
+
+    name: str
+    architecture: str
+    config: PreTrainedConfig
+    record: Record | None
+    weights: WeightFiles | None
+    instance: PreTrainedModel | None
+    trust_remote_code: bool
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """The names of all weights."""
+        if self.weights is not None:
+            return self.weights.names
+        assert self.instance is not None
+        return frozenset(name for name, _ in self.instance.named_parameters())
+
+    def tensor(self, name: str) -> Tensor:
+        """One weight, detached."""
+        if self.weights is not None:
+            return self.weights.read(name)
+        assert self.instance is not None
+        return self.instance.get_parameter(name).detach()
+
+
+def open_source(
+    model: ModelLike,
+    *,
+    revision: str | None = None,
+    allow_pickle: bool = False,
+    trust_remote_code: bool = False,
+) -> Source:
+    """A registered name, a Hub id, a local path or a model in memory.
+
+    Raises ValueError: nothing is found under the name, it has no config or no weights, or its
+    weights are pickles that were not allowed.
+    """
+    if isinstance(model, PreTrainedModel):
+        return _of_instance(model)
+    if not isinstance(model, str | Path):
+        raise ValueError(
+            f"a {type(model).__name__} was given as a model: expected a name, a path or a "
+            "transformers PreTrainedModel"
+        )
+    record = find(model)
+    location = str(model) if record is None or Path(model).is_dir() else record.location
+    try:
+        config = AutoConfig.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except OSError as error:
+        raise ValueError(
+            f"{model}: expected a folder with a config.json, a registered name or a Hub id; "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    architecture = (config.architectures or [""])[0]
+    weights = open_weights(location, revision, allow_pickle)
+    return Source(str(model), architecture, config, record, weights, None, trust_remote_code)
+
+
+def _of_instance(model: PreTrainedModel) -> Source:
+    name = model.config.name_or_path
+    return Source(
+        name=name or type(model).__name__,
+        architecture=type(model).__name__,
+        config=copy.deepcopy(model.config),
+        record=find(name) if name else None,
+        weights=None,
+        instance=model,
+        trust_remote_code=True,
+    )

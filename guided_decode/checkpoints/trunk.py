@@ -1,0 +1,113 @@
+"""Models as decoders of their own: on their own config, ready to score and never to train."""
+
+import copy
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+
+from guided_decode.checkpoints.source import Source
+
+_SHOWN = 5
+
+
+def load_trunk(
+    source: Source, dtype: torch.dtype | None, device: torch.device | str | None
+) -> PreTrainedModel:
+    """The decoder without a head: token ids in, last hidden states out.
+
+    Raises ValueError: weights are missing, of another shape, or left over.
+    """
+    if source.instance is not None:
+        return _finish(_own_copy(source.instance.base_model), dtype, device)
+    return _finish(_load(source, AutoModel, dtype), None, device)
+
+
+def load_language_model(
+    source: Source, dtype: torch.dtype | None, device: torch.device | str | None
+) -> PreTrainedModel:
+    """The decoder with its language-model head.
+
+    Raises ValueError: as `load_trunk`, or it has no such head.
+    """
+    if source.instance is not None:
+        if source.instance.get_output_embeddings() is None:
+            raise ValueError(
+                f"{source.name} is a {source.architecture}, which has no language-model head: "
+                "expected a causal LM; pass one"
+            )
+        return _finish(_own_copy(source.instance), dtype, device)
+    return _finish(_load(source, AutoModelForCausalLM, dtype), None, device)
+
+
+def _finish(
+    model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None
+) -> PreTrainedModel:
+    model.set_attn_implementation("eager")
+    model.requires_grad_(False)
+    return model.eval().to(device=device, dtype=dtype)
+
+
+def _own_copy(model: nn.Module) -> Any:
+    """The module on its own deep copy of the config, sharing the weights and nothing else."""
+    shared: dict[int, Any] = {
+        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
+        for weight in model.parameters()
+    }
+    return copy.deepcopy(model, shared)
+
+
+def _load(source: Source, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    weights = source.weights
+    assert weights is not None
+    try:
+        with _no_load_report():
+            model, report = auto_class.from_pretrained(
+                weights.location,
+                config=source.config,
+                revision=weights.revision,
+                dtype="auto" if dtype is None else dtype,
+                use_safetensors=not weights.pickle,
+                trust_remote_code=source.trust_remote_code,
+                output_loading_info=True,
+            )
+    except RuntimeError as error:
+        raise ValueError(
+            f"{source.name}: its weights do not fit its config; expected the two of one model; "
+            f"{str(error).splitlines()[0]}"
+        ) from error
+    _refuse("lacks weights", source, report["missing_keys"])
+    extra = [key for key in report["unexpected_keys"] if "layers." in key and "inv_freq" not in key]
+    _refuse("has weights that its config has no place for", source, extra)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def _refuse(what: str, source: Source, keys: Any) -> None:
+    names = sorted(keys)
+    if names:
+        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+        raise ValueError(
+            f"{source.name} {what}: {', '.join(names[:_SHOWN])}{more}; expected exactly those of "
+            f"a {source.config.model_type} decoder with {source.config.num_hidden_layers} layers; "
+            "save or download the checkpoint again"
+        )
+
+
+@contextmanager
+def _no_load_report() -> Iterator[None]:
+    """Silences transformers' table of weights that it did not use: the head is read apart."""
+    logger = logging.getLogger("transformers.modeling_utils")
+
+    def drop(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(drop)
+    try:
+        yield
+    finally:
+        logger.removeFilter(drop)

@@ -1,0 +1,178 @@
+"""CUDA graphs of the steady-state packed forward: one launch where a trunk has a thousand.
+
+A graph has static buffers for a bucket of tokens, of rows and of prefix lengths; a step's batch is
+copied in and the rest is padding: position -1, which attention leaves out, and the pool's last
+slot, which is nobody's. Shapes beyond the buckets run as they are.
+"""
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from guided_decode.forward.packed import PackedBatch
+from guided_decode.forward.packed_model import MOST_GRAPH_TOKENS, PackedModel
+from guided_decode.kernels.jit import next_power_of_two
+
+logger = logging.getLogger("guided_decode")
+
+# Tokens of a forward, by bucket; a longer one is bound by arithmetic, not by launches.
+TOKEN_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MOST_GRAPH_TOKENS)
+# Tokens of one row: a longer catch-up is rare.
+MOST_QUERIES = 64
+_SHORTEST_PREFIX = 512
+# The graphs that are kept: each holds little, its buffers are in a pool that all share.
+_MOST_GRAPHS = 64
+
+
+class Bucket(NamedTuple):
+    """What a graph was captured for: upper bounds, all but `table`."""
+
+    tokens: int
+    rows: int
+    queries: int
+    prefix: int
+    table: tuple[int, int]
+
+
+class _Static(NamedTuple):
+    """Buffers that a graph reads, and what is in them where a batch is shorter."""
+
+    batch: PackedBatch
+    padding: Tensor
+    no_segments: Tensor
+
+
+class _Graph(NamedTuple):
+    static: _Static
+    replay: Callable[[], object]
+
+
+def bucket_of(batch: PackedBatch) -> Bucket | None:
+    """The bucket that takes the batch, or None where it runs as it is."""
+    tokens = next((n for n in TOKEN_BUCKETS if n >= len(batch.token_ids)), None)
+    if tokens is None or batch.segment_table is None or batch.most_queries > MOST_QUERIES:
+        return None
+    return Bucket(
+        tokens,
+        next_power_of_two(len(batch.segment_table)),
+        next_power_of_two(batch.most_queries),
+        next_power_of_two(max(batch.most_positions, _SHORTEST_PREFIX)),
+        # A table that grew lies elsewhere.
+        (batch.table.data_ptr(), batch.table.shape[1]),
+    )
+
+
+class GraphedForward:
+    """Runs packed forwards by replaying graphs. What the forward writes is all that it gives."""
+
+    def __init__(
+        self, model: PackedModel, forward: Callable[[PackedBatch], object], *, capture: bool = True
+    ) -> None:
+        """
+        Args:
+            model: whose pool the forward writes to; on a CUDA device.
+            forward: the work of one batch, results written to the pool; no host sync inside.
+            capture: False runs the padded batch itself instead of a graph of it.
+        """
+        self._forward = forward
+        self._capture = capture
+        self._spare_slot = model.cache.pool.capacity
+        self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
+        self._memory: Any = None
+        self._works = True
+        self.replays = 0
+        self.captures = 0
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def run(self, batch: PackedBatch) -> bool:
+        """Runs the batch, if a bucket takes it; False where the caller has to run it."""
+        bucket = bucket_of(batch) if self._works else None
+        if bucket is None:
+            return False
+        graph = self._graphs.get(bucket)
+        if graph is None:
+            graph = self._add(bucket, batch)
+            if graph is None:
+                return False
+        self._graphs.move_to_end(bucket)
+        self._fill(graph.static, batch)
+        graph.replay()
+        self.replays += 1
+        return True
+
+    def _add(self, bucket: Bucket, batch: PackedBatch) -> _Graph | None:
+        for old in [b for b in self._graphs if b.table != bucket.table]:
+            del self._graphs[old]
+        while len(self._graphs) >= _MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        static = self._static(bucket, batch)
+        try:
+            run = partial(self._forward, static.batch)
+            replay = self._record(run) if self._capture else run
+        except (RuntimeError, NotImplementedError) as error:
+            # A model whose forward cannot be captured runs as it is, from now on.
+            logger.warning("CUDA graphs are off: the forward cannot be captured (%s)", error)
+            self._works = False
+            self._graphs.clear()
+            return None
+        self.captures += 1
+        self._graphs[bucket] = _Graph(static, replay)
+        return self._graphs[bucket]
+
+    def _static(self, bucket: Bucket, batch: PackedBatch) -> _Static:
+        """Buffers of the bucket's size, all padding."""
+        device = batch.stacked.device
+        # Token 0 at position -1, in the slot that is nobody's.
+        padding = torch.tensor([[0], [-1], [self._spare_slot]]).expand(3, bucket.tokens)
+        padding = padding.contiguous().to(device)
+        stacked = padding.clone()
+        no_segments = torch.zeros(bucket.rows, 3, dtype=torch.int32, device=device)
+        token_ids, positions, slots = stacked.unbind()
+        static = replace(
+            batch,
+            stacked=stacked,
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            segments=[],
+            segment_table=no_segments.clone(),
+            most_queries=bucket.queries,
+            most_positions=bucket.prefix,
+            stretches={},
+        )
+        return _Static(static, padding, no_segments)
+
+    def _fill(self, static: _Static, batch: PackedBatch) -> None:
+        """The batch, and padding behind it, in two launches."""
+        segments, into = batch.segment_table, static.batch.segment_table
+        assert segments is not None
+        assert into is not None
+        tokens = [batch.stacked, static.padding[:, len(batch.token_ids) :]]
+        torch.cat(tokens, -1, out=static.batch.stacked)
+        torch.cat([segments, static.no_segments[len(segments) :]], out=into)
+
+    def _record(self, run: Callable[[], object]) -> Callable[[], object]:
+        """Captures a forward."""
+        if not self._graphs:
+            # torch refuses to capture into a memory pool whose graphs are all gone.
+            self._memory = torch.cuda.graph_pool_handle()
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            # Kernels are compiled and libraries get their workspaces before the capture.
+            for _ in range(2):
+                run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        # Other threads of a server go on calling CUDA meanwhile.
+        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
+            run()
+        return graph.replay

@@ -1,0 +1,113 @@
+"""One packed forward: the uncached prefix tokens and candidates of many rows, in one sequence."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_decode.cache.pool import SlotPool
+from guided_decode.cache.row_work import RowWork
+from guided_decode.forward.stretch import Stretch
+from guided_decode.growable import Ints
+
+
+@dataclass(slots=True, frozen=True)
+class Segment:
+    """A row's stretch of the packed sequence: prefix queries, then candidate queries."""
+
+    start: int
+    prefix: int
+    candidates: int
+    first: int
+    length: int
+    table_row: int
+
+
+@dataclass(slots=True, frozen=True)
+class PackedBatch:
+    """One forward. token_ids, positions, slots: int64 [tokens], on the model's device; `stacked`
+    is the three of them, int64 [3, tokens], in the same memory.
+
+    A prefix query at position p reads the slots table[row, : p + 1]; a candidate reads
+    table[row, :length] and itself. Every token's key and value go to its own slot.
+    segments: on the host. segment_table: the same for `kernels.lookahead_attention`, int32 [n, 3]
+    on the device; None where attention goes by `segments`. most_queries, most_positions: bounds
+    of the segments' tokens and of the positions.
+    stretches: by sliding window, what was worked out from the segments, once for all layers.
+    """
+
+    stacked: Tensor
+    token_ids: Tensor
+    positions: Tensor
+    slots: Tensor
+    segments: list[Segment]
+    table: Tensor
+    pool: SlotPool
+    segment_table: Tensor | None = None
+    most_queries: int = 0
+    most_positions: int = 0
+    stretches: dict[int | None, list[Stretch]] = field(default_factory=dict)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the model's keys."""
+        return self.pool.keys[0].dtype
+
+
+def pack(
+    work: list[RowWork], table: Tensor, pool: SlotPool, limit: int, *, fused: bool = False
+) -> Iterator[PackedBatch]:
+    """Cuts the rows' work, in order, into forwards of at most `limit` tokens.
+
+    fused: attention goes through `kernels.lookahead_attention`, as it does on a GPU.
+    """
+    waiting: list[RowWork] = []
+    room = limit
+    for row in work:
+        if row.tokens < room:
+            if row.tokens:
+                waiting.append(row)
+                room -= row.tokens
+            continue
+        while row.tokens:
+            piece, row = row.cut(room)
+            waiting.append(piece)
+            room -= piece.tokens
+            if room == 0:
+                yield _batch(waiting, table, pool, fused)
+                waiting, room = [], limit
+    if waiting:
+        yield _batch(waiting, table, pool, fused)
+
+
+def _batch(work: list[RowWork], table: Tensor, pool: SlotPool, fused: bool) -> PackedBatch:
+    sizes = np.array([row.tokens for row in work])
+    starts = np.concatenate([[0], sizes.cumsum()])
+    segments = [
+        Segment(int(start), len(w.prefix), len(w.candidates), w.first, w.length, w.table_row)
+        for w, start in zip(work, starts, strict=False)
+    ]
+    packed = np.empty((3, int(starts[-1])), np.int64)
+    np.concatenate([part for w in work for part in (w.prefix, w.candidates)], out=packed[0])
+    np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
+    np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
+    stacked = torch.from_numpy(packed).to(pool.device, non_blocking=True)
+    token_ids, positions, slots = stacked.unbind()
+    batch = PackedBatch(stacked, token_ids, positions, slots, segments, table, pool)
+    if not fused:
+        return batch
+    rows = np.column_stack([starts[:-1], sizes, [w.table_row for w in work]]).astype(np.int32)
+    return replace(
+        batch,
+        segment_table=torch.from_numpy(rows).to(pool.device, non_blocking=True),
+        most_queries=int(sizes.max()),
+        most_positions=int(packed[1].max()),
+    )
+
+
+def _positions(work: RowWork) -> tuple[Ints, Ints]:
+    """Positions of a row's prefix tokens, and of its candidates, which share one."""
+    prefix = np.arange(work.first, work.first + len(work.prefix), dtype=np.int64)
+    return prefix, np.full(len(work.candidates), work.length, np.int64)

@@ -1,0 +1,234 @@
+"""A transformers model that runs packed forwards on a slot pool."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from guided_decode.cache.pool import SlotPool
+from guided_decode.cache.prefix_cache import Placement, PrefixCache
+from guided_decode.cache.radix_node import NO_INTS
+from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
+from guided_decode.forward.cpu_linear import use_onednn
+from guided_decode.forward.modes import without_autograd
+from guided_decode.forward.packed import PackedBatch, pack
+from guided_decode.growable import Ints
+from guided_decode.prefix import PrefixHandle, as_ints
+from guided_decode.scorer import Prefix
+
+# The default pool takes at most this share of free memory, and no more than this many bytes.
+_MEMORY_SHARE = 0.25
+# Tokens of the longest forward that is a CUDA graph.
+MOST_GRAPH_TOKENS = 512
+_MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
+
+
+class Row(NamedTuple):
+    """A row that was checked: its prefix, and how many leading tokens the model does not see."""
+
+    prefix: PrefixHandle | Ints
+    skip: int
+
+
+class PackedModel:
+    """An unmodified transformers module, its prefix cache, and the packed forward.
+
+    The model must sit on a config of its own: its attention implementation is switched.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        name: str,
+        *,
+        cache_tokens: int | None = None,
+        live_tokens: int | None = None,
+        max_forward_tokens: int = 8192,
+        fused: bool | None = None,
+        bytes_beside: int = 0,
+    ) -> None:
+        """
+        Args:
+            model: trunk (AutoModel) or causal LM, in eval mode, on its device.
+            name: what errors call it.
+            cache_tokens: capacity of the slot pool; None takes a bounded share of free memory.
+            live_tokens: the most tokens that are live at once, which bounds that default.
+            max_forward_tokens: the most tokens of one forward.
+            fused: attention goes through `kernels.lookahead_attention`; None: not on a CPU, where
+                runs of neighbouring slots are read in place.
+            bytes_beside: what others keep for each cached token, counted in the default capacity.
+
+        Raises:
+            ValueError: a bound below 1, or layers that keep no keys and values.
+        """
+        bounds = {
+            "cache_tokens": cache_tokens,
+            "live_tokens": live_tokens,
+            "max_forward_tokens": max_forward_tokens,
+        }
+        for bound, given in bounds.items():
+            if given is not None and (not isinstance(given, int) or given < 1):
+                raise ValueError(f"{bound}={given!r}: expected an integer of at least 1")
+        self.model = model
+        self.name = name
+        self.max_forward_tokens = max_forward_tokens
+        self.fused = model.device.type != "cpu" if fused is None else fused
+        config = model.config.get_text_config()
+        self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        shapes = _layer_shapes(model)
+        capacity = cache_tokens or min(
+            live_tokens or 1 << 17, _default_capacity(shapes, model, bytes_beside)
+        )
+        self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
+        model.set_attn_implementation(ATTENTION_NAME)
+        use_onednn(model)
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
+    def row(self, given: Prefix, index: int, skip_token: int | None, candidates: int) -> Row:
+        """A prefix that this model can read, with `candidates` tokens after it.
+
+        Args:
+            given: the prefix as the caller has it.
+            index: what errors call the row.
+            skip_token: one leading token with this id is not shown to the model; a prefix that is
+                nothing else keeps it.
+            candidates: how many distinct candidates follow.
+
+        Raises:
+            ValueError: an empty prefix, a token outside the vocabulary, more tokens than the model
+                has positions, or than the cache has slots.
+        """
+        if not len(given):
+            raise ValueError(f"row {index} has an empty prefix: expected at least one token id")
+        prefix: PrefixHandle | Ints
+        if isinstance(given, PrefixHandle):
+            prefix, tokens = given, given.tokens
+            lowest, highest = given.lowest, given.highest
+        else:
+            prefix = tokens = as_ints(given)
+            lowest, highest = int(tokens.min()), int(tokens.max())
+        self.check_vocabulary(lowest, highest, f"row {index}: prefix token")
+        skip = int(skip_token is not None and len(tokens) > 1 and tokens[0] == skip_token)
+        self._check_fits(len(tokens) - skip, candidates, index)
+        return Row(prefix, skip)
+
+    def refusal(self, given: Prefix, skip_token: int | None, candidates: int) -> str | None:
+        """What `row` would raise, or None."""
+        try:
+            self.row(given, 0, skip_token, candidates)
+        except ValueError as error:
+            return str(error).removeprefix("row 0: ")
+        return None
+
+    def check_vocabulary(self, lowest: int, highest: int, what: str) -> None:
+        """Raises ValueError where ids between these two are not all in the vocabulary."""
+        if lowest < 0 or highest >= self.vocab_size:
+            odd = lowest if lowest < 0 else highest
+            raise ValueError(
+                f"{what} {odd} is outside the vocabulary of {self.name}, which has "
+                f"{self.vocab_size} tokens: policy and scorer must share their token ids"
+            )
+
+    def _check_fits(self, length: int, candidates: int, index: int) -> None:
+        # Candidates share one position.
+        positions = length + min(candidates, 1)
+        if self.max_positions is not None and positions > self.max_positions:
+            raise ValueError(
+                f"row {index} needs {positions} positions but {self.name} has "
+                f"{self.max_positions}: shorten the prompt or lower max_new_tokens"
+            )
+        needed = length + candidates
+        if needed > self.cache.capacity:
+            raise ValueError(
+                f"cache_tokens={self.cache.capacity} is too small for one row of {self.name}: its "
+                f"prefix has {length} tokens and {candidates} candidates, so cache_tokens must be "
+                f"at least {needed}"
+            )
+
+    def place(self, row: Row, candidates: Ints = NO_INTS, *, reread_last: bool = False,
+              alone: bool = False) -> Placement | None:  # fmt: skip
+        """A place in the cache for a row of `row()`; None where it has to wait for the next batch.
+
+        alone: no other row of the batch was placed, so what the cache holds may go.
+        """
+        placement = self.cache.place(row.prefix, row.skip, candidates, reread_last=reread_last)
+        if placement is None and alone:
+            self.cache.clear()
+            placement = self.cache.place(row.prefix, row.skip, candidates, reread_last=reread_last)
+            assert placement is not None
+        return placement
+
+    def batches(self, placements: Sequence[Placement]) -> list[PackedBatch]:
+        """The forwards that these rows need, in order."""
+        work = [placement.work for placement in placements]
+        self.cache.write_tables()
+        cache = self.cache
+        table, limit = cache.tables.table, self.max_forward_tokens
+        return list(pack(work, table, cache.pool, limit, fused=self.fused))
+
+    @without_autograd
+    def forward(self, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
+        """One packed forward: hidden states [tokens, hidden], or logits [n, vocab].
+
+        Args:
+            batch: the tokens.
+            read: int64 [n], for causal LMs: tokens whose logits are wanted.
+        """
+        inputs = {
+            "input_ids": batch.token_ids[None],
+            # The padding of a CUDA graph has position -1; any will do for it.
+            "position_ids": batch.positions.clamp(min=0)[None],
+            "past_key_values": SlotCache(batch),
+            "packed": batch,
+            "use_cache": True,
+        }
+        if read is not None:
+            return self.model(**inputs, logits_to_keep=read).logits[0]
+        return self.model(**inputs).last_hidden_state[0]
+
+
+def _layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """(kv_heads, key_dim, value_dim) of each layer, read off a forward of one token."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        layers = model(input_ids=token, use_cache=True).past_key_values.layers
+    shapes = []
+    for layer in layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise ValueError(
+                f"{type(model).__name__} has layers that keep no keys and values (recurrent or "
+                "shared): expected attention with its own keys and values in every layer"
+            )
+        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+    return shapes
+
+
+def _default_capacity(
+    shapes: list[tuple[int, int, int]], model: PreTrainedModel, bytes_beside: int
+) -> int:
+    numbers = sum(heads * (k + v) for heads, k, v in shapes)
+    token_bytes = numbers * model.dtype.itemsize + 4 + bytes_beside
+    budget = _MOST_BYTES.get(model.device.type, 2 << 30)
+    if model.device.type == "cuda":
+        budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
+        budget -= graph_bytes(model)
+    return max(1, min(1 << 17, budget // token_bytes))
+
+
+def graph_bytes(model: PreTrainedModel) -> int:
+    """What the CUDA graphs of the forward hold, about: the activations of their longest one.
+
+    All graphs share one memory pool, in which a layer's activations take the place of the last
+    layer's: a few rows of the hidden size, and of the feed-forward's, a token.
+    """
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    return MOST_GRAPH_TOKENS * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize

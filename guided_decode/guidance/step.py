@@ -1,0 +1,265 @@
+"""One decoding step for many rows: candidates, gate, scores, guided logits."""
+
+import logging
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from guided_decode.guidance.candidates import choose_candidates, log_normaliser
+from guided_decode.guidance.config import GuidanceConfig, OnError
+from guided_decode.guidance.rule import (
+    Configs,
+    apply_guidance,
+    distinct,
+    per_row,
+    scored_candidates,
+)
+from guided_decode.guidance.terminal import score_candidates
+from guided_decode.kernels.top_candidates import TopCandidates
+from guided_decode.scorer import Prefix, Scorer, Scores
+
+# Token ids that would end any of the rows, or one collection of them a row.
+Terminals = Collection[int] | Sequence[Collection[int]]
+
+logger = logging.getLogger("guided_decode")
+
+
+class _StepScores(NamedTuple):
+    """Scores of every row, and which candidates have an advantage, bool [rows, k]; a row that is
+    not scored has NaN, and none."""
+
+    scores: Scores
+    scored: Tensor
+    log_ratio: Tensor | None
+
+
+def guide_rows(
+    scorer: Scorer,
+    logits: Tensor,  # [rows, vocab] any float
+    prefixes: Sequence[Prefix],
+    config: Configs,
+    *,
+    terminals: Terminals = (),
+    on_error: OnError = "raise",
+    min_keep: int = 1,
+) -> Tensor:
+    """Guided next-token logits of live rows.
+
+    Args:
+        scorer: what scores the candidates.
+        logits: [rows, vocab], before temperature and truncation; not changed.
+        prefixes: a row's unpadded token ids (prompt and what was generated), or its handle.
+        config: one GuidanceConfig, or one a row.
+        terminals: token ids that would end these requests, or one collection of them a row.
+        on_error: what a scorer that fails, refuses a row, or answers NaN or infinity, does:
+            "raise", or "passthrough", which hands those rows' logits on untouched, counts them,
+            and logs once. A row that is refused does not keep the others from being scored.
+        min_keep: how many candidates top_p and pruning leave at least (beam search needs some).
+
+    Returns:
+        New logits, [rows, vocab], of the input's dtype.
+
+    Raises:
+        ValueError: top_k=None with a scorer that scores candidates one by one, kl_coef without a
+            reference, another number of prefixes than rows; with on_error="raise" also a score
+            that is NaN or infinite.
+    """
+    configs = per_row(config, len(logits))
+    _check_call(logits, prefixes, on_error)
+    for each in distinct(configs):
+        _check_supported(scorer, each)
+    if all(not c.needs_scores and c.tail == "keep" for c in configs):
+        return logits.clone()
+    ends = _per_row_terminals(terminals, len(logits))
+    chosen = choose_candidates(logits, configs, min_keep)
+    known, gated = _on_host(chosen, vocabulary=scorer.scores_vocabulary)
+    active = _rows_to_score(scorer, configs, gated)
+    reason: object = "NaN or infinite scores"
+    refused: dict[int, str] = {}
+    try:
+        try:
+            step = _score(scorer, logits, chosen.candidates, known, prefixes, configs, active, ends)
+        except ValueError:
+            refused = _refused_rows(scorer, prefixes, known, active, logits.shape[-1])
+            if on_error == "raise" or not refused:
+                raise
+            active = [i for i in active if i not in refused]
+            step = _score(scorer, logits, chosen.candidates, known, prefixes, configs, active, ends)
+            step = _spoiled(step, chosen.candidates, list(refused))
+            reason = next(iter(refused.values()))
+    except Exception as error:
+        if on_error == "raise" or is_device_error(error):
+            raise
+        reason, step = error, _spoiled(_no_scores(chosen.candidates), chosen.candidates, active)
+    guided, why = apply_guidance(
+        logits, chosen.candidates, step.scores, configs, step.scored, step.log_ratio, min_keep
+    )
+    failed = [i for i, each in enumerate(why.tolist()) if each]
+    if failed and on_error == "raise":
+        raise ValueError(
+            f"the scorer answered NaN or infinity for rows {failed}, or so much that their "
+            "logits overflow: expected finite values"
+        )
+    if failed:
+        _count_failure(scorer, len(failed), reason)
+    return guided
+
+
+def _check_call(logits: Tensor, prefixes: Sequence[Prefix], on_error: OnError) -> None:
+    if on_error not in ("raise", "passthrough"):
+        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'passthrough'")
+    if len(prefixes) != len(logits):
+        raise ValueError(
+            f"{len(prefixes)} prefixes came with logits of {len(logits)} rows: expected one a row"
+        )
+
+
+def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
+    if config.top_k is None and config.needs_scores and not scorer.scores_vocabulary:
+        raise ValueError(
+            f"top_k=None was given with {type(scorer).__name__}, which forwards every candidate: "
+            "pass a top_k (the whole vocabulary is for implicit rewards only)"
+        )
+    if config.kl_coef and scorer.reference is None:
+        raise ValueError(
+            f"kl_coef={config.kl_coef:g} was given without a reference model: "
+            "pass load_scorer(..., reference=...)"
+        )
+
+
+def _per_row_terminals(terminals: Terminals, rows: int) -> Sequence[Collection[int]]:
+    shared = [each for each in terminals if not isinstance(each, Collection)]
+    if shared or not terminals:
+        return [shared] * rows
+    each_row = [each for each in terminals if isinstance(each, Collection)]
+    if len(each_row) != rows:
+        raise ValueError(
+            f"terminals came for {len(each_row)} rows with logits of {rows}: expected token ids, "
+            "or one collection of them a row"
+        )
+    return each_row
+
+
+def _on_host(chosen: TopCandidates, *, vocabulary: bool) -> tuple[Tensor, list[bool] | None]:
+    """Candidates that are read on the host, and which rows the gate lets pass, in one copy.
+
+    vocabulary: candidates may be all there are, and stay where they are.
+    """
+    candidates, gated = chosen
+    if gated is None:
+        return candidates if vocabulary else candidates.cpu(), None
+    if vocabulary:
+        return candidates, gated.tolist()
+    both = torch.cat([candidates, gated[:, None]], -1).cpu()
+    return both[:, :-1], both[:, -1].bool().tolist()
+
+
+def _refused_rows(
+    scorer: Scorer, prefixes: Sequence[Prefix], candidates: Tensor, active: list[int], vocab: int
+) -> dict[int, str]:
+    """The rows that the scorer would refuse, with its reasons."""
+    counts = (candidates >= 0).sum(-1).tolist()
+    reasons = ((i, scorer.refusal(prefixes[i], counts[i])) for i in active)
+    refused = {i: reason for i, reason in reasons if reason is not None}
+    if vocab > scorer.vocab_size:
+        unknown = (candidates >= scorer.vocab_size).any(-1).tolist()
+        reason = f"a candidate is outside the scorer's vocabulary of {scorer.vocab_size} tokens"
+        refused.update({i: reason for i in active if unknown[i]})
+    return refused
+
+
+def _rows_to_score(
+    scorer: Scorer, configs: Sequence[GuidanceConfig], gated: list[bool] | None
+) -> list[int]:
+    """Indices of the rows whose advantages matter and that their gate does not let pass."""
+    wanted = [i for i, config in enumerate(configs) if config.needs_scores]
+    if gated is None:
+        return wanted
+    rows = [i for i in wanted if not gated[i]]
+    scorer.stats.rows_gated += len(wanted) - len(rows)
+    return rows
+
+
+def _score(
+    scorer: Scorer,
+    logits: Tensor,
+    candidates: Tensor,  # [rows, k] int64, where the logits are
+    known: Tensor,  # the same where the scorer wants them
+    prefixes: Sequence[Prefix],
+    configs: Sequence[GuidanceConfig],
+    active: list[int],
+    terminals: Sequence[Collection[int]],
+) -> _StepScores:
+    """Scores of the active rows, spread over all rows; on the logits' device."""
+    if not active:
+        return _no_scores(candidates)
+    every = len(active) == len(candidates)
+    if not every:
+        rows = torch.tensor(active)
+        known = known[rows.to(known.device, non_blocking=True)]
+        rows = rows.to(logits.device, non_blocking=True)
+        prefixes, terminals = [prefixes[i] for i in active], [terminals[i] for i in active]
+    scores, exempt = score_candidates(scorer, prefixes, known, terminals)
+    scored = scored_candidates(known, exempt)
+    log_ratio = None
+    if any(configs[i].kl_coef for i in active):
+        own, taken = (logits, candidates) if every else (logits[rows], candidates[rows])
+        log_ratio = _log_ratio(scorer, own, taken, prefixes)
+    values, baseline = (each.to(logits.device) for each in scores)
+    step = _StepScores(
+        Scores(values, baseline), scored.to(logits.device, non_blocking=True), log_ratio
+    )
+    return step if every else _spread(step, rows, candidates)
+
+
+def _log_ratio(
+    scorer: Scorer, logits: Tensor, candidates: Tensor, prefixes: Sequence[Prefix]
+) -> Tensor:
+    """log π − log π_ref of each candidate, float32 [rows, k]."""
+    assert scorer.reference is not None
+    policy = logits.gather(-1, candidates.clamp(min=0)).float() - log_normaliser(logits)
+    return policy - scorer.reference.log_probs(prefixes, candidates).to(logits.device)
+
+
+def _no_scores(candidates: Tensor) -> _StepScores:
+    """What rows have that are not scored."""
+    values = torch.full(candidates.shape, torch.nan, dtype=torch.float32, device=candidates.device)
+    baseline = values.new_full((len(values),), torch.nan)
+    return _StepScores(Scores(values, baseline), values == 0, values)
+
+
+def _spread(step: _StepScores, rows: Tensor, candidates: Tensor) -> _StepScores:
+    """The step of some rows as one of all rows."""
+    nothing = _no_scores(candidates)
+    # Rows that are not scored may have a KL term.
+    log_ratio = nothing.scores.values
+    if step.log_ratio is not None:
+        log_ratio = log_ratio.index_copy(0, rows, step.log_ratio)
+    return _StepScores(
+        Scores(
+            nothing.scores.values.index_copy(0, rows, step.scores.values),
+            nothing.scores.baseline.index_copy(0, rows, step.scores.baseline),
+        ),
+        nothing.scored.index_copy(0, rows, step.scored),
+        log_ratio,
+    )
+
+
+def _spoiled(step: _StepScores, candidates: Tensor, rows: list[int]) -> _StepScores:
+    """The step with rows whose scores are wanted and are NaN: guidance leaves those untouched."""
+    at = torch.tensor(rows, dtype=torch.int64).to(candidates.device, non_blocking=True)
+    return step._replace(scored=step.scored.index_copy(0, at, candidates[at] >= 0))
+
+
+def _count_failure(scorer: Scorer, rows: int, reason: object) -> None:
+    if scorer.stats.passthroughs == 0:
+        logger.warning("rows go on unguided because scoring failed: %s", reason)
+    scorer.stats.passthroughs += rows
+
+
+def is_device_error(error: Exception) -> bool:
+    """Whether the device itself failed, which nothing on it survives."""
+    accelerator = getattr(torch, "AcceleratorError", None)
+    return accelerator is not None and isinstance(error, accelerator)

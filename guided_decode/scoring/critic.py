@@ -1,0 +1,253 @@
+"""The critic as a scorer: V of every candidate, one packed forward a step."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from guided_decode.cache.prefix_cache import Placement, PrefixCache
+from guided_decode.forward.graphs import GraphedForward
+from guided_decode.forward.modes import without_autograd
+from guided_decode.forward.packed import PackedBatch
+from guided_decode.forward.packed_model import PackedModel, Row
+from guided_decode.growable import Ints
+from guided_decode.kernels import value_head
+from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
+from guided_decode.stats import ScorerStats
+
+_INTEGERS = (torch.int64, torch.int32, torch.int16)
+
+
+@dataclass(frozen=True, slots=True)
+class ValueHead:
+    """weight [labels, hidden], bias [labels] or None, and what turns outputs into one value."""
+
+    weight: Tensor
+    bias: Tensor | None
+    transform: Callable[[Tensor], Tensor]
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """Values of hidden states [tokens, hidden], float32 [tokens]."""
+        return self.transform(value_head(hidden, self.weight, self.bias))
+
+
+class CriticScorer:
+    """Scores candidates with a token-level critic, or a reward model read at the last token.
+
+    The answer of `score` depends on its arguments alone; the cache changes what it costs.
+    """
+
+    scores_vocabulary = False
+
+    def __init__(
+        self,
+        model: PackedModel,
+        head: Callable[[Tensor], Tensor],
+        *,
+        terminal: TerminalRule = "baseline",
+        skip_token: int | None = None,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+        reward: Scorer | None = None,
+        reference: LogProbs | None = None,
+        graphs: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the trunk.
+            head: values, float32 [tokens], of hidden states [tokens, hidden]; a `ValueHead`, say.
+            terminal: the terminal rule of the critic's family.
+            skip_token: BOS, where the critic was trained without it: one leading one is dropped.
+            bos_token_id: the token that begins a text, for those who look for padding.
+            eos_token_id: the token at which a finished response is read.
+            reward: the reward model of the "reward" terminal rule.
+            reference: the model of kl_coef.
+            graphs: steps of the usual shapes replay CUDA graphs; None: on a CUDA device.
+        """
+        if terminal == "reward" and reward is None:
+            raise ValueError(
+                'terminal="reward" was given without a reward model: pass reward=, a checkpoint '
+                "or a scorer that reads finished responses"
+            )
+        self.model = model
+        self.head = head
+        self.terminal = terminal
+        self.skip_token = skip_token
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+        self.reward = reward
+        self.reference = reference
+        self.stats = ScorerStats()
+        self._evicted = 0
+        self._graphs: GraphedForward | None = None
+        if graphs if graphs is not None else model.device.type == "cuda":
+            capture = model.device.type == "cuda"
+            self._graphs = GraphedForward(model, self._write_values, capture=capture)
+
+    def __repr__(self) -> str:
+        cache = self.cache
+        return (
+            f"{type(self).__name__}({self.model.name!r}, terminal={self.terminal!r}, cache_tokens="
+            f"{cache.capacity}, {cache.pool.nbytes / 2**20:.0f} MiB, {self.model.device})"
+        )
+
+    @property
+    def cache(self) -> PrefixCache:
+        return self.model.cache
+
+    @property
+    def vocab_size(self) -> int:
+        return self.model.vocab_size
+
+    @property
+    def captures(self) -> int:
+        """CUDA graphs that were captured so far: a step that captures one takes its time."""
+        return 0 if self._graphs is None else self._graphs.captures
+
+    @without_autograd
+    def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
+        """Values of candidates after their prefixes.
+
+        Args:
+            prefixes: rows of unpadded token ids, or handles.
+            candidates: int64 [rows, k], padded with -1.
+
+        Returns:
+            Scores on the critic's device: values float32 [rows, k], NaN where padded, and
+            baseline float32 [rows].
+
+        Raises:
+            ValueError: an empty prefix, a token outside the vocabulary, more positions than the
+                critic has, or a row that does not fit the cache.
+        """
+        begun = time.perf_counter()
+        rows, chosen = self._read(prefixes, candidates)
+        parts: list[Scores] = []
+        done = 0
+        try:
+            while done < len(rows):
+                parts.append(self._score_part(rows[done:], chosen[done:]))
+                done += len(parts[-1].baseline)
+        except BaseException:
+            # Slots that were handed out may not have been written.
+            self.cache.clear()
+            raise
+        self._count(begun, len(rows))
+        if not parts:
+            empty = torch.empty(candidates.shape, dtype=torch.float32, device=self.model.device)
+            return Scores(empty, empty.new_empty(len(empty)))
+        if len(parts) == 1:
+            return parts[0]
+        return Scores(
+            torch.cat([part.values for part in parts]),
+            torch.cat([part.baseline for part in parts]),
+        )
+
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why `score` would refuse this prefix with so many candidates, or None."""
+        reasons = [self.model.refusal(prefix, self.skip_token, candidates)]
+        if self.reward is not None:
+            reasons.append(self.reward.refusal(prefix, 1))
+        if self.reference is not None:
+            reasons.append(self.reference.refusal(prefix, candidates))
+        return next((reason for reason in reasons if reason is not None), None)
+
+    def _read(self, prefixes: Sequence[Prefix], candidates: Tensor) -> tuple[list[Row], Ints]:
+        """Rows that were checked, and candidates on the host: the step's one blocking copy."""
+        shape = candidates.shape
+        if len(shape) != 2 or shape[0] != len(prefixes) or candidates.dtype not in _INTEGERS:
+            raise ValueError(
+                f"candidates came as {candidates.dtype} {list(shape)} for "
+                f"{len(prefixes)} prefixes: expected int64 [{len(prefixes)}, k], padded with -1"
+            )
+        if shape[1] > self.vocab_size:
+            raise ValueError(
+                f"k={shape[1]} candidates a row are more than the vocabulary of "
+                f"{self.vocab_size} tokens"
+            )
+        chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)
+        if chosen.size:
+            # -1 is padding.
+            lowest, highest = int(chosen.min()), int(chosen.max())
+            self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
+        rows = []
+        counts = (chosen >= 0).sum(-1).tolist()
+        for i, (given, count) in enumerate(zip(prefixes, counts, strict=True)):
+            # Repeated candidates take one slot; they are rare enough to count only near the limit.
+            if len(given) + count > self.cache.capacity:
+                count = len(_distinct(chosen[i])[0])
+            rows.append(self.model.row(given, i, self.skip_token, count))
+        return rows, chosen
+
+    def _score_part(self, rows: Sequence[Row], candidates: Ints) -> Scores:
+        """Scores as many of the rows as fit the pool together, from the first."""
+        self.cache.begin_batch()
+        placements: list[Placement] = []
+        slots = np.full(candidates.shape, -1, np.int64)
+        real, repeats = candidates >= 0, _repeats(candidates)
+        for i, row in enumerate(rows):
+            own, inverse = candidates[i, real[i]], None
+            if repeats[i]:
+                own, inverse = _distinct(own)
+            placement = self.model.place(row, own, alone=not placements)
+            if placement is None:
+                break
+            placements.append(placement)
+            found = placement.candidate_slots
+            slots[i, real[i]] = found if inverse is None else found[inverse]
+        self._forward(placements)
+        scores = self._gather(placements, slots[: len(placements)])
+        self.cache.end_batch()
+        return scores
+
+    def _forward(self, placements: list[Placement]) -> None:
+        for batch in self.model.batches(placements):
+            begun = time.perf_counter()
+            if self._graphs is None or not self._graphs.run(batch):
+                self._write_values(batch)
+            self.stats.forwards += 1
+            self.stats.forward_seconds += time.perf_counter() - begun
+        for placement in placements:
+            self.stats.prefix_tokens += len(placement.work.prefix)
+            self.stats.candidate_tokens += len(placement.work.candidates)
+            self.stats.cache_hits += placement.hits
+
+    def _write_values(self, batch: PackedBatch) -> None:
+        """One forward; each token's value goes to its slot."""
+        values = self.head(self.model.forward(batch))
+        self.cache.pool.values.index_copy_(0, batch.slots, values)
+
+    def _gather(self, placements: list[Placement], slots: Ints) -> Scores:
+        # Baselines begin at a multiple of 16 bytes: kernels are compiled for that.
+        size, start = slots.size, -(-slots.size // 4) * 4
+        # Padding is -1, where the pool has NaN.
+        read = np.full(start + len(slots), -1, np.int64)
+        read[:size] = slots.ravel()
+        read[start:] = [placement.last_slot for placement in placements]
+        values = self.cache.pool.values[
+            torch.from_numpy(read).to(self.model.device, non_blocking=True)
+        ]
+        return Scores(values[:size].view(slots.shape), values[start:])
+
+    def _count(self, begun: float, rows: int) -> None:
+        evicted = self.cache.tree.evicted
+        self.stats.evictions += evicted - self._evicted
+        self._evicted = evicted
+        self.stats.rows_scored += rows
+        self.stats.seconds += time.perf_counter() - begun
+
+
+def _repeats(candidates: Ints) -> list[bool]:
+    """Whether a row names a candidate twice."""
+    ordered = np.sort(candidates, -1)
+    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
+    return twice.any(-1).tolist()
+
+
+def _distinct(candidates: Ints) -> tuple[Ints, Ints]:
+    """A row's distinct candidates, and where each unpadded one stands among them."""
+    distinct, inverse = np.unique(candidates[candidates >= 0], return_inverse=True)
+    return distinct, inverse

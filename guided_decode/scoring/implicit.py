@@ -1,0 +1,164 @@
+"""Implicit rewards: what a tuned policy prefers over its reference, token by token."""
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from guided_decode.cache.prefix_cache import Placement, PrefixCache
+from guided_decode.forward.modes import without_autograd
+from guided_decode.forward.packed_model import PackedModel, Row
+from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
+from guided_decode.stats import ScorerStats
+
+
+class LanguageModel:
+    """A causal LM read for log-probabilities after prefixes, with a prefix cache of its own."""
+
+    def __init__(self, model: PackedModel, stats: ScorerStats | None = None) -> None:
+        self.model = model
+        self.stats = ScorerStats() if stats is None else stats
+        self._evicted = 0
+
+    @property
+    def cache(self) -> PrefixCache:
+        return self.model.cache
+
+    @without_autograd
+    def log_probs(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Tensor:
+        """log π(candidate | prefix) by the full softmax, one forward of the prefix for all.
+
+        Args:
+            prefixes: rows of unpadded token ids, or handles.
+            candidates: int64 [rows, k], padded with -1; k may be the whole vocabulary.
+
+        Returns:
+            float32 [rows, k] on the model's device, NaN where padded.
+
+        Raises:
+            ValueError: as `CriticScorer.score`.
+        """
+        rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
+        chosen = candidates.to(self.model.device)
+        if chosen.numel():
+            lowest, highest = (int(bound) for bound in chosen.aminmax())
+            self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
+        done, parts = 0, []
+        try:
+            while done < len(rows):
+                logits = self._part(rows[done:])
+                parts.append(self._read(logits, chosen[done : done + len(logits)]))
+                done += len(logits)
+        except BaseException:
+            self.cache.clear()
+            raise
+        self.stats.evictions += self.cache.tree.evicted - self._evicted
+        self._evicted = self.cache.tree.evicted
+        return torch.cat(parts) if parts else torch.empty(candidates.shape, dtype=torch.float32)
+
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why `log_probs` would refuse this prefix, or None."""
+        return self.model.refusal(prefix, None, 0)
+
+    def _part(self, rows: Sequence[Row]) -> Tensor:
+        """Logits after as many of the rows as fit the pool together, float32 [rows, vocab]."""
+        self.cache.begin_batch()
+        placements: list[Placement] = []
+        index: list[int] = []
+        read: dict[int, int] = {}
+        for row in rows:
+            placement = self.model.place(row, reread_last=True, alone=not index)
+            if placement is None:
+                break
+            # Rows with one prefix share the forward of its last token.
+            if placement.last_slot not in read:
+                read[placement.last_slot] = len(placements)
+                placements.append(placement)
+            index.append(read[placement.last_slot])
+        logits = self._forward(placements)
+        self.cache.end_batch()
+        return logits[index]
+
+    def _forward(self, placements: list[Placement]) -> Tensor:
+        outputs = []
+        for batch in self.model.batches(placements):
+            last = [
+                s.start + s.prefix - 1 for s in batch.segments if s.first + s.prefix == s.length
+            ]
+            read = torch.tensor(last, dtype=torch.int64).to(self.model.device, non_blocking=True)
+            begun = time.perf_counter()
+            outputs.append(self.model.forward(batch, read).float())
+            self.stats.forwards += 1
+            self.stats.forward_seconds += time.perf_counter() - begun
+        for placement in placements:
+            self.stats.prefix_tokens += len(placement.work.prefix)
+            self.stats.cache_hits += placement.hits
+        return torch.cat(outputs)
+
+    @staticmethod
+    def _read(logits: Tensor, candidates: Tensor) -> Tensor:
+        log_probs = logits.log_softmax(-1).gather(-1, candidates.clamp(min=0))
+        return log_probs.masked_fill(candidates < 0, torch.nan)
+
+
+class ImplicitScorer:
+    """A(s,a) = log π*(a|s) − log π_ref(a|s): values with baseline 0, terminals included.
+
+    DPO and KTO train π* so that beta · this is its reward up to a term of the prompt
+    (Rafailov et al., arXiv 2305.18290, equation 5).
+    """
+
+    terminal: TerminalRule = "included"
+    scores_vocabulary = True
+    reward: Scorer | None = None
+
+    def __init__(
+        self,
+        tuned: PackedModel,
+        reference: PackedModel,
+        *,
+        bos_token_id: int | None = None,
+        eos_token_id: int | None = None,
+    ) -> None:
+        if tuned.vocab_size != reference.vocab_size:
+            raise ValueError(
+                f"{tuned.name} has a vocabulary of {tuned.vocab_size} tokens but its reference "
+                f"{reference.name} has {reference.vocab_size}: they must share their token ids"
+            )
+        self.stats = ScorerStats()
+        self._tuned = LanguageModel(tuned, self.stats)
+        self._reference = LanguageModel(reference, self.stats)
+        self.bos_token_id = bos_token_id
+        self.eos_token_id = eos_token_id
+
+    def __repr__(self) -> str:
+        return f"ImplicitScorer({self._tuned.model.name!r}, {self._reference.model.name!r})"
+
+    @property
+    def vocab_size(self) -> int:
+        return self._tuned.model.vocab_size
+
+    @property
+    def reference(self) -> LogProbs:
+        """The reference, which also serves kl_coef."""
+        return self._reference
+
+    @property
+    def cache(self) -> PrefixCache:
+        """The tuned policy's cache."""
+        return self._tuned.cache
+
+    def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
+        """log π* − log π_ref of each candidate; arguments and errors as `CriticScorer.score`."""
+        begun = time.perf_counter()
+        values = self._tuned.log_probs(prefixes, candidates)
+        values = values - self._reference.log_probs(prefixes, candidates).to(values.device)
+        self.stats.rows_scored += len(prefixes)
+        self.stats.seconds += time.perf_counter() - begun
+        return Scores(values, values.new_zeros(len(values)))
+
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """Why `score` would refuse this prefix, or None."""
+        tuned = self._tuned.refusal(prefix, candidates)
+        return tuned if tuned is not None else self._reference.refusal(prefix, candidates)
