@@ -37,11 +37,13 @@ test-full: lint typecheck ## the same, with the tests marked slow
 	@echo "== all tests"
 	@$(PYTEST) --timeout 3600 $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev ## ruff: rules and format
+lint: $(VENV)/.dev ## ruff: rules and format; import-linter: which wing imports which
 	@echo "== ruff check"
 	@$(BIN)/ruff check .
 	@echo "== ruff format --check"
 	@$(BIN)/ruff format --check .
+	@echo "== import-linter"
+	@sh scripts/layers.sh $(BIN)/python
 
 typecheck: $(VENV)/.dev ## mypy on the package
 	@echo "== mypy"
