@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+from tests import ROOT
+
 LINTED = ("guided_decode", "kernels", "integrations", "recipes", "benchmarks", "scripts")
 MOST_FILES_AT_THE_ROOT = 8
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 import guided_decode
+from tests import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 IMPORTS = "import guided_decode.kernels, guided_decode.integrations"
 # What a shell in the checkout sees when the package was never installed.
 UNINSTALL = (

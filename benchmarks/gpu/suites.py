@@ -18,13 +18,14 @@ _COMPILE = "usual_variants_compile"
 _MOST_AT_ONCE = 14
 # Files that compile more kernels than one process does in the time.
 _SHARDS = {
-    "test_kernel_lm_head_value.py": 4,
-    "test_kernel_lookahead_attention.py": 5,
-    "test_kernel_value_head.py": 3,
+    "kernels/test_lm_head_value.py": 4,
+    "kernels/test_lookahead_attention.py": 5,
+    "kernels/test_value_head.py": 3,
 }
 # Python and torch take about so many seconds to start.
 _SHORTEST = 10.0
-_VLLM_FILE = "test_vllm_gpu.py"
+_TESTS = ROOT / "tests"
+_VLLM_FILE = "integrations/vllm/test_gpu.py"
 
 
 @dataclass(frozen=True)
@@ -36,9 +37,15 @@ class Job:
     shard: str = "1/1"
 
     @property
+    def place(self) -> str:
+        """Where the file stands among the tests."""
+        file = self.file
+        return file.relative_to(_TESTS).as_posix() if file.is_relative_to(_TESTS) else file.name
+
+    @property
     def name(self) -> str:
         part = "" if self.shard == "1/1" else f", part {self.shard}"
-        return f"{self.file.name}{part}"
+        return f"{self.place}{part}"
 
     @property
     def selection(self) -> list[str]:
@@ -65,21 +72,21 @@ class Suite:
         return {"kind": "tests", **asdict(self)}
 
 
-def jobs(gpu: bool, tests: Path = ROOT / "tests") -> list[Job]:
+def jobs(gpu: bool, tests: Path = _TESTS) -> list[Job]:
     """Every file with such tests; vLLM's own part runs its file."""
     found = []
-    for file in sorted(tests.glob("test_*.py")):
-        text = file.read_text()
-        if gpu and _MARKED.search(text) and file.name != _VLLM_FILE:
-            parts = _SHARDS.get(file.name, 1)
+    for file in sorted(tests.rglob("test_*.py")):
+        text, place = file.read_text(), file.relative_to(tests).as_posix()
+        if gpu and _MARKED.search(text) and place != _VLLM_FILE:
+            parts = _SHARDS.get(place, 1)
             found += [Job(file, "gpu", f"{i + 1}/{parts}") for i in range(parts)]
-        if _COMPILE in text and file.name.startswith("test_kernel"):
+        if _COMPILE in text and file.parent.name == "kernels":
             found.append(Job(file, "compile"))
     # The slowest first.
     return sorted(found, key=lambda job: (job.kind != "gpu", -job.file.stat().st_size))
 
 
-def vllm_jobs(tests: Path = ROOT / "tests") -> list[Job]:
+def vllm_jobs(tests: Path = _TESTS) -> list[Job]:
     """vLLM's tests, where it is installed."""
     return [Job(tests / _VLLM_FILE, "gpu")] if find_spec("vllm") else []
 
@@ -99,7 +106,7 @@ def run_jobs(
 def _run_job(job: Job, deadline: Deadline, folder: Path) -> Suite:
     if not deadline.allows(_SHORTEST):
         return Suite(job.name, job.kind, 0.0, problem="not run: the time was up")
-    name = f"{job.file.stem}-{job.kind}-{job.shard.replace('/', '-')}"
+    name = f"{job.place}-{job.kind}-{job.shard}".replace("/", "-")
     junit = folder / f"{name}.xml"
     # Without the project's addopts: their strictness refuses options of plugins that are missing.
     pytest = ["-m", "pytest", "-o", "addopts=", "-p", "no:cacheprovider", "-v", "--tb=short"]

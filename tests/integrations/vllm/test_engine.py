@@ -1,0 +1,275 @@
+"""A real vLLM engine: guided requests equal brute force, all others the engine without the flag."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from scipy.stats import chisquare
+
+from guided_decode import GuidanceConfig, load_scorer
+from tests import models, oracle
+from tests.integrations.vllm import vllm_parts
+from tests.integrations.vllm.vllm_parts import params
+
+# Engines take their time to load where other work shares the machine.
+pytestmark = pytest.mark.timeout(900)
+NEW = 32
+CONFIGS = [
+    GuidanceConfig(beta=1.0, top_k=6),
+    GuidanceConfig(beta=2.5, top_k=12, top_p=0.8),
+    GuidanceConfig(beta=-1.0, top_k=3, tail="keep"),
+    GuidanceConfig(rule="prune", margin=0.5, top_k=8, top_p=0.9),
+    GuidanceConfig(beta=1.5, top_k=8, gate=0.4),
+]
+LENGTHS = random.Random(7).choices(range(1, 200), k=32)
+PROMPTS = models.prompts(LENGTHS, seed=31)
+# Every third is not guided.
+ASKED = [None if i % 3 == 0 else CONFIGS[i % len(CONFIGS)] for i in range(len(PROMPTS))]
+SAMPLING = [
+    params(NEW, None if config is None else vllm_parts.asked(config), ignore_eos=i % 8 == 7)
+    for i, config in enumerate(ASKED)
+]
+# The longest row, its candidates, and next to nothing: every step evicts, and scores in parts.
+TIGHT = max(LENGTHS) + NEW + 16
+
+
+def ends(i: int) -> list[int]:
+    return [] if SAMPLING[i].ignore_eos else [models.EOS]
+
+
+@pytest.fixture(scope="module")
+def brute_force():
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    lm = oracle.LogProbs(vllm_parts.policy())
+    unguided = GuidanceConfig(beta=0.0, tail="keep")
+    return [
+        brute.greedy(lm, prompt, config or unguided, ends(i), NEW)
+        for i, (prompt, config) in enumerate(zip(PROMPTS, ASKED, strict=True))
+    ]
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    # Wide enough to prefill whole prompts: on a CPU vLLM cannot resume a seeded one.
+    wide = {"async_scheduling": True, "max_num_batched_tokens": 20_000}
+    with vllm_parts.engine(vllm_parts.scorer_config(), **wide) as llm:
+        yield llm
+
+
+@pytest.fixture(scope="module")
+def plain_tokens():
+    """What the same engine answers without the processor."""
+    with vllm_parts.engine(None, async_scheduling=True, max_num_batched_tokens=20_000) as llm:
+        return vllm_parts.generate(llm, PROMPTS, [params(NEW, ignore_eos=p.ignore_eos)
+                                                  for p in SAMPLING])  # fmt: skip
+
+
+def assert_answers(tokens, brute_force, plain_tokens):
+    guided = [i for i, config in enumerate(ASKED) if config is not None]
+    oracle.assert_greedy_equal([tokens[i] for i in guided], [brute_force[i] for i in guided])
+    for i, config in enumerate(ASKED):
+        if config is None:
+            assert tokens[i] == plain_tokens[i], f"unguided request {i} changed"
+
+
+def test_a_mixed_batch(roomy, brute_force, plain_tokens):
+    tokens = vllm_parts.generate(roomy, PROMPTS, SAMPLING)
+    assert_answers(tokens, brute_force, plain_tokens)
+    report = vllm_parts.worker_report(roomy)
+    assert report["pinned"] == report["live"] == report["groups"] == 0
+    assert report["passthroughs"] == report["unguided_rows"] == report["clamps"] == 0
+    assert report["rows_gated"] > 0
+    changed = sum(a != b for a, b in zip(tokens, plain_tokens, strict=True))
+    assert changed >= 15, "the guided requests took the policy's own tokens"
+
+
+def test_a_mixed_batch_again_from_the_prefix_cache(roomy, brute_force, plain_tokens):
+    vllm_parts.generate(roomy, PROMPTS, SAMPLING)
+    before = vllm_parts.worker_report(roomy)
+    assert_answers(vllm_parts.generate(roomy, PROMPTS, SAMPLING), brute_force, plain_tokens)
+    after = vllm_parts.worker_report(roomy)
+    # The scorer had all of it, prompts, tokens and candidates.
+    assert after["prefix_tokens"] - before["prefix_tokens"] == 0
+
+
+def test_the_brute_force_loop_is_hugging_face_guided_generation(brute_force):
+    from guided_decode.integrations.transformers import GuidedDecoding
+
+    scorer = load_scorer(models.saved("llama", "token"), kind="verl-critic")
+    for i, config in enumerate(ASKED):
+        if config is None or SAMPLING[i].ignore_eos:
+            continue
+        out = vllm_parts.policy().generate(
+            torch.tensor([PROMPTS[i]]),
+            custom_generate=GuidedDecoding(scorer, config),
+            max_new_tokens=NEW,
+            do_sample=False,
+        )
+        tokens = out[0, len(PROMPTS[i]) :].tolist()
+        oracle.assert_greedy_equal([tokens], [brute_force[i]])
+
+
+def test_preemption_chunked_prefill_no_async_and_a_tight_scorer_cache(brute_force, plain_tokens):
+    config = vllm_parts.scorer_config(cache_tokens=TIGHT, max_forward_tokens=100)
+    with vllm_parts.engine(
+        config,
+        async_scheduling=False,
+        max_num_batched_tokens=64,
+        enable_chunked_prefill=True,
+        num_gpu_blocks_override=20,
+        disable_log_stats=False,
+        max_model_len=320,
+        block_size=32,
+    ) as llm:
+        tokens = vllm_parts.generate(llm, PROMPTS, SAMPLING)
+        report = vllm_parts.worker_report(llm)
+        preempted = {m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value
+    assert_answers(tokens, brute_force, plain_tokens)
+    assert preempted > 0
+    assert report["evictions"] > 0
+    assert report["wasted_rows"] > 0
+    assert report["pinned"] == report["live"] == 0
+
+
+@pytest.mark.parametrize("rule", ["reweight", "prune"])
+def test_the_first_token_at_temperature_1_has_the_guided_distribution(roomy, rule):
+    prune = GuidanceConfig(rule="prune", margin=1.0, top_k=8)
+    prompt, config = {"reweight": (PROMPTS[1], CONFIGS[0]), "prune": (PROMPTS[19], prune)}[rule]
+    draws, at_once = 20_000, 200
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    logits = oracle.LogProbs(vllm_parts.policy()).logits(prompt)
+    exact = torch.tensor(brute.row(prompt, logits, config, [models.EOS]).logits).double()
+    likely = exact.softmax(-1)
+    sampling = params(1, vllm_parts.asked(config), temperature=1.0, n=at_once)
+    counts = torch.zeros(models.VOCAB)
+    for seed in range(0, draws, at_once):
+        # The samples of one request take the seeds that follow.
+        sampling.seed = seed
+        (output,) = roomy.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        for sample in output.outputs:
+            counts[sample.token_ids[0]] += 1
+    assert counts[likely == 0].sum() == 0
+    kept = likely * draws >= 5
+    observed = torch.cat([counts[kept], counts[~kept].sum()[None]])
+    expected = torch.cat([likely[kept], likely[~kept].sum()[None]]) * draws
+    alive = expected > 0
+    assert alive.sum() >= 3
+    assert chisquare(observed[alive], expected[alive].numpy()).pvalue > 1e-3
+
+
+def test_one_seed_gives_one_answer(roomy):
+    sampling = params(NEW, vllm_parts.asked(CONFIGS[0]), temperature=1.0, seed=5)
+    first, second = (vllm_parts.generate(roomy, PROMPTS[:6], sampling) for _ in range(2))
+    assert first == second
+    other = params(NEW, vllm_parts.asked(CONFIGS[0]), temperature=1.0, seed=6)
+    assert vllm_parts.generate(roomy, PROMPTS[:6], other) != first
+
+
+# Steps that a sample may lag behind its siblings: they reach the scheduler one by one.
+LATE = 2
+
+
+def survivors(output, length):
+    """The samples that nobody ended, by their index."""
+    return {o.index: list(o.token_ids) for o in output.outputs if len(o.token_ids) == length}
+
+
+def values_after(prompt, tokens):
+    """V of the prompt with each beginning of the response."""
+    values = oracle.Values(models.tiny("llama", "token"))
+    return {n: values([[*prompt, *tokens[:n]]])[0] for n in range(len(tokens) + 1)}
+
+
+def test_siblings_in_lockstep(roomy):
+    prompt, other, size, keep, every = PROMPTS[2], PROMPTS[4], 8, 2, 5
+    extra = {"guide_group": "group-of-the-test", "guide_group_size": size, "guide_keep": keep,
+             "guide_every": every}  # fmt: skip
+    alone = params(20, None, temperature=1.0, n=size, seed=3, ignore_eos=True)
+    request = [{"prompt_token_ids": p} for p in (prompt, prompt, other)]
+    whole, *_ = roomy.generate(request[:1], alone, use_tqdm=False)
+    samples = [list(o.token_ids) for o in sorted(whole.outputs, key=lambda o: o.index)]
+    written = {token for tokens in samples for token in tokens}
+    stop = next(token for token in range(models.VOCAB - 1, 0, -1) if token not in written)
+    pruned = params(20, extra, temperature=1.0, n=size, seed=3, ignore_eos=True,
+                    stop_token_ids=[stop])  # fmt: skip
+    another = params(20, {**extra, "guide_group": "another-group"}, temperature=1.0, n=1, seed=4,
+                     ignore_eos=True, stop_token_ids=[stop])  # fmt: skip
+    (lonely,) = roomy.generate(request[2:], pruned, use_tqdm=False)
+    before = vllm_parts.worker_report(roomy)
+    # The scheduler, in another process, is kept busy until all samples have reached it.
+    busy = [{"prompt_token_ids": p} for p in models.prompts([450] * 28, seed=99)]
+    *_, group, single, elsewhere = roomy.generate(
+        [*busy, *request], [*[params(1)] * len(busy), pruned, another, pruned], use_tqdm=False
+    )
+    after = vllm_parts.worker_report(roomy)
+
+    # Brute force: who is left at each boundary, from the samples that nobody pruned.
+    values = [values_after(prompt, tokens) for tokens in samples]
+    live, ended = list(range(size)), {}
+    for boundary in range(every, 20, every):
+        live.sort(key=lambda i: (-values[i][boundary], i))
+        ended |= dict.fromkeys(live[keep:], boundary)
+        live = live[:keep]
+    for output in group.outputs:
+        tokens = list(output.token_ids)
+        if output.index in ended:
+            late = len(tokens) - 1 - ended[output.index]
+            assert 0 <= late <= LATE
+            assert tokens == [*samples[output.index][: len(tokens) - 1], stop]
+            assert (output.finish_reason, output.stop_reason) == ("stop", stop)
+        else:
+            assert tokens == samples[output.index]
+            assert output.finish_reason == "length"
+    spent = sum(len(o.token_ids) for o in group.outputs)
+    assert 0 <= spent - (keep * 20 + 6 * (every + 1)) <= 6 * LATE
+    # Another group of the prompt, and the group's name on another prompt, are others.
+    assert len(single.outputs[0].token_ids) == 20
+    assert survivors(elsewhere, 20) == survivors(lonely, 20)
+    assert survivors(group, 20) == {i: tokens for i, tokens in enumerate(samples) if i in live}
+    assert after["pruned_siblings"] - before["pruned_siblings"] >= len(ended)
+    assert after["groups"] == 0
+
+
+def test_what_combines(roomy):
+    """Guidance acts on what logit bias leaves, and never revives what is masked."""
+    prompt = PROMPTS[5]
+    first = vllm_parts.generate(roomy, [prompt], params(1, {"guide": 1}))[0][0]
+    biased = params(4, {"guide": 1}, logit_bias={first: -100.0})
+    assert first != vllm_parts.generate(roomy, [prompt], biased)[0][0]
+    allowed = params(8, {"guide": 1}, allowed_token_ids=[10, 11, 12])
+    assert set(vllm_parts.generate(roomy, [prompt], allowed)[0]) <= {10, 11, 12}
+    longer = params(12, {"guide": 1}, min_tokens=12, stop_token_ids=[first])
+    tokens = vllm_parts.generate(roomy, [prompt], longer)[0]
+    assert len(tokens) == 12
+    assert first not in tokens[:11]
+
+
+@pytest.mark.slow  # vLLM compiles what ranks the log-probabilities
+def test_log_probabilities_are_shown(roomy):
+    prompt = PROMPTS[5]
+    first = vllm_parts.generate(roomy, [prompt], params(1, {"guide": 1}))[0][0]
+    shown = params(2, {"guide": 1}, logprobs=3)
+    (output,) = roomy.generate([{"prompt_token_ids": prompt}], shown, use_tqdm=False)
+    assert output.outputs[0].token_ids[0] == first
+    assert len(output.outputs[0].logprobs) == 2
+
+
+def test_penalties_act_after_guidance_on_this_runner(roomy):
+    """V1 penalises what guidance hands on: the candidates are those of unpenalised logits."""
+    prompt, config, penalty = PROMPTS[1], CONFIGS[0], 2.0
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    lm = oracle.LogProbs(vllm_parts.policy())
+    sequence, gaps = list(prompt), []
+    for _ in range(12):
+        row = torch.tensor(brute.row(sequence, lm.logits(sequence), config).logits)
+        row[sorted(set(sequence[len(prompt) :]))] -= penalty
+        top = row.topk(2)
+        gaps.append(float(top.values[0] - top.values[1]))
+        sequence.append(int(top.indices[0]))
+    sampling = params(12, vllm_parts.asked(config), presence_penalty=penalty, ignore_eos=True)
+    tokens = vllm_parts.generate(roomy, [prompt], sampling)
+    oracle.assert_greedy_equal(tokens, [(sequence[len(prompt) :], gaps)])
+    free = params(12, vllm_parts.asked(config), ignore_eos=True)
+    assert vllm_parts.generate(roomy, [prompt], free) != tokens

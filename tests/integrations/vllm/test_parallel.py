@@ -1,0 +1,32 @@
+"""Tensor-parallel engines answer as one rank does."""
+
+from __future__ import annotations
+
+import pytest
+
+from guided_decode import GuidanceConfig
+from tests import models, oracle
+from tests.integrations.vllm import vllm_parts
+
+CONFIG = GuidanceConfig(beta=1.5, top_k=6)
+PROMPTS = models.prompts([3, 40, 17], seed=41)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_ranks(monkeypatch):
+    monkeypatch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    lm = oracle.LogProbs(vllm_parts.policy())
+    expected = [brute.greedy(lm, prompt, CONFIG, [models.EOS], 12) for prompt in PROMPTS]
+    config = vllm_parts.scorer_config()
+    with vllm_parts.engine(config, tensor_parallel_size=2, max_num_seqs=4) as llm:
+        reports = [r for r in llm.collective_rpc(vllm_parts.report) if r is not None]
+        tokens = vllm_parts.generate(llm, PROMPTS, vllm_parts.params(12, vllm_parts.asked(CONFIG)))
+        plain = vllm_parts.generate(llm, PROMPTS, vllm_parts.params(12))
+        report = vllm_parts.worker_report(llm)
+    assert len(reports) == 1, "one rank scores"
+    oracle.assert_greedy_equal(tokens, expected)
+    assert plain != tokens
+    assert report["guided_rows"] >= 12
+    assert report["pinned"] == report["live"] == 0

@@ -1,0 +1,34 @@
+"""The kernels' own tests once more, in Triton's interpreter, which must be chosen before import."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import ROOT
+from tests.kernels.kernel_cases import INTERPRETED
+
+FILES = sorted(Path(__file__).parent.glob("test_*.py"))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
+def test_kernels_hold_in_the_interpreter():
+    files = [str(file) for file in FILES if file != Path(__file__)]
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "gpu and not slow", "-rf", *files],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]
+    assert " passed" in run.stdout
+
+
+def test_importing_the_kernels_does_not_import_triton():
+    code = "import sys, guided_decode.kernels; print('triton' in sys.modules)"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "False"
