@@ -63,7 +63,12 @@ def late() -> object:
             "padding",
             "lab.demo.plot",
         ),
-        ("integrations/padding.py", "guided_decode.cli", "app", "integrations.padding -> guided"),
+        (
+            "integrations/transformers/padding.py",
+            "guided_decode.cli",
+            "app",
+            "integrations.transformers.padding",
+        ),
         ("guided_decode/cli/models.py", "recipes", "ppo", "cli.models -> recipes.ppo"),
     ],
 )

@@ -13,7 +13,7 @@ from transformers.generation.streamers import BaseStreamer
 from guided_decode.guidance.candidates import gated_rows
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.step import guide_rows
-from guided_decode.integrations.custom_generate import split_processors, terminal_ids
+from guided_decode.integrations.transformers.custom_generate import split_processors, terminal_ids
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scoring.next_logits import NextLogits
 from guided_decode.scoring.trunk_scorer import TrunkScorer

@@ -10,7 +10,11 @@ from transformers import LogitsProcessor, StoppingCriteriaList
 
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.guidance.step import OnError, guide_rows
-from guided_decode.integrations.padding import masked_ids, masked_lengths, unmasked_lengths
+from guided_decode.integrations.transformers.padding import (
+    masked_ids,
+    masked_lengths,
+    unmasked_lengths,
+)
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scorer import Scorer
 

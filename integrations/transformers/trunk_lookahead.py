@@ -17,13 +17,13 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from guided_decode.guidance.config import GuidanceConfig, OnError
-from guided_decode.integrations.padding import masked_lengths
-from guided_decode.integrations.trunk_options import (
+from guided_decode.integrations.transformers.padding import masked_lengths
+from guided_decode.integrations.transformers.trunk_options import (
     refuse_inputs,
     refuse_options,
     refuse_positions,
 )
-from guided_decode.integrations.trunk_run import TrunkRun
+from guided_decode.integrations.transformers.trunk_run import TrunkRun
 from guided_decode.scorer import Scorer
 from guided_decode.scoring.next_logits import NextLogits
 from guided_decode.scoring.trunk_scorer import TrunkScorer

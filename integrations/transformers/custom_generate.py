@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.guidance.step import OnError
-from guided_decode.integrations.logits_processor import (
+from guided_decode.integrations.transformers.logits_processor import (
     ValueGuidedLogitsProcessor,
     WatchedCriteria,
     token_ids,

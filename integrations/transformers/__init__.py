@@ -11,8 +11,8 @@ Where the scorer is a head on the policy's own hidden states,
 runs one forward a token, which scores the candidates and is the next step of the policy.
 """
 
-from guided_decode.integrations.custom_generate import GuidedDecoding
-from guided_decode.integrations.logits_processor import ValueGuidedLogitsProcessor
-from guided_decode.integrations.trunk_lookahead import TrunkLookahead
+from guided_decode.integrations.transformers.custom_generate import GuidedDecoding
+from guided_decode.integrations.transformers.logits_processor import ValueGuidedLogitsProcessor
+from guided_decode.integrations.transformers.trunk_lookahead import TrunkLookahead
 
 __all__ = ["GuidedDecoding", "TrunkLookahead", "ValueGuidedLogitsProcessor"]
