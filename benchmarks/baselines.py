@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, LlamaModel
 
 from guided_decode import GuidanceConfig, guide
+from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.guidance.rule import select_candidates
 from guided_decode.integrations.transformers import ValueGuidedLogitsProcessor
@@ -78,12 +79,16 @@ class Way(ABC):
         self.models = models
         self.ids = prompts
         self.cache = DynamicCache(config=models.policy.config)
-        self.models.policy(prompts[:, :-1], past_key_values=self.cache, logits_to_keep=1)
+        self._forward(prompts[:, :-1])
 
     def policy_logits(self) -> Tensor:
         """The policy's next-token logits, float32 [batch, vocab]; one token a row forwarded."""
-        output = self.models.policy(self.ids[:, -1:], past_key_values=self.cache)
-        return output.logits[:, -1].float()
+        return self._forward(self.ids[:, -1:])
+
+    def _forward(self, tokens: Tensor) -> Tensor:
+        policy = self.models.policy
+        cached = {cache_argument(policy): self.cache}
+        return policy(tokens, logits_to_keep=1, **cached).logits[:, -1].float()
 
     @abstractmethod
     def next_logits(self) -> Tensor:
@@ -135,19 +140,21 @@ class Copied(Way):
         super().__init__(models, prompts)
         self.config = config
         self.critic_cache = DynamicCache(config=models.critic.config)
-        hidden = models.critic(prompts, past_key_values=self.critic_cache).last_hidden_state
-        self.baseline = models.head(hidden[:, -1])  # [batch]
+        self.baseline = self._values(prompts)  # [batch]
 
     def next_logits(self) -> Tensor:
         logits = self.policy_logits()
         self.candidates = select_candidates(logits, self.config.top_k)
         batch, k = self.candidates.shape
         self.critic_cache.batch_repeat_interleave(k)
-        hidden = self.models.critic(
-            self.candidates.view(-1, 1), past_key_values=self.critic_cache
-        ).last_hidden_state
-        self.values = self.models.head(hidden[:, -1]).view(batch, k)
+        self.values = self._values(self.candidates.view(-1, 1)).view(batch, k)
         return guide(logits, self.candidates, Scores(self.values, self.baseline), self.config)
+
+    def _values(self, tokens: Tensor) -> Tensor:
+        """V at the last of these tokens, which go into the critic's cache."""
+        critic = self.models.critic
+        cached = {cache_argument(critic): self.critic_cache}
+        return self.models.head(critic(tokens, **cached).last_hidden_state[:, -1])
 
     def accept(self, tokens: Tensor) -> None:
         super().accept(tokens)

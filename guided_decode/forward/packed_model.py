@@ -11,6 +11,7 @@ from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
 from guided_decode.cache.radix_node import NO_INTS
 from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
+from guided_decode.forward.cache_argument import cache_argument, returned_cache
 from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
@@ -184,7 +185,7 @@ class PackedModel:
             "input_ids": batch.token_ids[None],
             # The padding of a CUDA graph has position -1; any will do for it.
             "position_ids": batch.positions.clamp(min=0)[None],
-            "past_key_values": SlotCache(batch),
+            cache_argument(self.model): SlotCache(batch),
             "packed": batch,
             "use_cache": True,
         }
@@ -198,7 +199,7 @@ def _layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     model.set_attn_implementation("eager")
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        layers = model(input_ids=token, use_cache=True).past_key_values.layers
+        layers = returned_cache(model(input_ids=token, use_cache=True)).layers
     shapes = []
     for layer in layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)

@@ -8,6 +8,8 @@ from transformers import GenerationConfig, LogitsProcessorList
 from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 
+from guided_decode.forward.cache_argument import CACHE_ARGUMENTS
+
 # Honoured: what logits processors and stopping criteria are made of (temperature, top_k, top_p and
 # the other warpers, penalties, bad words, min_new_tokens, max_new_tokens, max_time, ...), and
 HONOURED = (
@@ -29,7 +31,7 @@ _REFUSED = {
 _NEUTRAL = {"guidance_scale": 1.0}
 # Arguments of the policy's forward that say nothing new, or that are checked below.
 _KNOWN_INPUTS = frozenset(
-    {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
+    {"attention_mask", "position_ids", *CACHE_ARGUMENTS, "use_cache", "logits_to_keep"}
 )
 _STATEFUL = tuple(
     getattr(logits_process, name)
@@ -82,15 +84,26 @@ def refuse_inputs(inputs: dict[str, Any], input_ids: Tensor) -> None:
             f"{', '.join(unknown)} came for the policy's forward: expected token ids and their "
             "attention_mask alone; drop it, or use GuidedDecoding"
         )
-    if getattr(inputs.get("past_key_values"), "_is_user_defined", False):
-        raise ValueError(
-            "past_key_values came with the prompt: the slot pool is the cache, and finds prefixes "
-            "that it has seen by their ids; drop it, and pass the whole prompt"
-        )
+    for name in CACHE_ARGUMENTS:
+        if _is_callers(inputs.get(name)):
+            raise ValueError(
+                f"{name} came with the prompt: the slot pool is the cache, and finds prefixes that "
+                "it has seen by their ids; drop it, and pass the whole prompt"
+            )
     if inputs.get("use_cache") is False:
         raise ValueError(
             "use_cache=False was given: the loop runs on a cache, its slot pool; leave it out"
         )
+
+
+def _is_callers(cache: Any) -> bool:
+    """Whether a cache is not the one that `generate` has just made.
+
+    Before 5.17 nothing marks a caller's: an empty one then passes, and stays empty.
+    """
+    if cache is None:
+        return False
+    return getattr(cache, "_is_user_defined", False) or cache.get_seq_length() > 0
 
 
 def refuse_positions(positions: Tensor | None, width: int, lengths: list[int]) -> None:

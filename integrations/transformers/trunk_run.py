@@ -21,7 +21,7 @@ from guided_decode.scoring.trunk_scorer import TrunkScorer
 
 @dataclass
 class TrunkLookaheadOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with return_dict_in_generate; past_key_values stays None.
+    """What `generate` returns with return_dict_in_generate; there is no cache in it.
 
     prefix_values: float32 [rows, new tokens], V of the prefix before each token; NaN behind a
     row's end.

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode import GuidanceConfig, Scores, guide, tiny_tulu
+from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.guidance.candidates import select_candidates
 from recipes.ppo.rollout import pad_left
 
@@ -60,8 +61,8 @@ class Reader:
             input_ids=tokens,
             attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.cache,
             use_cache=True,
+            **{cache_argument(self.model): self.cache},
         ).logits
 
 

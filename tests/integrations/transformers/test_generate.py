@@ -7,7 +7,6 @@ import torch
 from transformers import (
     LogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
     StoppingCriteria,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -17,6 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 from guided_decode import GuidanceConfig, PrefixHandle, load_scorer
 from guided_decode.integrations.transformers import GuidedDecoding, ValueGuidedLogitsProcessor
 from tests import models, oracle
+from tests.integrations.transformers.repetition import RepetitionPenalty
 
 ENDS = [models.EOS, 30, 60]
 CONFIG = GuidanceConfig(beta=1.5, top_k=6)
@@ -179,7 +179,7 @@ def test_both_routes_sample_the_same_tokens(policy, scorer, route):
 @pytest.mark.parametrize("route", ROUTES)
 def test_a_repetition_penalty_acts_before_guidance(policy, scorer, route):
     out = generate(policy, PROMPTS, scorer, route=route, repetition_penalty=1.7)
-    assert_guided(out, PROMPTS, before=[RepetitionPenaltyLogitsProcessor(1.7)])
+    assert_guided(out, PROMPTS, before=[RepetitionPenalty(1.7)])
 
 
 @pytest.mark.parametrize("route", ROUTES)

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from transformers import (
     DynamicCache,
     LogitsProcessor,
     MinNewTokensLengthLogitsProcessor,
-    RepetitionPenaltyLogitsProcessor,
     SynthIDTextWatermarkingConfig,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
@@ -16,8 +17,10 @@ from transformers import (
 from transformers.generation.streamers import BaseStreamer
 
 from guided_decode import GuidanceConfig, load_scorer
+from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.integrations.transformers import GuidedDecoding, TrunkLookahead
 from tests import models, trunk_heads
+from tests.integrations.transformers.repetition import RepetitionPenalty
 from tests.integrations.transformers.test_generate import StopAt, assert_guided, live_steps
 
 ENDS = [models.EOS, 30, 60]
@@ -94,7 +97,7 @@ def test_warpers_act_after_guidance_and_penalties_before(policy, scorer):
         out,
         PROMPTS,
         brute=BRUTE,
-        before=[RepetitionPenaltyLogitsProcessor(1.7)],
+        before=[RepetitionPenalty(1.7)],
         after=[TemperatureLogitsWarper(0.6), TopKLogitsWarper(3)],
     )
 
@@ -285,6 +288,12 @@ def test_a_row_that_cannot_be_scored_goes_on_unguided(policy, scorer, monkeypatc
 # What the loop refuses.
 
 
+def filled_cache():
+    cache = DynamicCache()
+    cache.update(torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3, 4), 0)
+    return cache
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -293,7 +302,7 @@ def test_a_row_that_cannot_be_scored_goes_on_unguided(policy, scorer, monkeypatc
         ({"output_attentions": True}, "output_attentions=True is not honoured.*honoured are"),
         ({"output_hidden_states": True}, "output_hidden_states=True is not honoured"),
         ({"cache_implementation": "static"}, "cache_implementation='static' is not honoured"),
-        ({"past_key_values": DynamicCache()}, "past_key_values came with the prompt"),
+        ({"cache": filled_cache()}, "(cache|past_key_values) came with the prompt"),
         ({"use_cache": False}, "use_cache=False was given"),
         ({"prefill_chunk_size": 4}, "prefill_chunk_size=4 .*max_forward_tokens"),
         ({"guidance_scale": 1.5}, "guidance_scale=1.5 .*GuidedDecoding"),
@@ -305,8 +314,19 @@ def test_a_row_that_cannot_be_scored_goes_on_unguided(policy, scorer, monkeypatc
     ],
 )
 def test_options_that_are_not_honoured(policy, scorer, options, message):
+    if "cache" in options:
+        options = {cache_argument(policy): options["cache"]}
     with pytest.raises(ValueError, match=message):
         generate(policy, scorer, prompts=PROMPTS[:1], max_new_tokens=2, **options)
+
+
+@pytest.mark.skipif(
+    Version(transformers.__version__) < Version("5.17"),
+    reason="needs transformers 5.17, which marks the caller's cache",
+)
+def test_an_empty_cache_of_the_callers_would_stay_empty(policy, scorer):
+    with pytest.raises(ValueError, match="came with the prompt"):
+        generate(policy, scorer, prompts=PROMPTS[:1], **{cache_argument(policy): DynamicCache()})
 
 
 def test_a_prompt_given_as_embeddings(policy, scorer):
