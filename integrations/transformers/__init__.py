@@ -11,8 +11,22 @@ Where the scorer is a head on the policy's own hidden states,
 runs one forward a token, which scores the candidates and is the next step of the policy.
 """
 
-from guided_decode.integrations.transformers.custom_generate import GuidedDecoding
-from guided_decode.integrations.transformers.logits_processor import ValueGuidedLogitsProcessor
-from guided_decode.integrations.transformers.trunk_lookahead import TrunkLookahead
+from typing import TYPE_CHECKING
+
+from guided_decode.public_names import handed_on
 
 __all__ = ["GuidedDecoding", "TrunkLookahead", "ValueGuidedLogitsProcessor"]
+
+if TYPE_CHECKING:
+    from guided_decode.integrations.transformers.custom_generate import GuidedDecoding
+    from guided_decode.integrations.transformers.logits_processor import ValueGuidedLogitsProcessor
+    from guided_decode.integrations.transformers.trunk_lookahead import TrunkLookahead
+else:
+    __getattr__, __dir__ = handed_on(
+        __name__,
+        {
+            "GuidedDecoding": "custom_generate",
+            "TrunkLookahead": "trunk_lookahead",
+            "ValueGuidedLogitsProcessor": "logits_processor",
+        },
+    )

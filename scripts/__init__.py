@@ -1,0 +1,1 @@
+"""Commands for who works on this repository; nothing here is installed."""
