@@ -20,7 +20,7 @@ _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 _REFUSED = {
     ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"): (
-        "vLLM runs no custom logits processors together with speculative decoding: drop it"
+        "drafted tokens are not guided yet: drop it"
     ),
     ("--enable-prompt-embeds",): "guidance needs the prompts' token ids: drop it",
     ("--enable-batch-sharded-sampling",): (

@@ -57,8 +57,9 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
     model = vllm_config.model_config
     if vllm_config.speculative_config is not None:
         raise ValueError(
-            "speculative decoding is on: vLLM does not run custom logits processors with it; "
-            "start the server without --speculative-config"
+            "speculative decoding is on: drafted tokens are not guided yet (Model Runner V2 has a "
+            "row for each of them), and vLLM's V1 runner refuses custom logits processors beside "
+            "it; start the server without --speculative-config"
         )
     if model.enable_prompt_embeds:
         raise ValueError(

@@ -17,7 +17,9 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from guided_decode import GuidanceConfig
+from guided_decode.integrations.vllm import rows
 from tests import models
+from tests.integrations.vllm import v2_on_cpu
 
 FLAG = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
 # vLLM's attention on a CPU has no kernel for the 12 of the other tests.
@@ -93,9 +95,12 @@ def asked(config: GuidanceConfig) -> dict[str, Any]:
 
 
 def processor(worker: Any) -> Any:
-    """The guided-decode processor of a V1 worker, or None."""
-    batch = worker.model_runner.input_batch
-    own = [p for p in batch.logitsprocs.all if type(p).__name__ == "ValueGuidedLogitsProcessor"]
+    """The guided-decode processor of a worker, or None."""
+    runner = worker.model_runner
+    batch = getattr(runner, "input_batch", None)
+    # Model Runner V2 hands its processors to the sampler.
+    every = runner.sampler.logits_processors if batch is None else batch.logitsprocs.all
+    own = [p for p in every if type(p).__name__ == "ValueGuidedLogitsProcessor"]
     return own[0] if own else None
 
 
@@ -116,6 +121,7 @@ def report(worker: Any) -> dict[str, Any] | None:
 
 def worker_report(llm: LLM) -> dict[str, Any]:
     """The counters of the worker that scores, and what it holds."""
-    # Requests that ended leave the batch with the next step.
-    generate(llm, [[5, 6, 7]], params(1))
+    # Requests that ended leave the batch with the next step; V2 does not say when one ends.
+    steps = rows._FORGET_AFTER + 2 if v2_on_cpu.IS_CHOSEN else 1
+    generate(llm, [[5, 6, 7]], params(steps, ignore_eos=True))
     return next(one for one in llm.collective_rpc(report) if one is not None)

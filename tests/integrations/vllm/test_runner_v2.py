@@ -1,0 +1,61 @@
+"""The engines' own tests once more on Model Runner V2, in a process that was started for it."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests import ROOT
+from tests.integrations.vllm import v2_on_cpu, vllm_parts
+
+HERE = "tests/integrations/vllm"
+is_chosen = pytest.mark.skipif(
+    not v2_on_cpu.IS_CHOSEN, reason="needs Model Runner V2: the tests below start it"
+)
+starts_it = pytest.mark.skipif(v2_on_cpu.IS_CHOSEN, reason="this is the runner's own process")
+
+
+@is_chosen
+def test_the_engine_runs_on_model_runner_v2():
+    with vllm_parts.engine(vllm_parts.scorer_config()) as llm:
+        (module,) = llm.collective_rpc(
+            lambda worker: type(worker.model_runner).__mro__[1].__module__
+        )
+    assert module == "vllm.v1.worker.gpu.model_runner"
+
+
+@is_chosen
+def test_speculation_is_refused():
+    """V2 would run the processor on drafted rows too; V1 refuses processors beside it itself."""
+    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
+    engine = vllm_parts.engine(vllm_parts.scorer_config(), speculative_config=drafts)
+    with pytest.raises(ValueError, match="speculative decoding is on: drafted tokens"), engine:
+        pytest.fail("the engine started")
+
+
+def run(*tests: str) -> None:
+    """pytest on these files' tests, in a process whose engines are V2's."""
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:xdist", "--timeout", "1500", "-rf", *tests],
+        cwd=ROOT,
+        env={**os.environ, **v2_on_cpu.ENVIRONMENT},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-8000:]
+    assert " passed" in run.stdout
+
+
+@starts_it
+@pytest.mark.timeout(900)
+def test_32_mixed_requests_at_once_on_v2():
+    run(f"{HERE}/test_engine.py::test_a_mixed_batch", f"{HERE}/test_runner_v2.py")
+
+
+@starts_it
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_everything_else_on_v2():
+    files = ("test_engine", "test_engine_under_pressure", "test_gpu")
+    run(*(f"{HERE}/{file}.py" for file in files))
