@@ -1,0 +1,57 @@
+"""What commands print, as the documentation shows it, compared with what they would print."""
+
+import io
+import re
+from collections.abc import Callable
+
+from rich.console import Console
+
+from guided_decode import tiny_tulu
+from guided_decode.cli.demo import POLICIES
+from guided_decode.lab.demo.methods import METHODS
+from guided_decode.lab.demo.report import table
+
+Figures = dict[str, dict[str, list[str]]]
+
+
+def demo_figures(text: str) -> tuple[str, Figures]:
+    """(the header's words, figures by policy and method) of the demo's table."""
+    header, figures, policy = [], {}, ""
+    for line in text.splitlines():
+        cells = re.split(r"\s{2,}", line.strip())
+        if found := re.fullmatch(r"(\w+) policy", line.strip()):
+            policy = found[1]
+            figures[policy] = {}
+        elif not policy:
+            header.append(line)
+        elif line.startswith("  ") and len(cells) > 1:
+            figures[policy][cells[0]] = cells[1:]
+    return " ".join(" ".join(header).replace("─", "").split()), figures
+
+
+def _demo_table(text: str) -> tuple[object, object]:
+    """Header, policies and methods; the figures are those of a slow test."""
+    empty = table([])
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(empty)
+    header, _ = demo_figures(console.export_text())
+    rows = [
+        (policy, method.name, len(empty.columns) - 1)
+        for policy in POLICIES
+        for method in METHODS
+        if method.shown
+    ]
+    shown_header, figures = demo_figures(text)
+    shown = [(policy, name, len(row)) for policy, of in figures.items() for name, row in of.items()]
+    return (shown_header, shown), (header, rows)
+
+
+def _worked_answer(text: str) -> tuple[object, object]:
+    return text, tiny_tulu.worked_answer(4837, 2956) + "\n"
+
+
+# (what a block shows, what it would have to show), by the block's name for it.
+OUTPUTS: dict[str, Callable[[str], tuple[object, object]]] = {
+    "the demo's table": _demo_table,
+    "the answer to 4837 + 2956": _worked_answer,
+}
