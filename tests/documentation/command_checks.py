@@ -24,6 +24,8 @@ from tests.documentation.shell_reading import Command
 from tests.documentation.stand_ins import WORDS
 
 _REQUIREMENT = re.compile(r"(?:\.|guided-decode)(?:\[(?P<extras>[\w,-]+)\])?")
+# How the package may be installed: editable, which in strict mode editors can follow.
+_PIP_OPTIONS = ("-e", "--editable", "--config-settings", "editable_mode=strict")
 # Where the Makefile puts programs.
 VENV = ".venv/bin/"
 OPTION = re.compile(r"--[a-z][\w-]*")
@@ -101,7 +103,7 @@ def _check_pip(command: Command) -> None:
         assert f"pip uninstall --yes {' '.join(words)}\n" in removed, command
         return
     assert action == "install", command
-    requirements = [word for word in words if word not in ("-e", "--editable")]
+    requirements = [word for word in words if word not in _PIP_OPTIONS]
     assert len(requirements) == 1, command
     found = _REQUIREMENT.fullmatch(requirements[0])
     assert found is not None, f"{command}: expected this package, with extras of its own"
