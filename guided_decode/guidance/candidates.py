@@ -62,9 +62,9 @@ def log_normaliser(logits: Tensor) -> Tensor:
     return torch.logsumexp(logits.float(), -1, keepdim=True)
 
 
-def gated_rows(logits: Tensor, gate: float) -> Tensor:
-    """Rows whose top token has probability of at least `gate`, bool [rows]."""
-    gated = _choose(logits, [1] * len(logits), [1.0], [gate] * len(logits), 1).gated
+def gated_rows(logits: Tensor, gates: Sequence[float]) -> Tensor:
+    """Rows whose top token has probability of at least the row's gate, bool [rows]."""
+    gated = _choose(logits, [1] * len(logits), [1.0], gates, 1).gated
     assert gated is not None
     return gated
 

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -107,9 +107,14 @@ def guide_rows(
     return guided
 
 
+def check_on_error(given: object) -> None:
+    """Raises ValueError: no value of `on_error`."""
+    if given not in get_args(OnError):
+        raise ValueError(f"on_error={given!r}: expected 'raise' or 'passthrough'")
+
+
 def _check_call(logits: Tensor, prefixes: Sequence[Prefix], on_error: OnError) -> None:
-    if on_error not in ("raise", "passthrough"):
-        raise ValueError(f"on_error={on_error!r}: expected 'raise' or 'passthrough'")
+    check_on_error(on_error)
     if len(prefixes) != len(logits):
         raise ValueError(
             f"{len(prefixes)} prefixes came with logits of {len(logits)} rows: expected one a row"

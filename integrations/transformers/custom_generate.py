@@ -14,12 +14,23 @@ from transformers.generation import logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
-from guided_decode.guidance.config import GuidanceConfig
-from guided_decode.guidance.step import OnError
+from guided_decode.guidance.config import OnError
+from guided_decode.guidance.rule import Configs
+from guided_decode.integrations.transformers.checked_arguments import (
+    check_streamer,
+    checked_configs,
+)
 from guided_decode.integrations.transformers.logits_processor import (
     ValueGuidedLogitsProcessor,
     WatchedCriteria,
-    token_ids,
+)
+from guided_decode.integrations.transformers.policy_match import check_policy, policy_ids
+from guided_decode.integrations.transformers.row_configs import row_configs
+from guided_decode.integrations.transformers.token_ids import token_ids
+from guided_decode.integrations.transformers.withheld import (
+    chosen_streamer,
+    refuse_assistant,
+    withheld_arguments,
 )
 from guided_decode.scorer import Scorer
 
@@ -40,12 +51,18 @@ class GuidedDecoding:
 
     Greedy, sampling, several return sequences and beam search, with left padding. Guidance acts
     after penalties and other processors, before temperature, top-k and top-p.
+
+    `generate` hands its own `streamer`, `assistant_model` and `synced_gpus` to no custom loop; they
+    are looked up in its call (`withheld`): a streamer and `synced_gpus=True` are honoured, an
+    assistant is refused. Two remain: its `tokenizer` is lost, so give stop strings as
+    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`; and `synced_gpus` is not set by
+    itself, so pass it with DeepSpeed ZeRO-3 or FSDP on several GPUs.
     """
 
     def __init__(
         self,
         scorer: Scorer,
-        config: GuidanceConfig,
+        config: Configs,
         *,
         on_error: OnError = "raise",
         streamer: BaseStreamer | None = None,
@@ -53,12 +70,17 @@ class GuidedDecoding:
         """
         Args:
             scorer: what scores the candidates.
-            config: the guidance rule.
+            config: the guidance rule; or a list, with one a prompt, or one a row where
+                num_return_sequences makes several rows of a prompt. Beams of a prompt share one.
             on_error: "raise" or "passthrough", as in `guide_rows`.
-            streamer: gets the prompt and the tokens; `generate` hands its own to no custom loop.
+            streamer: gets the prompt and the tokens, as one that is given to `generate` does.
+
+        Raises:
+            ValueError: an argument is not what it has to be.
         """
+        self.config = checked_configs(scorer, config, on_error)
+        check_streamer(streamer)
         self.scorer = scorer
-        self.config = config
         self.on_error: OnError = on_error
         self.streamer = streamer
 
@@ -74,38 +96,55 @@ class GuidedDecoding:
         """What `generate` calls; returns what the stock loop of the mode returns.
 
         Raises:
-            ValueError: a generation mode without a stock loop, or what the processor refuses.
+            ValueError: a generation mode without a stock loop, an assistant model, a number of
+                configs that does not fit the prompts, a policy of another vocabulary, or what the
+                processor refuses.
         """
         loop = _stock_loop(model, generation_config)
+        terminals = terminal_ids(generation_config)
+        check_policy(self.scorer, policy_ids(model, generation_config, terminals), complete=True)
         mask = model_kwargs.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
         beams = generation_config.num_beams or 1
-        if beams > 1 and self.streamer is not None:
-            raise ValueError(
-                f"a streamer was given with {beams} beams: tokens are known when beam search ends; "
-                "drop the streamer, or use one beam"
-            )
+        # A prompt's rows stand together.
+        mask = mask[:: max(beams, generation_config.num_return_sequences or 1)]
+        row_configs(self.config, len(input_ids), len(mask), beams=beams)
+        own_arguments = self._loop_arguments(input_ids, beams)
         # Beam search asks its criteria about candidates, not rows.
         watched = WatchedCriteria(stopping_criteria) if beams == 1 else None
         processor = ValueGuidedLogitsProcessor(
             self.scorer,
             self.config,
-            eos_token_id=terminal_ids(generation_config),
-            attention_mask=torch.ones_like(input_ids) if mask is None else mask,
+            eos_token_id=terminals,
+            attention_mask=mask,
             num_beams=beams,
             on_error=self.on_error,
             stopped=watched,
         )
-        kwargs = {} if self.streamer is None else {"streamer": self.streamer}
-        if self.streamer is not None:
-            self.streamer.put(input_ids.cpu())
         return loop(
             input_ids,
             logits_processor=_with_guidance(logits_processor, processor),
             stopping_criteria=stopping_criteria if watched is None else watched,
             generation_config=generation_config,
-            **kwargs,
+            **own_arguments,
             **model_kwargs,
         )
+
+    def _loop_arguments(self, input_ids: Tensor, beams: int) -> dict[str, Any]:
+        """What the stock loop gets of the arguments that `generate` withheld."""
+        withheld = withheld_arguments()
+        refuse_assistant(withheld.assistant_model)
+        streamer = chosen_streamer(self.streamer, withheld.streamer)
+        if streamer is not None and beams > 1:
+            raise ValueError(
+                f"a streamer was given with {beams} beams: tokens are known when beam search ends; "
+                "drop the streamer, or use one beam"
+            )
+        if self.streamer is not None:
+            # To its own, `generate` has given the prompt.
+            self.streamer.put(input_ids.cpu())
+        found = {"streamer": streamer, "synced_gpus": withheld.synced_gpus}
+        return {name: given for name, given in found.items() if given is not None}
 
 
 def _stock_loop(model: PreTrainedModel, config: GenerationConfig) -> Any:

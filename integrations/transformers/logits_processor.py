@@ -3,18 +3,22 @@
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteriaList
 
-from guided_decode.guidance.config import GuidanceConfig
-from guided_decode.guidance.step import OnError, guide_rows
+from guided_decode.guidance.config import GuidanceConfig, OnError
+from guided_decode.guidance.rule import Configs
+from guided_decode.guidance.step import guide_rows
+from guided_decode.integrations.transformers.checked_arguments import check_beams, checked_configs
 from guided_decode.integrations.transformers.padding import (
     masked_ids,
     masked_lengths,
     unmasked_lengths,
 )
+from guided_decode.integrations.transformers.policy_match import PolicyIds, check_policy
+from guided_decode.integrations.transformers.row_configs import all_configs, row_configs
+from guided_decode.integrations.transformers.token_ids import token_ids
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scorer import Scorer
 
@@ -47,7 +51,7 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
     def __init__(
         self,
         scorer: Scorer,
-        config: GuidanceConfig,
+        config: Configs,
         *,
         pad_token_id: int | None = None,
         eos_token_id: int | Sequence[int] | None = None,
@@ -59,7 +63,9 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         """
         Args:
             scorer: what scores the candidates.
-            config: the guidance rule.
+            config: the guidance rule; or a list, with one a prompt (known by attention_mask or
+                num_beams) or one a row, in the order of `generate`'s rows. Beams of a prompt share
+                one.
             pad_token_id: what left-pads prompts where no mask is given.
             eos_token_id: the token ids that end a request (terminals).
             attention_mask: [prompts, prompt width], 1 for tokens and 0 for padding; rows may be
@@ -70,10 +76,12 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
             stopped: knows which rows other criteria than terminals have finished.
 
         Raises:
-            ValueError: a gate with beams, or too small a top_k for them.
+            ValueError: what is no scorer or no config, a gate with beams, or too small a top_k for
+                them.
         """
+        check_beams(num_beams)
         self.scorer = scorer
-        self.config = config
+        self.config = checked_configs(scorer, config, on_error)
         self.on_error: OnError = on_error
         self.pad_token_id = pad_token_id
         self.terminals = token_ids(eos_token_id)
@@ -82,12 +90,16 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         self.num_beams = num_beams
         # The mask that was used last, and the ids that it hid.
         self._padding: tuple[Tensor | None, set[int]] = (None, set())
-        self.min_keep = _beam_candidates(config, num_beams, len(self.terminals))
+        self.min_keep = max(
+            _beam_candidates(each, num_beams, len(self.terminals))
+            for each in all_configs(self.config)
+        )
         self.reset()
 
     def reset(self) -> None:
         """Forgets the generation in progress."""
         self._handles: list[PrefixHandle] = []
+        self._configs: Sequence[GuidanceConfig] = ()
         self._ids = torch.empty(0, 0, dtype=torch.int64)
         self._width = 0
 
@@ -95,24 +107,25 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         """Guided scores, [rows, vocab]; input_ids: int64 [rows, length], prompts left-padded.
 
         Raises:
-            ValueError: a batch whose padding or finished rows cannot be told, or what
-                `guide_rows` refuses.
+            ValueError: a batch whose padding or finished rows cannot be told, a number of configs
+                that does not fit it, a policy of another vocabulary, or what `guide_rows` refuses.
         """
+        check_policy(self.scorer, PolicyIds(scores.shape[-1], self.terminals), complete=False)
         self._follow(input_ids)
         live = self._live_rows(input_ids)
         if len(live) == len(scores):
-            return self._guide(scores, self._handles)
+            return self._guide(scores, live)
         guided = scores.clone()
         if live:
-            guided[live] = self._guide(scores[live], [self._handles[i] for i in live])
+            guided[live] = self._guide(scores[live], live)
         return guided
 
-    def _guide(self, scores: Tensor, handles: Sequence[PrefixHandle]) -> Tensor:
+    def _guide(self, scores: Tensor, rows: list[int]) -> Tensor:
         return guide_rows(
             self.scorer,
             scores,
-            handles,
-            self.config,
+            [self._handles[i] for i in rows],
+            [self._configs[i] for i in rows],
             terminals=self.terminals,
             on_error=self.on_error,
             min_keep=self.min_keep,
@@ -180,6 +193,12 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         return (same.int().argmax(-1) + first).flatten().tolist()
 
     def _reorder(self, parents: list[int]) -> None:
+        moved = any(self._configs[i] != self._configs[parent] for i, parent in enumerate(parents))
+        if moved:
+            raise ValueError(
+                "rows that continue each other came with different configs, as in beam search: "
+                "pass num_beams, and one config a prompt"
+            )
         taken: set[int] = set()
         handles = []
         for parent in parents:
@@ -197,8 +216,17 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
             )
         pads = [width - length for length in self._prompt_lengths(input_ids)]
         rows = input_ids.tolist()
+        self._configs = row_configs(
+            self.config, len(rows), self._prompts(len(rows)), beams=self.num_beams
+        )
         self._handles = [PrefixHandle(row[n:]) for row, n in zip(rows, pads, strict=True)]
         self._width = width
+
+    def _prompts(self, rows: int) -> int:
+        """How many prompts the rows belong to, as far as that is known."""
+        if self.num_beams > 1 and rows % self.num_beams == 0:
+            return rows // self.num_beams
+        return rows if self.attention_mask is None else len(self.attention_mask)
 
     def _prompt_lengths(self, input_ids: Tensor) -> list[int]:
         """Tokens of each prompt without its left padding."""
@@ -238,10 +266,3 @@ def _beam_candidates(config: GuidanceConfig, num_beams: int, terminals: int) -> 
             f"{terminals} terminals: expected at least {needed}"
         )
     return needed
-
-
-def token_ids(given: "int | Sequence[int] | Tensor | None") -> list[int]:
-    """No id, one, or several, as a list."""
-    if given is None:
-        return []
-    return [int(token) for token in np.atleast_1d(np.asarray(given))]

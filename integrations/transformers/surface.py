@@ -9,10 +9,12 @@ _LOADING = "guided_decode/checkpoints/trunk.py"
 _NEXT_LOGITS = "guided_decode/scoring/next_logits.py"
 _PACKED = "guided_decode/forward/packed_model.py"
 _GUIDED = "integrations/transformers/custom_generate.py"
+_POLICY = "integrations/transformers/policy_match.py"
 _PROCESSOR = "integrations/transformers/logits_processor.py"
 _TRUNK = "integrations/transformers/trunk_lookahead.py"
 _TRUNK_OPTIONS = "integrations/transformers/trunk_options.py"
 _TRUNK_RUN = "integrations/transformers/trunk_run.py"
+_WITHHELD = "integrations/transformers/withheld.py"
 
 _LLAMA = "transformers.models.llama.modeling_llama"
 _LLAMA_CONFIG = "transformers.models.llama.configuration_llama.LlamaConfig"
@@ -26,12 +28,20 @@ _LOOPS = (
         "guided_decode/cli/decoding.py",
         takes=called(by_name=("generation_config", "streamer", "custom_generate"), any_name=True),
     ),
+    Name("transformers.GenerationMixin", _WITHHELD),
+    Name(
+        "transformers.GenerationMixin.generate",
+        _WITHHELD,
+        takes=called(by_name=("streamer", "assistant_model", "synced_gpus"), any_name=True),
+        why="it hands these to no custom loop; they are read in its frame",
+    ),
     Name(
         "transformers.GenerationMixin._sample",
         _GUIDED,
         takes=called(
             "input_ids",
-            by_name=("logits_processor", "stopping_criteria", "generation_config", "streamer"),
+            by_name=("logits_processor", "stopping_criteria", "generation_config", "streamer",
+                     "synced_gpus"),
             any_name=True,
         ),
         why="called by `custom_generate`, and what that is called like",
@@ -72,8 +82,11 @@ _LOOPS = (
 
 _OPTIONS = (
     Name("transformers.GenerationConfig", _GUIDED,
-         has=("eos_token_id", "num_beams"), may_have=("_eos_token_tensor",)),
-    Name("transformers.GenerationConfig", _TRUNK, has=("return_dict_in_generate",)),
+         has=("eos_token_id", "num_beams", "num_return_sequences"),
+         may_have=("_eos_token_tensor",)),
+    Name("transformers.GenerationConfig", _TRUNK,
+         has=("num_return_sequences", "return_dict_in_generate")),
+    Name("transformers.GenerationConfig", _POLICY, has=("bos_token_id", "eos_token_id")),
     Name("transformers.GenerationConfig", _TRUNK_RUN,
          has=("do_sample", "output_logits", "output_scores", "_pad_token_tensor")),
     Name(
@@ -187,6 +200,7 @@ _CONFIGS = (
     Name(_LLAMA_CONFIG, "guided_decode/checkpoints/trunk_head_identity.py",
          has=("num_hidden_layers", "vocab_size")),
     Name(_LLAMA_CONFIG, _CONFIG_CHECKS, may_have=("rope_parameters",)),
+    Name(_LLAMA_CONFIG, _POLICY, may_have=("bos_token_id", "eos_token_id", "vocab_size")),
     Name("transformers.modeling_rope_utils.RopeParameters", _CONFIG_CHECKS,
          has=("rope_theta", "rope_type")),
 )  # fmt: skip

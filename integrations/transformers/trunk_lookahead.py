@@ -16,14 +16,26 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
-from guided_decode.guidance.config import GuidanceConfig, OnError
+from guided_decode.guidance.config import OnError
+from guided_decode.guidance.rule import Configs
+from guided_decode.integrations.transformers.checked_arguments import (
+    check_streamer,
+    checked_configs,
+)
 from guided_decode.integrations.transformers.padding import masked_lengths
+from guided_decode.integrations.transformers.row_configs import row_configs
 from guided_decode.integrations.transformers.trunk_options import (
     refuse_inputs,
     refuse_options,
     refuse_positions,
 )
 from guided_decode.integrations.transformers.trunk_run import TrunkRun
+from guided_decode.integrations.transformers.withheld import (
+    Withheld,
+    chosen_streamer,
+    refuse_assistant,
+    withheld_arguments,
+)
 from guided_decode.scorer import Scorer
 from guided_decode.scoring.next_logits import NextLogits
 from guided_decode.scoring.trunk_scorer import TrunkScorer
@@ -38,7 +50,10 @@ class TrunkLookahead:
     Greedy and sampling, several return sequences, left padding, several EOS ids, logits processors
     in the order of `GuidedDecoding`, stopping criteria; with the same tokens as `GuidedDecoding`
     with the same scorer, for half its forwards. What it does not honour it refuses
-    (`trunk_options`); `generate` hands its own `streamer` and `assistant_model` to no custom loop.
+    (`trunk_options`). `generate` hands its own `streamer`, `assistant_model` and `synced_gpus` to
+    no custom loop; they are looked up in its call (`withheld`): a streamer is honoured, the others
+    are refused. Its `tokenizer` is lost: give stop strings as
+    `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
     The cache outlives a call, so that prompts that come again are not forwarded again: after a
     change of the policy's weights call `scorer.cache.clear()`.
@@ -47,7 +62,7 @@ class TrunkLookahead:
     def __init__(
         self,
         scorer: Scorer,
-        config: GuidanceConfig,
+        config: Configs,
         *,
         on_error: OnError = "raise",
         streamer: BaseStreamer | None = None,
@@ -55,13 +70,16 @@ class TrunkLookahead:
         """
         Args:
             scorer: of kind "trunk-head", loaded from the policy that is decoded.
-            config: the guidance rule.
+            config: the guidance rule; or a list, as of `GuidedDecoding`.
             on_error: "raise" or "passthrough", as in `guide_rows`.
-            streamer: gets the prompt and the tokens.
+            streamer: gets the prompt and the tokens, as one that is given to `generate` does.
 
         Raises:
-            ValueError: another kind of scorer, or one that does not see the policy's BOS.
+            ValueError: another kind of scorer, one that does not see the policy's BOS, or another
+                argument that is not what it has to be.
         """
+        self.config = checked_configs(scorer, config, on_error)
+        check_streamer(streamer)
         if not isinstance(scorer, TrunkScorer):
             raise ValueError(
                 f"a {type(scorer).__name__} was given: expected the scorer of "
@@ -73,7 +91,6 @@ class TrunkLookahead:
                 'scorer with bos="policy"; load it so'
             )
         self.scorer = scorer
-        self.config = config
         self.on_error: OnError = on_error
         self.streamer = streamer
         self._logits_of: tuple[PreTrainedModel, NextLogits] | None = None
@@ -90,32 +107,39 @@ class TrunkLookahead:
         """What `generate` calls; returns what its sampling loop returns.
 
         Raises:
-            ValueError: another policy, or an argument that is not honoured.
+            ValueError: another policy, an argument that is not honoured, or a number of configs
+                that does not fit the prompts.
         """
+        withheld = withheld_arguments()
+        _refuse_withheld(withheld)
+        streamer = chosen_streamer(self.streamer, withheld.streamer)
         refuse_options(generation_config, logits_processor)
         refuse_inputs(model_kwargs, input_ids)
         mask = model_kwargs.get("attention_mask")
         rows, width = input_ids.shape
         lengths = [width] * rows if mask is None else masked_lengths(mask, rows, width)
         refuse_positions(model_kwargs.get("position_ids"), width, lengths)
+        prompts = rows // (generation_config.num_return_sequences or 1)
+        configs = row_configs(self.config, rows, prompts)
         logits_of = self._policy_head(model)
         self.scorer.keep_hidden()
         if self.streamer is not None:
+            # To its own, `generate` has given the prompt.
             self.streamer.put(input_ids.cpu())
         run = TrunkRun(
             self.scorer,
-            self.config,
+            configs,
             logits_of,
             input_ids,
             lengths,
             logits_processor,
             generation_config,
             on_error=self.on_error,
-            streamer=self.streamer,
+            streamer=streamer,
         )
         output = run.until(stopping_criteria)
-        if self.streamer is not None:
-            self.streamer.end()
+        if streamer is not None:
+            streamer.end()
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _policy_head(self, model: PreTrainedModel) -> NextLogits:
@@ -134,3 +158,12 @@ class TrunkLookahead:
                     f"{name} is another tensor; load the scorer from the policy in memory: "
                     'load_scorer(policy, kind="trunk-head", head=...)'
                 )
+
+
+def _refuse_withheld(given: Withheld) -> None:
+    refuse_assistant(given.assistant_model)
+    if given.synced_gpus:
+        raise ValueError(
+            "synced_gpus=True was given: a row's slots are in one process; drop it, or use "
+            "GuidedDecoding for a policy that is spread over processes"
+        )

@@ -1,6 +1,6 @@
 """One `generate` call of the trunk's own decoding loop: its rows, and a step of them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -12,6 +12,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from guided_decode.guidance.candidates import gated_rows
 from guided_decode.guidance.config import GuidanceConfig, OnError
+from guided_decode.guidance.rule import distinct
 from guided_decode.guidance.step import guide_rows
 from guided_decode.integrations.transformers.custom_generate import split_processors, terminal_ids
 from guided_decode.prefix import PrefixHandle
@@ -36,7 +37,7 @@ class TrunkRun:
     def __init__(
         self,
         scorer: TrunkScorer,
-        config: GuidanceConfig,
+        configs: Sequence[GuidanceConfig],  # one a row
         logits_of: NextLogits,
         input_ids: Tensor,  # [rows, width] int64, left-padded
         lengths: Sequence[int],
@@ -47,7 +48,13 @@ class TrunkRun:
         streamer: BaseStreamer | None,
     ) -> None:
         self.scorer = scorer
-        self.config = config
+        # What guides a row that is scored, and one that its gate lets pass.
+        self.scoring = _each(configs, lambda config: replace(config, gate=None))
+        self.unscored = _each(configs, _without_scores)
+        self.gates = [
+            config.gate if config.gate is not None and config.needs_scores else torch.inf
+            for config in configs
+        ]
         self.logits_of = logits_of
         self.before, self.after = split_processors(processors)
         self.options = options
@@ -111,14 +118,14 @@ class TrunkRun:
         if gated:
             processed, tokens = torch.empty_like(scores), torch.empty_like(self.ids[:, 0])
             others = sorted(set(everyone) - set(gated))
-            for rows, config in ((gated, _without_scores(self.config)), (others, self._ungated())):
+            for rows, configs in ((gated, self.unscored), (others, self.scoring)):
                 if rows:
-                    processed[rows] = self._guided(scores, rows, config)
+                    processed[rows] = self._guided(scores, rows, configs)
                     tokens[rows] = _choose(processed[rows], None if noise is None else noise[rows])
                 if rows is gated:
                     self._ride(gated, tokens)
         else:
-            processed = self._guided(scores, everyone, self._ungated())
+            processed = self._guided(scores, everyone, self.scoring)
             tokens = _choose(processed, noise)
         if self.options.output_scores:
             self.scores.append(processed)
@@ -140,30 +147,28 @@ class TrunkRun:
 
     def _gated(self, scores: Tensor) -> list[int]:
         """Live rows that the gate lets pass: their token is chosen before the forward."""
-        gate = self.config.gate
-        if gate is None or not self.config.needs_scores:
+        gates = [self.gates[i] for i in self.live]
+        if min(gates) == torch.inf:
             return []
-        hits = gated_rows(scores[self.live], gate).tolist()
+        hits = gated_rows(scores[self.live], gates).tolist()
         gated = [i for i, hit in zip(self.live, hits, strict=True) if hit]
         self.scorer.stats.rows_gated += len(gated)
         return gated
 
-    def _ungated(self) -> GuidanceConfig:
-        return replace(self.config, gate=None)
-
-    def _guided(self, scores: Tensor, rows: list[int], config: GuidanceConfig) -> Tensor:
+    def _guided(self, scores: Tensor, rows: list[int], configs: Sequence[GuidanceConfig]) -> Tensor:
         """Guided and processed scores of some rows, [n, vocab]; finished ones are not guided."""
         alive = set(self.live)
         own = [i for i in rows if i in alive]
         handles = [self.handles[i] for i in own]
+        own_configs = [configs[i] for i in own]
         guide = partial(guide_rows, self.scorer, terminals=self.terminals, on_error=self.on_error)
         if len(own) == len(scores):
-            guided, ids = guide(scores, handles, config), self.ids
+            guided, ids = guide(scores, handles, own_configs), self.ids
         else:
             guided, ids = scores[rows], self.ids[rows]
             if own:
                 places = [place for place, i in enumerate(rows) if i in alive]
-                guided[places] = guide(scores[own], handles, config)
+                guided[places] = guide(scores[own], handles, own_configs)
         processed: Tensor = self.after(ids, guided)  # type: ignore[arg-type]
         return processed
 
@@ -172,6 +177,14 @@ class TrunkRun:
         for i, token in zip(gated, tokens[gated].tolist(), strict=True):
             if token not in self.terminals:
                 self.scorer.ride(self.handles[i], token)
+
+
+def _each(
+    configs: Sequence[GuidanceConfig], change: Callable[[GuidanceConfig], GuidanceConfig]
+) -> list[GuidanceConfig]:
+    """The configs changed; rows that share one go on sharing it."""
+    changed = {config: change(config) for config in distinct(configs)}
+    return [changed[config] for config in configs]
 
 
 def _without_scores(config: GuidanceConfig) -> GuidanceConfig:

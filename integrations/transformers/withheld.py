@@ -1,0 +1,59 @@
+"""What `generate` is given and hands to no custom loop: a streamer, an assistant, synced GPUs.
+
+`generate` drops its own arguments where `custom_generate` is a callable, whatever its signature
+says: they can be seen in its frame alone. A streamer that is dropped has got the prompt, and never
+its end, so who reads it would wait for ever.
+"""
+
+import inspect
+import sys
+from types import CodeType
+from typing import Any, NamedTuple
+
+from transformers import GenerationMixin
+from transformers.generation.streamers import BaseStreamer
+
+from guided_decode.integrations.transformers.checked_arguments import check_streamer
+
+_GENERATE: CodeType = inspect.unwrap(GenerationMixin.generate).__code__
+
+
+class Withheld(NamedTuple):
+    """The arguments of the `generate` call that is running; what was not given is None."""
+
+    streamer: BaseStreamer | None = None
+    assistant_model: Any = None
+    synced_gpus: bool | None = None
+
+
+def withheld_arguments() -> Withheld:
+    """Of the innermost `generate` call above us; empty outside of one."""
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _GENERATE:
+        frame = frame.f_back  # type: ignore[assignment]
+    if frame is None:
+        return Withheld()
+    given = frame.f_locals
+    return Withheld(*(given.get(name) for name in Withheld._fields))
+
+
+def refuse_assistant(assistant: Any) -> None:
+    """Raises ValueError: an assistant model."""
+    if assistant is not None:
+        raise ValueError(
+            f"assistant_model={type(assistant).__name__} was given to generate beside "
+            "custom_generate: a draft's tokens cannot be guided; drop assistant_model"
+        )
+
+
+def chosen_streamer(
+    own: BaseStreamer | None, of_generate: BaseStreamer | None
+) -> BaseStreamer | None:
+    """The streamer of a call; raises ValueError where there are two, or what is none."""
+    if own is not None and of_generate is not None:
+        raise ValueError(
+            "streamer was given to generate and to the custom loop: tokens would come twice; "
+            "drop one of them"
+        )
+    check_streamer(of_generate)
+    return of_generate if own is None else own
