@@ -40,7 +40,9 @@ class LogProbs(Protocol):
 class Scorer(Protocol):
     """Anything that scores candidates. The answer depends on the arguments alone.
 
-    terminal: how a candidate that would end the request gets its Q (design: the critic's family).
+    terminal: how a candidate that would end the request gets its Q: "baseline", A = 0 (critics that
+        were never trained at EOS); "critic", V(s·EOS); "reward", a reward model's score of the
+        finished response; "included", as any other candidate (implicit reward).
     scores_vocabulary: one forward gives every candidate, so top_k=None is allowed.
     """
 

@@ -29,7 +29,9 @@ def guide(
     log_ratio: Tensor | None = None,  # [rows, k] float32
     active: Tensor | None = None,  # [rows] bool
 ) -> Tensor:
-    """Guided logits, by section 2 of the design.
+    """Guided logits, by the rule of value-guided decoding.
+
+    Q(s,a) = V(s·a) is what the scorer expects after candidate a, V(s) what it expected before it:
 
         A(s,a) = Q(s,a) − V(s) − kl_coef · (log π(a|s) − log π_ref(a|s))
         reweight:  l'(a) = l(a) + beta · A(s,a)

@@ -7,6 +7,7 @@ from typing import NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from guided_decode.guidance import failed_rows
 from guided_decode.guidance.candidates import choose_candidates, log_normaliser
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.rule import (
@@ -53,9 +54,10 @@ def guide_rows(
         prefixes: a row's unpadded token ids (prompt and what was generated), or its handle.
         config: one GuidanceConfig, or one a row.
         terminals: token ids that would end these requests, or one collection of them a row.
-        on_error: what a scorer that fails, refuses a row, or answers NaN or infinity, does:
-            "raise", or "passthrough", which hands those rows' logits on untouched, counts them,
-            and logs once. A row that is refused does not keep the others from being scored.
+        on_error: what a scorer that fails, refuses a row, or answers NaN or infinity, and a row
+            without a token left, does: "raise", or "passthrough", which hands those rows' logits on
+            untouched, counts them, and logs once. A row that is refused does not keep the others
+            from being scored.
         min_keep: how many candidates top_p and pruning leave at least (beam search needs some).
 
     Returns:
@@ -64,13 +66,13 @@ def guide_rows(
     Raises:
         ValueError: top_k=None with a scorer that scores candidates one by one, kl_coef without a
             reference, another number of prefixes than rows; with on_error="raise" also a score
-            that is NaN or infinite.
+            that is NaN or infinite, and a guided row that comes with every logit at −inf.
     """
     configs = per_row(config, len(logits))
     _check_call(logits, prefixes, on_error)
     for each in distinct(configs):
         _check_supported(scorer, each)
-    if all(not c.needs_scores and c.tail == "keep" for c in configs):
+    if not any(map(_is_guided, configs)):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
     chosen = choose_candidates(logits, configs, min_keep)
@@ -96,15 +98,21 @@ def guide_rows(
     guided, why = apply_guidance(
         logits, chosen.candidates, step.scores, configs, step.scored, step.log_ratio, min_keep
     )
-    failed = [i for i, each in enumerate(why.tolist()) if each]
+    failures = failed_rows.reasons(why, known)
+    failed = [i for i, each in enumerate(failures) if each and _is_guided(configs[i])]
+    masked = [i for i in failed if failures[i] == failed_rows.ALL_MASKED]
     if failed and on_error == "raise":
-        raise ValueError(
-            f"the scorer answered NaN or infinity for rows {failed}, or so much that their "
-            "logits overflow: expected finite values"
-        )
+        raise ValueError(failed_rows.in_words(failed, masked=masked))
     if failed:
+        if failed == masked:
+            reason = failed_rows.in_words(failed, masked=masked)
         _count_failure(scorer, len(failed), reason)
     return guided
+
+
+def _is_guided(config: GuidanceConfig) -> bool:
+    """Whether guidance may change a row's logits at all."""
+    return config.needs_scores or config.tail != "keep"
 
 
 def check_on_error(given: object) -> None:

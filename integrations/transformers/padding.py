@@ -11,6 +11,10 @@ def masked_lengths(mask: Tensor, rows: int, width: int) -> list[int]:
 
     Raises ValueError: the mask does not belong to the batch, or pads behind tokens.
     """
+    if not isinstance(mask, Tensor):
+        raise ValueError(
+            f"attention_mask is a {type(mask).__name__}: expected a tensor, [prompts, {width}]"
+        )
     if mask.ndim != 2 or mask.shape[1] != width or not len(mask) or rows % len(mask):
         raise ValueError(
             f"attention_mask came with shape {list(mask.shape)} for input_ids of {[rows, width]}: "

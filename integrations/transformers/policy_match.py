@@ -52,7 +52,8 @@ def check_policy(scorer: Scorer, policy: PolicyIds, *, complete: bool) -> None:
     Raises ValueError: vocabularies of clearly different sizes, whose special ids differ as well.
     """
     size, own = policy.vocab_size, scorer.vocab_size
-    unlike = _unlike_ids(scorer, policy)
+    bos = _unlike("BOS", scorer.bos_token_id, policy.bos)
+    unlike = [*_unlike("EOS", scorer.eos_token_id, policy.ends), *bos]
     if size is not None and abs(size - own) >= _ANOTHER_VOCABULARY:
         sizes = f"the policy has {size} token ids and the scorer {own}"
         if unlike:
@@ -61,8 +62,8 @@ def check_policy(scorer: Scorer, policy: PolicyIds, *, complete: bool) -> None:
                 "scorer that reads the policy's token ids"
             )
         _warn_once(f"{sizes}: their tokenizers may differ; {_COMPARE}")
-    elif complete and unlike and unlike[-1].startswith("BOS"):
-        _warn_once(f"{unlike[-1]}: the policy's and the scorer's tokenizers may differ; {_COMPARE}")
+    elif complete and bos:
+        _warn_once(f"{bos[0]}: the policy's and the scorer's tokenizers may differ; {_COMPARE}")
     elif complete and not _has_common_names(scorer, policy):
         _warn_once(
             "the special ids of the policy or the scorer are not known, so nothing tells whether "
@@ -70,17 +71,15 @@ def check_policy(scorer: Scorer, policy: PolicyIds, *, complete: bool) -> None:
         )
 
 
-def _unlike_ids(scorer: Scorer, policy: PolicyIds) -> list[str]:
-    """Special ids that both know and that differ, in words; BOS last.
+def _unlike(name: str, own: int | None, theirs: Collection[int]) -> list[str]:
+    """How a special id differs that both know, in words, if it does.
 
-    Of EOS one in common is enough: chat models have several, and their bases another.
+    One in common is enough: chat models have several ends, and their bases another.
     """
-    pairs = (("EOS", scorer.eos_token_id, policy.ends), ("BOS", scorer.bos_token_id, policy.bos))
-    return [
-        f"{name} is {' or '.join(map(str, sorted(theirs)))} for the policy and {own} for the scorer"
-        for name, own, theirs in pairs
-        if own is not None and theirs and own not in theirs
-    ]
+    if own is None or not theirs or own in theirs:
+        return []
+    ids = " or ".join(map(str, sorted(theirs)))
+    return [f"{name} is {ids} for the policy and {own} for the scorer"]
 
 
 def _has_common_names(scorer: Scorer, policy: PolicyIds) -> bool:

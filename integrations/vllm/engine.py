@@ -138,7 +138,7 @@ class GuidedEngine:
         pruned = {i: p.token for i in known if (p := _ends_now(live[i])) is not None}
         chosen = [i for i in known if i not in pruned and live[i].request.is_guided]
         if chosen and self.config.on_error == "raise":
-            chosen = self._not_refused(chosen, live)
+            chosen = self._not_masked(self._not_refused(chosen, live), own)
         guided = self._guide(own, live, chosen)
         if pruned:
             guided[list(pruned)] = -torch.inf
@@ -156,6 +156,15 @@ class GuidedEngine:
         if refused:
             self._count_failure(len(refused), reasons[refused[0]])
         return [i for i in chosen if reasons[i] is None]
+
+    def _not_masked(self, chosen: list[int], own: Tensor) -> list[int]:
+        """Those with a token left: a request's own limits on tokens end no engine either."""
+        if not chosen:
+            return chosen
+        left = (own[chosen] > -torch.inf).any(-1).tolist()
+        if not all(left):
+            self._count_failure(left.count(False), "a request leaves no token to sample")
+        return [i for i, some in zip(chosen, left, strict=True) if some]
 
     def _guide(self, own: Tensor, rows: list[LiveRow], chosen: list[int]) -> Tensor:
         """New logits, [rows, vocab]: guided where chosen, else the rows' own."""

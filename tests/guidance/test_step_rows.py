@@ -133,3 +133,43 @@ def test_tensors_that_kernels_take_are_aligned_whatever_the_rows():
         given = [*scores, *rules[:4]]
         assert all(tensor.data_ptr() % 16 == 0 for tensor in given)
         assert all(tensor.stride(-1) == 1 for tensor in given)
+
+
+def all_masked():
+    prefixes, logits = step()
+    logits[[1, 3]] = -torch.inf
+    return prefixes, logits
+
+
+@pytest.mark.parametrize("top_k", [5, None], ids=["critic", "vocabulary"])
+def test_a_row_without_a_token_left_is_refused_in_words(top_k):
+    prefixes, logits = all_masked()
+    config = GuidanceConfig(top_k=top_k)
+    scorer = critic()
+    if top_k is None:
+        reference = models.saved("mistral", "lm", seed=5)
+        scorer = load_scorer(
+            models.saved("mistral", "lm", seed=6), kind="implicit", reference=reference
+        )
+    with pytest.raises(ValueError, match=r"rows \[1, 3\] came with every logit at -inf.*processor"):
+        guide_rows(scorer, logits, prefixes, config)
+
+
+def test_a_row_without_a_token_left_passes_through_alone(caplog):
+    prefixes, logits = all_masked()
+    scorer, config = critic(), GuidanceConfig(top_k=5)
+    guided = guide_rows(scorer, logits, prefixes, config, on_error="passthrough")
+    assert (guided[[1, 3]] == -torch.inf).all()
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    for i in (0, 2, 4, 5):
+        oracle.assert_row_equal(guided[i], brute.row(prefixes[i], logits[i], config))
+    assert scorer.stats.passthroughs == 2
+    assert "every logit at -inf" in caplog.text
+
+
+def test_a_row_that_is_not_guided_may_come_without_a_token():
+    prefixes, logits = all_masked()
+    configs = [GuidanceConfig(top_k=5)] * 6
+    configs[1] = configs[3] = GuidanceConfig(beta=0.0, tail="keep")
+    guided = guide_rows(critic(), logits, prefixes, configs)
+    assert torch.equal(guided[[1, 3]], logits[[1, 3]])

@@ -125,6 +125,16 @@ def test_a_request_that_the_scorer_refuses_does_not_end_a_server_that_may_raise(
     oracle.assert_row_equal(guided[0], brute_rows(logits)[0])
 
 
+def test_a_request_without_a_token_left_does_not_end_a_server_that_may_raise(scorer):
+    before = scorer.stats.passthroughs
+    logits = step_logits()
+    logits[1] = -torch.inf
+    guided = engine(scorer, on_error="raise", max_beta=5.0).step(logits.clone(), rows())
+    assert torch.equal(guided[1], logits[1])
+    oracle.assert_row_equal(guided[0], brute_rows(logits)[0])
+    assert scorer.stats.passthroughs == before + 1
+
+
 def test_a_neighbour_with_more_candidates_changes_nothing():
     small = built(cache_tokens=80).scorer
     prompt = models.prompts([70])[0]

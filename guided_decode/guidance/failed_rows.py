@@ -1,0 +1,34 @@
+"""Rows that cannot be guided: why, and in which words."""
+
+from collections.abc import Collection
+
+import torch
+from torch import Tensor
+
+# Beside the kernel's own reasons: a row that has no token left.
+ALL_MASKED = -1
+
+
+def reasons(
+    why: Tensor,  # [rows] int32, the kernel's; 0 where nothing failed
+    candidates: Tensor,  # [rows, k] int64, -1 where padded; on the host or where `why` is
+) -> list[int]:
+    """Why each row failed, 0 where it did not; one copy from the device."""
+    if candidates.device.type != "cpu":
+        return torch.where(candidates[:, 0] < 0, ALL_MASKED, why).tolist()
+    empty = candidates.numpy()[:, 0] < 0
+    return [ALL_MASKED if e else each for each, e in zip(why.tolist(), empty, strict=True)]
+
+
+def in_words(rows: Collection[int], *, masked: Collection[int]) -> str:
+    """What a caller is told of failed rows, of which some came with every token masked."""
+    if masked:
+        return (
+            f"rows {list(masked)} came with every logit at -inf, so no token is left to sample: "
+            "expected at least one; look for what masks them all before guidance (another logits "
+            "processor, banned or allowed tokens, a grammar)"
+        )
+    return (
+        f"the scorer answered NaN or infinity for rows {list(rows)}, or so much that their "
+        "logits overflow: expected finite values"
+    )
