@@ -41,6 +41,9 @@ class WatchedCriteria(StoppingCriteriaList):
 class ValueGuidedLogitsProcessor(LogitsProcessor):
     """Guides each live row's next-token logits by a scorer.
 
+    It goes last in `logits_processor`: what a processor behind it masks, or all that it masks, is
+    not seen here.
+
     One object serves one `generate` call after another; it takes a call whose ids do not continue
     the last ones as a new generation, whose prompt is what it is given. An attention mask belongs
     to one batch of prompts: assign `attention_mask` before the next. Finished rows (a terminal
