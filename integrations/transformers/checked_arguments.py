@@ -68,9 +68,9 @@ def check_beams(num_beams: object) -> None:
         raise ValueError(f"num_beams={num_beams!r}: expected an integer of at least 1")
 
 
-def check_streamer(streamer: Any) -> None:
-    """Raises ValueError: what tokens cannot be put to."""
-    if streamer is not None and not (hasattr(streamer, "put") and hasattr(streamer, "end")):
+def check_streamer(streamer: Any, needs: Sequence[str] = ("put",)) -> None:
+    """Raises ValueError: what tokens cannot be put to, or has not all that is needed."""
+    if streamer is not None and not all(hasattr(streamer, name) for name in needs):
         raise ValueError(
             f"streamer is {streamer!r:.80}, a {type(streamer).__name__}: expected a streamer with "
             "put(value) and end(), such as TextStreamer(tokenizer)"

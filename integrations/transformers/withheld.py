@@ -55,5 +55,6 @@ def chosen_streamer(
             "streamer was given to generate and to the custom loop: tokens would come twice; "
             "drop one of them"
         )
-    check_streamer(of_generate)
-    return of_generate if own is None else own
+    streamer = of_generate if own is None else own
+    check_streamer(streamer, needs=("put", "end"))
+    return streamer

@@ -73,6 +73,15 @@ def test_two_streamers_are_refused(loop):
         generate(guided, streamer=Collect())
 
 
+@pytest.mark.parametrize("loop", LOOPS)
+def test_a_streamer_without_an_end_is_refused_before_a_token_is_put(loop):
+    streamer = Collect()
+    endless = type("Endless", (), {"put": streamer.put})()
+    with pytest.raises(ValueError, match=r"an? Endless: expected a streamer with put.* and end"):
+        generate(loop(trunk_heads.scorer(), CONFIG, streamer=endless))
+    assert streamer.tokens == []
+
+
 def test_a_streamer_of_generate_is_refused_with_beams():
     with pytest.raises(ValueError, match=r"a streamer was given with 3 beams"):
         generate(GuidedDecoding(trunk_heads.scorer(), CONFIG), streamer=Collect(), num_beams=3)
