@@ -1,10 +1,5 @@
 """Kernels: one operation a file, with the torch reference that specifies it."""
 
-import importlib.util
-import sys
-from importlib.machinery import PathFinder
-from pathlib import Path
-
 from guided_decode.kernels.guide_logits import guide_logits
 from guided_decode.kernels.guide_sample import guide_sample
 from guided_decode.kernels.gumbel import gumbel_noise
@@ -22,18 +17,3 @@ __all__ = [
     "top_candidates",
     "value_head",
 ]
-
-
-def _give_way() -> None:
-    """Puts Hugging Face's library `kernels`, where it is installed, in this package's place."""
-    checkouts = {p for p in sys.path if Path(p, "kernels", "guide_logits.py").exists()}
-    spec = PathFinder.find_spec(__name__, [p for p in sys.path if p not in checkouts])
-    if spec is not None and spec.loader is not None:
-        library = importlib.util.module_from_spec(spec)
-        sys.modules[__name__] = library
-        spec.loader.exec_module(library)
-
-
-# Ours is guided_decode.kernels: under this name a script in a checkout's root asks for the library.
-if __name__ == "kernels":
-    _give_way()

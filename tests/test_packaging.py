@@ -45,23 +45,6 @@ def test_transformers_does_not_take_our_kernels_for_hugging_faces():
     assert run_python(code, ROOT) == "False"
 
 
-def test_hugging_faces_kernels_are_found_from_the_repository_root_where_they_are_installed(
-    tmp_path,
-):
-    library = tmp_path / "site" / "kernels"
-    library.mkdir(parents=True)
-    (library / "__init__.py").write_text("from kernels.hub import get_kernel\n")
-    (library / "hub.py").write_text("def get_kernel(name): return f'kernel {name}'\n")
-    asked = (
-        "from kernels import get_kernel; import kernels; print(get_kernel('a'), kernels.__file__)"
-    )
-    code = f"import sys; sys.path.append({str(library.parent)!r}); {IMPORTS}; {asked}"
-    assert run_python(code, ROOT) == f"kernel a {library / '__init__.py'}"
-    # Where they are not, nothing takes ours for them.
-    absent = "import kernels\ntry: kernels.get_kernel\nexcept AttributeError: print('absent')"
-    assert run_python(absent, ROOT) == "absent"
-
-
 def test_version_is_the_distributions():
     assert metadata.version("guided-decode") == guided_decode.__version__
 
