@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from guided_decode.kernels.jit import next_power_of_two
+from guided_decode.kernels.jit import FLOATS, next_power_of_two
 from guided_decode.kernels.merge_splits import MAX_SPLITS
 
 # Enough programs for two on each multiprocessor of an H100 or H200.
@@ -39,11 +39,24 @@ def tile_of(query: Tensor, values: Tensor, max_queries: int) -> Tile | None:
     """The launch table's entry; None where a group has more heads, or heads more dimensions."""
     _, heads, head_dim = query.shape
     group = heads // values.shape[1]
-    size = next_power_of_two(max(head_dim, values.shape[2], 64))
-    tiles = TILES.get((query.dtype == torch.float32, size), ())
-    if not tiles or group > tiles[-1].m:
+    tiles = _tiles(query.dtype, group, max(head_dim, values.shape[2]))
+    if not tiles:
         return None
     return next((tile for tile in tiles if tile.m >= group * max_queries), tiles[-1])
+
+
+def has_tile(dtype: torch.dtype, group: int, head_dim: int) -> bool:
+    """Whether the kernel takes heads of this size (the larger of key's and value's) and dtype.
+
+    group: query heads that share a key's head.
+    """
+    return bool(_tiles(dtype, group, head_dim))
+
+
+def _tiles(dtype: torch.dtype, group: int, head_dim: int) -> tuple[Tile, ...]:
+    size = next_power_of_two(max(head_dim, 64))
+    tiles = TILES.get((dtype == torch.float32, size), ())
+    return tiles if dtype in FLOATS and tiles and group <= tiles[-1].m else ()
 
 
 def splits_of(programs: int, max_prefix: int) -> int:

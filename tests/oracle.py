@@ -218,7 +218,7 @@ def assert_row_equal(guided: Tensor, row: Row, atol: float = 1e-4) -> None:
     decided[list(row.undecided)] = False
     assert len(row.undecided) <= 1, "the arrangement leaves too much undecided"
     torch.testing.assert_close(
-        guided.double()[decided],
+        guided.double().cpu()[decided],
         expected[decided],
         rtol=0,
         atol=atol,

@@ -8,6 +8,7 @@ slot, which is nobody's. Shapes beyond the buckets run as they are.
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from guided_decode.forward.capture import captured, no_waiting
 from guided_decode.forward.packed import PackedBatch
 from guided_decode.forward.packed_model import MOST_GRAPH_TOKENS, PackedModel
 from guided_decode.kernels.jit import next_power_of_two
@@ -38,6 +40,11 @@ class Bucket(NamedTuple):
     queries: int
     prefix: int
     table: tuple[int, int]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """The bounds, which decide how much memory a graph takes."""
+        return self[:4]
 
 
 class _Static(NamedTuple):
@@ -84,8 +91,12 @@ class GraphedForward:
         self._capture = capture
         self._spare_slot = model.cache.pool.capacity
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
+        self._device = model.device
+        self._stream: torch.cuda.Stream | None = None
         self._memory: Any = None
-        self._works = True
+        self._without_room: set[tuple[int, ...]] = set()
+        # The reference that runs where no kernel does waits for the device, which ends a capture.
+        self.works = model.has_kernel or not capture
         self.replays = 0
         self.captures = 0
 
@@ -94,8 +105,8 @@ class GraphedForward:
 
     def run(self, batch: PackedBatch) -> bool:
         """Runs the batch, if a bucket takes it; False where the caller has to run it."""
-        bucket = bucket_of(batch) if self._works else None
-        if bucket is None:
+        bucket = bucket_of(batch) if self.works else None
+        if bucket is None or bucket.sizes in self._without_room:
             return False
         graph = self._graphs.get(bucket)
         if graph is None:
@@ -104,7 +115,8 @@ class GraphedForward:
                 return False
         self._graphs.move_to_end(bucket)
         self._fill(graph.static, batch)
-        graph.replay()
+        with self._on_device():
+            graph.replay()
         self.replays += 1
         return True
 
@@ -117,10 +129,15 @@ class GraphedForward:
         try:
             run = partial(self._forward, static.batch)
             replay = self._record(run) if self._capture else run
+        except torch.OutOfMemoryError as error:
+            self._without_room.add(bucket.sizes)
+            logger.warning("a forward of %d tokens runs without a CUDA graph: %s",
+                           bucket.tokens, error)  # fmt: skip
+            return None
         except (RuntimeError, NotImplementedError) as error:
             # A model whose forward cannot be captured runs as it is, from now on.
             logger.warning("CUDA graphs are off: the forward cannot be captured (%s)", error)
-            self._works = False
+            self.works = False
             self._graphs.clear()
             return None
         self.captures += 1
@@ -159,20 +176,30 @@ class GraphedForward:
         torch.cat(tokens, -1, out=static.batch.stacked)
         torch.cat([segments, static.no_segments[len(segments) :]], out=into)
 
+    def _on_device(self) -> AbstractContextManager[object]:
+        """The model's device as the current one, on which torch captures and replays."""
+        return torch.cuda.device(self._device) if self._capture else nullcontext()
+
     def _record(self, run: Callable[[], object]) -> Callable[[], object]:
-        """Captures a forward."""
-        if not self._graphs:
-            # torch refuses to capture into a memory pool whose graphs are all gone.
-            self._memory = torch.cuda.graph_pool_handle()
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            # Kernels are compiled and libraries get their workspaces before the capture.
-            for _ in range(2):
+        """Captures a forward.
+
+        Raises RuntimeError: it cannot be captured; then nothing is left of the attempt.
+        """
+        with self._on_device():
+            if not self._graphs:
+                # torch refuses to capture into a memory pool whose graphs are all gone.
+                self._memory = torch.cuda.graph_pool_handle()
+            if self._stream is None:
+                # One for all graphs: libraries keep a workspace for each stream that they see.
+                self._stream = torch.cuda.Stream(device=self._device)
+            here = torch.cuda.current_stream()
+            self._stream.wait_stream(here)
+            # Its end restores the current stream, also where a capture's own end fails.
+            with torch.cuda.stream(self._stream):
+                # Kernels are compiled and libraries get their workspaces before the capture.
                 run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        # Other threads of a server go on calling CUDA meanwhile.
-        with torch.cuda.graph(graph, pool=self._memory, capture_error_mode="thread_local"):
-            run()
+                with no_waiting():
+                    run()
+                graph = captured(run, self._memory, self._stream)
+            here.wait_stream(self._stream)
         return graph.replay

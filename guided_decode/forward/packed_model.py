@@ -1,5 +1,6 @@
 """A transformers model that runs packed forwards on a slot pool."""
 
+import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,13 +17,18 @@ from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.growable import Ints
+from guided_decode.kernels.lookahead_tiles import has_tile
 from guided_decode.prefix import PrefixHandle, as_ints
 from guided_decode.scorer import Prefix
+
+logger = logging.getLogger("guided_decode")
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.
 _MEMORY_SHARE = 0.25
 # Tokens of the longest forward that is a CUDA graph.
 MOST_GRAPH_TOKENS = 512
+# 32 MiB for cuBLAS on Hopper, and 1 MiB for each of 64 graphs.
+_WORKSPACE_BYTES = 96 << 20
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
 
 
@@ -80,6 +86,12 @@ class PackedModel:
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         shapes = _layer_shapes(model)
+        self.has_kernel = _has_kernel(config.num_attention_heads, shapes, model.dtype)
+        if self.fused and model.device.type == "cuda" and not self.has_kernel:
+            logger.warning(
+                "%s: no kernel takes its attention heads in %s: it runs by plain torch operations, "
+                "slowly and without CUDA graphs", name, model.dtype,
+            )  # fmt: skip
         capacity = cache_tokens or min(
             live_tokens or 1 << 17, _default_capacity(shapes, model, bytes_beside)
         )
@@ -212,6 +224,11 @@ def _layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
     return shapes
 
 
+def _has_kernel(heads: int, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> bool:
+    """Whether `kernels.lookahead_attention` has a kernel for every layer."""
+    return all(has_tile(dtype, heads // kv_heads, max(k, v)) for kv_heads, k, v in shapes)
+
+
 def _default_capacity(
     shapes: list[tuple[int, int, int]], model: PreTrainedModel, bytes_beside: int
 ) -> int:
@@ -228,8 +245,10 @@ def graph_bytes(model: PreTrainedModel) -> int:
     """What the CUDA graphs of the forward hold, about: the activations of their longest one.
 
     All graphs share one memory pool, in which a layer's activations take the place of the last
-    layer's: a few rows of the hidden size, and of the feed-forward's, a token.
+    layer's: a few rows of the hidden size, and of the feed-forward's, a token. Beside them cuBLAS
+    keeps a workspace for the stream of the captures, and the driver its nodes of each graph.
     """
     config = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return MOST_GRAPH_TOKENS * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize
+    activations = MOST_GRAPH_TOKENS * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize
+    return activations + _WORKSPACE_BYTES
