@@ -93,11 +93,11 @@ PYTHON ?= $(BIN)/python
 OUT_DIR ?= benchmarks/results
 GPU_CHECK_NEEDS := torch, triton, transformers, numpy, pytest, safetensors, rich, typer
 
-gpu-check: ## every GPU test and benchmark, and a report of them in OUT_DIR (under 9 minutes)
+gpu-check: ## every GPU test and benchmark, and a report of them in OUT_DIR (8 minutes; PART=kernels or decoding for half)
 	@$(PYTHON) -c "import $(GPU_CHECK_NEEDS)" 2>/dev/null \
 	|| { test "$(origin PYTHON)" = file && $(MAKE) dev-env; } \
 	|| { echo "PYTHON=$(PYTHON) lacks one of $(GPU_CHECK_NEEDS): install it, or leave PYTHON out"; exit 1; }
-	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT_DIR)
+	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT_DIR) $(PART:%=--part %)
 
 clean: ## remove caches and build output (virtual environments stay: rm -r .venv*)
 	find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} + 2>/dev/null || true

@@ -1,10 +1,13 @@
-"""Every GPU test and benchmark in one command, and a report of what they gave.
+"""Every GPU test and benchmark in one command, and a report of them.
 
     make gpu-check OUT_DIR=out PYTHON=python3
-    python -m benchmarks.gpu_check --out out    # the same, from the repository's root
+    python -m benchmarks.gpu_check --out out                  # the same, from the root
+    python -m benchmarks.gpu_check --out out --part kernels   # half of it; the other: decoding
+    python -m benchmarks.gpu_check --out out --fold           # a report of what a cut run has left
 
-Under 9 minutes on one H200. Parts run in processes of their own, those with targets first, and the
-report is written anew after each. Without a GPU only the tests that compile kernels run.
+8 minutes on one H100 (80 GB) or H200. Parts run in processes of their own, those with targets
+first; records are on disk as they come, and the report is written anew after each part. Without a
+GPU only the tests that compile kernels run.
 """
 
 import argparse
@@ -20,25 +23,30 @@ from rich.console import Console
 
 from benchmarks.gpu import suites, vllm_cells
 from benchmarks.gpu.budget import Budget, Deadline
-from benchmarks.gpu.device import machine
-from benchmarks.gpu.processes import read_records, run_python
+from benchmarks.gpu.device import assumed_rates, machine
+from benchmarks.gpu.processes import run_python
+from benchmarks.gpu.records import Records
 from benchmarks.gpu.report import write
 from benchmarks.gpu.targets import verdicts
 
 RESULTS = Path("benchmarks/results")
-MINUTES = 8.5
-# Parts in their order, with their shares of the time.
+# With the start of this process, and the end of the last part's.
+MINUTES = 7.7
+# Parts in their order, those with targets first, with their shares of the time.
 SHARES = {
     "device": 20,
-    "tests": 125,
-    "13B targets": 65,
-    "8B": 110,
-    "kernels": 75,
+    "agreement": 15,
+    "13B targets": 75,
+    "kernels": 70,
+    "tests": 95,
+    "8B": 115,
     "13B": 65,
-    "inside a step": 30,
-    "vLLM": 20,
 }
-# vLLM's share where it is installed: its tests start two engines or four, its benchmark two.
+HALVES = {
+    "kernels": ("device", "kernels", "tests"),
+    "decoding": ("device", "agreement", "13B targets", "8B", "13B", "vLLM"),
+}
+# vLLM's share, where it is installed: its tests start two engines or four, its benchmark two.
 VLLM_SHARE = 300
 # Of that, what its tests may take; the benchmark gets what they leave.
 _VLLM_TESTS = 0.55
@@ -46,8 +54,6 @@ _VLLM_TESTS = 0.55
 _GRACE = 6.0
 _WITHOUT_GPU = {"tests": 1}
 _COMPILE_SECONDS = 900.0
-# An H200's, where they could not be measured: bytes and operations a second.
-_ASSUMED_RATES = (4.3e12, 7.9e14)
 _VLLM_MISSING = {"kind": "not run", "what": "vLLM's part", "reason": "vLLM is not installed"}
 
 
@@ -57,40 +63,51 @@ class Check:
     def __init__(self, options: argparse.Namespace, command: str, console: Console) -> None:
         self.out: Path = options.out
         self.console = console
-        self.records: list[dict[str, Any]] = []
-        self.rates = _ASSUMED_RATES
+        self.kept = Records(options.out)
         self._begun = time.monotonic()
-        self._about = {
+        about = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "command": command,
             "machine": machine(),
         }
+        self.gpu: str | None = about["machine"]["gpu"]
+        self.kept.begin(about)
 
     @property
-    def gpu(self) -> str | None:
-        return self._about["machine"]["gpu"]
+    def records(self) -> list[dict[str, Any]]:
+        return self.kept.all()
+
+    @property
+    def rates(self) -> tuple[float, float]:
+        """Bytes and operations a second: measured, or by the card's name."""
+        measured = [record for record in self.records if record["kind"] == "rates"]
+        if measured:
+            return measured[0]["bytes"], measured[0]["flops"]
+        return assumed_rates(self.gpu)
 
     def save(self) -> None:
-        write(self.records, self._about | {"seconds": time.monotonic() - self._begun}, self.out)
+        fold(self.kept, time.monotonic() - self._begun)
 
     def part(self, name: str, seconds: float, folder: Path) -> None:
-        """Runs a part in a process of its own, and takes what it leaves."""
-        out = folder / f"{name}.jsonl"
-        arguments = ["-m", "benchmarks.gpu.part", name, "--out", str(out)]
+        """Runs a part in a process of its own, which writes its records where they stay."""
+        arguments = ["-m", "benchmarks.gpu.part", name, "--out", str(self.kept.file(name))]
         arguments += ["--seconds", str(seconds - _GRACE), "--rates", *map(str, self.rates)]
+        differ = [r["way"] for r in self.records if r["kind"] == "agreement" and r["reason"]]
+        if differ:
+            arguments += ["--without", *differ]
         ended = run_python(arguments, seconds, folder / f"{name}.log")
-        found = read_records(out)
-        self.records += found
-        measured = [record for record in found if record["kind"] == "rates"]
-        if measured:
-            self.rates = measured[0]["bytes"], measured[0]["flops"]
         if ended.problem is not None:
-            self.records.append({"kind": "not run", "what": f"the rest of {name}",
-                                 "reason": ended.problem})  # fmt: skip
+            self.kept.add("gpu_check", [{"kind": "not run", "what": f"the rest of {name}",
+                                         "reason": ended.problem}])  # fmt: skip
 
     def tests(self, given: Sequence[suites.Job], seconds: float, folder: Path) -> None:
         """Runs tests, each file in a process of its own."""
-        self.records += [suite.record for suite in suites.run_jobs(given, seconds, folder)]
+        self.kept.add("tests", [suite.record for suite in suites.run_jobs(given, seconds, folder)])
+
+
+def fold(kept: Records, seconds: float | None = None) -> None:
+    """The report of the records that there are."""
+    write(kept.all(), kept.about() | {"seconds": seconds}, kept.out)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,6 +115,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = sys.argv[1:] if arguments is None else list(arguments)
     options = parse(given)
     console = Console()
+    if options.fold:
+        fold(Records(options.out))
+        return 0
     check = Check(options, " ".join(["python -m benchmarks.gpu_check", *given]), console)
     with tempfile.TemporaryDirectory() as scratch:
         run(check, options, Path(scratch))
@@ -109,24 +129,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(check: Check, options: argparse.Namespace, folder: Path) -> None:
     """All parts in their order; whatever one of them does, the others follow."""
-    shares = gpu_shares() if check.gpu else _WITHOUT_GPU
+    shares = shares_of(options.part, gpu=check.gpu is not None)
     budget = Budget(60 * options.minutes, shares)
     if not check.gpu:
         check.console.print("no GPU here: only what compiles without one is run")
+    if check.gpu and "vLLM" not in shares and options.part != "kernels":
+        check.kept.add("gpu_check", [_VLLM_MISSING])
     for name in shares:
         seconds = budget.allot(name) if check.gpu else _COMPILE_SECONDS
         check.console.print(f"{name}: up to {seconds:.0f} s")
         try:
             _step(check, name)(seconds, folder)
         except Exception as error:
-            check.records.append({"kind": "not run", "what": name,
-                                  "reason": f"{type(error).__name__}: {error}"})  # fmt: skip
+            reason = f"{type(error).__name__}: {error}"
+            check.kept.add("gpu_check", [{"kind": "not run", "what": name, "reason": reason}])
         check.save()
 
 
-def gpu_shares() -> dict[str, int]:
-    """The parts' shares; the others leave vLLM its own where it is installed."""
-    return SHARES | ({"vLLM": VLLM_SHARE} if suites.vllm_jobs() else {})
+def shares_of(half: str | None, *, gpu: bool) -> dict[str, int]:
+    """The parts that are run, with their shares; vLLM has one where it is installed."""
+    if not gpu:
+        return _WITHOUT_GPU if half != "decoding" else {}
+    every = SHARES | ({"vLLM": VLLM_SHARE} if suites.vllm_jobs() else {})
+    return {name: share for name, share in every.items() if half is None or name in HALVES[half]}
 
 
 def _step(check: Check, name: str) -> Callable[[float, Path], None]:
@@ -140,13 +165,10 @@ def _step(check: Check, name: str) -> Callable[[float, Path], None]:
 
 
 def _vllm(check: Check, seconds: float, folder: Path) -> None:
-    given, deadline = suites.vllm_jobs(), Deadline(seconds)
-    if not given:
-        check.records.append(_VLLM_MISSING)
-        return
-    check.tests(given, _VLLM_TESTS * seconds, folder)
+    deadline = Deadline(seconds)
+    check.tests(suites.vllm_jobs(), _VLLM_TESTS * seconds, folder)
     check.save()
-    check.records += vllm_cells.run(deadline.left, folder)
+    check.kept.add("vLLM", vllm_cells.run(deadline.left, folder))
 
 
 def show(check: Check) -> None:
@@ -170,6 +192,8 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the report")
     parser.add_argument("--minutes", type=float, default=MINUTES, help="for all parts together")
+    parser.add_argument("--part", choices=tuple(HALVES), help="one half of the run; None: both")
+    parser.add_argument("--fold", action="store_true", help="only write the report of a cut run")
     return parser.parse_args(arguments)
 
 

@@ -1,6 +1,7 @@
 """Before anything is timed: every way of the loop against full recomputation, in float32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,14 +23,29 @@ class DisagreementError(RuntimeError):
     """A way does not give the logits of full recomputation."""
 
 
-def check_ways(device: str, *, capture: bool, size: Size = SMALL, seed: int = 0) -> float:
-    """The largest difference of any way's logits from those of stock modules without a cache.
+def agreements(
+    device: str, *, capture: bool, size: Size = SMALL, seed: int = 0
+) -> Iterator[dict[str, Any]]:
+    """A record a way: its largest difference from the logits of stock modules without a cache.
 
-    Raises DisagreementError where it is more than TOLERANCE, or another set of tokens is left.
+    reason: why it must not be timed (more than TOLERANCE, another set of tokens left, an error);
+    None where it agrees.
     """
     models = Models.random(size, device, torch.float32, seed)
     setup = Setup(models, ROWS, PREFIX, WAYS, steps=STEPS, drawn=False, capture=capture)
-    return max(_follow(setup.lane(way), _truth(models, way)) for way in WAYS)
+    for way in WAYS:
+        record: dict[str, Any] = {"kind": "agreement", "way": kind_of(way), "reason": None}
+        try:
+            record["difference"] = _follow(setup.lane(way), _truth(models, way))
+        except Exception as error:
+            # The others are timed all the same.
+            record["reason"] = f"{type(error).__name__}: {str(error)[:300]}"
+        yield record
+
+
+def kind_of(way: str) -> str:
+    """A way without its number of candidates: "plain", "pruning", "k", "trunk k", "gated k", ..."""
+    return way.rstrip("0123456789 ")
 
 
 def _truth(models: Models, way: str) -> Callable[[Lane], Tensor]:

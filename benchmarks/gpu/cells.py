@@ -17,9 +17,10 @@ from benchmarks.gpu.loop import (
     draw_pool,
 )
 from benchmarks.gpu.models import Models
-from benchmarks.gpu.rivals import CopiedCache, Recomputed
+from benchmarks.gpu.rivals import GENERATED, CopiedCache, Recomputed
 from benchmarks.gpu.trunk import LookaheadPolicy, SiblingPruning, ValuedPolicy, trunk_of
 from guided_decode import GuidanceConfig, PrefixHandle
+from guided_decode.forward.graphs import GraphedForward
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.scoring.critic import CriticScorer
 from guided_decode.scoring.trunk_scorer import TrunkScorer
@@ -77,11 +78,17 @@ def gigabytes(cell: Cell, steps: int) -> float:
     for way in ways:
         if way.startswith("copied"):
             pools += cell.batch * (k_of(way) or 1) * cell.prefix
+        elif way == "generate":
+            pools += cell.batch * (cell.prefix + GENERATED)
     return (weights + pools * size.kv_bytes) / 1e9
 
 
 def _uses_critic_pool(way: str) -> bool:
     return way.startswith(("k ", "gated"))
+
+
+def _graphs(scorer: CriticScorer) -> list[GraphedForward]:
+    return [] if scorer.graphs is None else [scorer.graphs]
 
 
 class Setup:
@@ -129,32 +136,29 @@ class Setup:
             beta=1.0, top_k=k, gate=GATE if way.startswith("gated") else None
         )  # fmt: skip
         handles = [PrefixHandle(row) for row in self.shared]
-        policy, guide, packed, captured = self._parts(way, config)
+        policy, guide, packed, graphs = self._parts(way, config)
         for each in packed:
             begin(each, handles, drawn=self.drawn)
         for handle, token in zip(handles, self.last[self.ways.index(way)].tolist(), strict=True):
             handle.append(token)
-        return Lane(way, policy, guide, handles, captured, mean=way.startswith("gated"))
+        return Lane(way, policy, guide, handles, graphs, mean=way.startswith("gated"))
 
     def _parts(self, way, config):
-        """Policy, guide, the caches that want the prompts, and how to count graphs."""
+        """Policy, guide, the caches that want the prompts, and the graphs of its forwards."""
         if way.startswith("trunk"):
             scorer = self._trunk_scorer
             policy = LookaheadPolicy(self.models, scorer)
-            return policy, Guided(scorer, config), [scorer.model], lambda: scorer.captures
+            return policy, Guided(scorer, config), [scorer.model], _graphs(scorer)
         if way == "pruning":
             valued = self._valued
-            return valued, SiblingPruning(valued), [valued.packed], lambda: valued.graphs.captures
+            return valued, SiblingPruning(valued), [valued.packed], [valued.graphs]
         plain = self._policy
         packed = [plain.packed]
         guide, counted = self._guide(way, config)
         if counted is not None:
             packed.append(counted.model)
 
-        def captured() -> int:
-            return plain.graphs.captures + (0 if counted is None else counted.captures)
-
-        return plain, guide, packed, captured
+        return plain, guide, packed, [plain.graphs, *([] if counted is None else _graphs(counted))]
 
     def _guide(self, way: str, config: GuidanceConfig | None) -> tuple[Guide, CriticScorer | None]:
         if config is None:

@@ -3,23 +3,25 @@
 import gc
 import statistics
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
 
-from benchmarks.gpu.agreement import check_ways
+from benchmarks.gpu.agreement import agreements, kind_of
 from benchmarks.gpu.budget import Deadline
 from benchmarks.gpu.cells import Cell, Setup, gigabytes, k_of
 from benchmarks.gpu.floors import LLAMA2_13B, LLAMA3_8B, Rates, Size, step_floor, trunk_floor
 from benchmarks.gpu.loop import GATE_PERIOD, Lane, part_seconds, take_turns
 from benchmarks.gpu.models import Models
-from benchmarks.gpu.rivals import generate_seconds
+from benchmarks.gpu.rivals import GENERATED, generate_seconds
 from benchmarks.gpu.timing import launches
 
 Record = dict[str, Any]
 
-MOST_GIGABYTES = 120.0
+# Of the card's memory; the rest is the allocator's, the libraries' and the graphs'.
+_MOST_MEMORY = 0.92
 _GUIDED = ("k 4", "k 8", "k 16", "k 32")
 _GRID = ("plain", *_GUIDED)
 _TRUNK = ("plain", "pruning", "trunk k 4", "trunk k 8", "trunk k 16")
@@ -30,14 +32,22 @@ def _grid(size: Size, batch: int, prefix: int, *more: str) -> Cell:
     return Cell(size, batch, prefix, (*_GRID, *more))
 
 
-# A stage is a process of its own; those with targets come first.
+# Against copies of the critic's cache: 110 GB; 57 GB with half the prefix.
+COPIED = Cell(LLAMA3_8B, 8, 4096, ("plain", "k 16", "copied k 16"))
+COPIED_ON_A_SMALL_CARD = replace(COPIED, prefix=2048)
+# Where a step's time goes: with the profiler, in the process that has the models.
+_INSIDE = Cell(LLAMA2_13B, 1, 512, ("plain", "k 16", "trunk k 16"))
+# A stage is a process of its own, in which the cells with targets come first.
 STAGES: dict[str, tuple[Cell, ...]] = {
     "13B targets": (
-        _grid(LLAMA2_13B, 1, 512, "gated k 16", "generate"),
+        Cell(LLAMA2_13B, 1, 512, ("plain", "k 16", "gated k 16")),
+        _INSIDE,
         Cell(LLAMA2_13B, 1, 512, ("plain", "pruning", "trunk k 16")),
+        _grid(LLAMA2_13B, 1, 512, "generate"),
     ),
     "8B": (
-        Cell(LLAMA3_8B, 8, 4096, ("plain", "k 16", "copied k 16")),
+        COPIED,
+        COPIED_ON_A_SMALL_CARD,
         *(Cell(LLAMA3_8B, batch, 512, _TRUNK) for batch in (1, 4, 8)),
         _grid(LLAMA3_8B, 1, 512, "gated k 16", "generate"),
         _grid(LLAMA3_8B, 16, 512, "gated k 16", "generate"),
@@ -63,39 +73,67 @@ STAGES: dict[str, tuple[Cell, ...]] = {
         _grid(LLAMA2_13B, 16, 4096),
         _grid(LLAMA2_13B, 64, 4096),
     ),
-    # The profiler may disturb what comes after it.
-    "inside a step": (Cell(LLAMA2_13B, 1, 512, ("plain", "k 16", "trunk k 16")),),
 }
-_LOOKED_INTO = "inside a step"
 # Begun only while so many seconds are left.
 _CELL_SECONDS = 12.0
 
 
 @torch.no_grad()
-def run(stage: str, rates: Rates, deadline: Deadline) -> Iterator[Record]:
-    """The records of a stage: ways that were timed, and cells that were not, with the reason."""
+def agreement() -> Iterator[Record]:
+    """Every way against full recomputation, on this device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    difference = check_ways(device, capture=device == "cuda")
-    yield {"kind": "agreement", "stage": stage, "difference": difference}
+    yield from agreements(device, capture=device == "cuda")
+
+
+@torch.no_grad()
+def run(
+    stage: str, rates: Rates, deadline: Deadline, without: Collection[str] = ()
+) -> Iterator[Record]:
+    """The records of a stage: ways that were timed, and cells that were not, with the reason.
+
+    without: kinds of ways that do not agree with full recomputation, and are not timed.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     models: Models | None = None
-    for cell in STAGES[stage]:
-        reason = _not_run(cell, deadline)
+    for whole in STAGES[stage]:
+        cell = replace(whole, ways=tuple(w for w in whole.ways if kind_of(w) not in without))
+        if cell.ways != whole.ways:
+            left_out = tuple(way for way in whole.ways if way not in cell.ways)
+            yield not_run(cell, "it does not agree with full recomputation", left_out)
+        reason = _not_run(cell, deadline, memory_gigabytes())
         if reason is None:
             if models is None:
                 models = Models.random(cell.size, device, torch.bfloat16)
             try:
-                yield from run_cell(models, cell, rates, inside=stage == _LOOKED_INTO)
+                yield from run_cell(models, cell, rates, inside=whole is _INSIDE)
             except Exception as error:
                 reason = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
             _free()
         if reason is not None:
-            yield {"kind": "not run", "what": str(cell), "ways": cell.ways, "reason": reason}
+            yield not_run(cell, reason, cell.ways)
 
 
-def _not_run(cell: Cell, deadline: Deadline) -> str | None:
+def not_run(cell: Cell, reason: str, ways: tuple[str, ...]) -> Record:
+    """The record of ways of a cell that were not timed."""
+    return {"kind": "not run", "what": str(cell), "ways": ways, "reason": reason}
+
+
+def memory_gigabytes() -> float:
+    """What a cell may take of this device's memory; any amount where there is none."""
+    if not torch.cuda.is_available():
+        return float("inf")
+    return _MOST_MEMORY * torch.cuda.mem_get_info()[1] / 1e9
+
+
+def _not_run(cell: Cell, deadline: Deadline, most: float) -> str | None:
+    """Why a cell is left out, on a card that gives `most` gigabytes; None where it is run."""
+    if not set(cell.ways) - {"plain"}:
+        return "no way is left"
     needed = gigabytes(cell, _all_steps(cell))
-    if needed > MOST_GIGABYTES:
-        return f"it needs {needed:.0f} GB, more than {MOST_GIGABYTES:.0f}"
+    if needed > most:
+        return f"it needs {needed:.0f} GB, more than this card's {most:.0f}"
+    if cell == COPIED_ON_A_SMALL_CARD and gigabytes(COPIED, _all_steps(COPIED)) <= most:
+        return "a larger card runs it with twice the prefix"
     if not deadline.allows(_CELL_SECONDS):
         return "the time was up"
     return None
@@ -132,8 +170,8 @@ def run_cell(models: Models, cell: Cell, rates: Rates, *, inside: bool = False) 
     lanes = {way: setup.lane(way) for way in looped if way not in slow}
     take_turns(list(lanes.values()), _ROUNDS, _steps(cell), _warm(cell))
     found = {way: lane.by_round() for way, lane in lanes.items()}
-    for way in lanes:
-        yield record_of(cell, way, found, rates)
+    for way, lane in lanes.items():
+        yield record_of(cell, way, found, rates) | {"graphs": lane.graph_replays()}
     if inside:
         yield from _inside(cell, lanes)
     for way in slow:
@@ -141,13 +179,14 @@ def run_cell(models: Models, cell: Cell, rates: Rates, *, inside: bool = False) 
         # The first two capture the policy's graphs.
         take_turns([lane], _ROUNDS, 1 if way.startswith("recomputed") else 3, 3)
         found[way] = lane.by_round()
+        graphs = lane.graph_replays()
         del lane
         _free()
-        yield record_of(cell, way, found, rates)
+        yield record_of(cell, way, found, rates) | {"graphs": graphs}
     if "generate" in cell.ways:
-        seconds = generate_seconds(models.policy, setup.prompts("plain"), 24)
+        seconds = generate_seconds(models.policy, setup.prompts("plain"), GENERATED)
         found["generate"] = [statistics.median(seconds[i::_ROUNDS]) for i in range(_ROUNDS)]
-        yield record_of(cell, "generate", found, rates)
+        yield record_of(cell, "generate", found, rates) | {"graphs": None}
 
 
 def record_of(cell: Cell, way: str, found: dict[str, list[float]], rates: Rates) -> Record:

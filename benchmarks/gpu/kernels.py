@@ -24,9 +24,14 @@ class WrongKernelError(RuntimeError):
 
 @torch.no_grad()
 def run(rates: Rates, deadline: Deadline, device: str = "cuda") -> Iterator[Record]:
-    """A record a case; then launches and torch.compile of some; what the time did not allow."""
+    """Launches of some; a record a case; torch.compile of some; what the time did not allow."""
     left = 0
     makers = list(all_makers(device))
+    closer = [maker for maker in makers if maker.closer]
+    # A target is among them, and a profile takes half a second.
+    for maker in closer:
+        if deadline.allows(_CASE_SECONDS):
+            yield from _recorded(maker, count_launches)
     for maker in makers:
         if deadline.allows(_CASE_SECONDS):
             yield from _recorded(maker, lambda case: time_case(case, rates))
@@ -34,11 +39,7 @@ def run(rates: Rates, deadline: Deadline, device: str = "cuda") -> Iterator[Reco
             left += 1
     if left:
         yield {"kind": "not run", "what": f"{left} shapes of kernels", "reason": "the time was up"}
-    # Last, because the profiler and the compiler are the ones that may take long.
-    closer = [maker for maker in makers if maker.closer]
-    for maker in closer:
-        if deadline.allows(_CASE_SECONDS):
-            yield from _recorded(maker, count_launches)
+    # Last, because the compiler may take long.
     for maker in closer:
         if deadline.allows(_COMPILE_SECONDS):
             yield from _recorded(maker, time_compiled)

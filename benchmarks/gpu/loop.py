@@ -6,7 +6,7 @@ the largest logit of each row, and its seconds are the host's until the token id
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -153,20 +153,21 @@ class Lane:
         policy: Policy,
         guide: Guide,
         handles: list[PrefixHandle],
-        captured: Callable[[], int] = lambda: 0,
+        graphs: Sequence[GraphedForward] = (),
         *,
         mean: bool = False,
     ) -> None:
         """
         Args:
-            captured: how many graphs there are: a step that captured one is not counted.
+            graphs: of its forwards; a step that captured one is not counted.
             mean: steps differ by design, so their mean is what one costs, not their median.
         """
         self.name = name
         self.policy = policy
         self.guide = guide
         self.handles = handles
-        self.captured = captured
+        self.graphs = graphs
+        self._timed_steps = self._replays = 0
         self.typical = statistics.fmean if mean else statistics.median
         self.rounds: list[list[float]] = []
 
@@ -182,13 +183,26 @@ class Lane:
         """Times a round of steps."""
         seconds = []
         for _ in range(steps):
-            graphs, begun = self.captured(), time.perf_counter()
+            captures, replays = self._counts()
+            begun = time.perf_counter()
             self.step()
             taken = time.perf_counter() - begun
-            if self.captured() == graphs:
+            after = self._counts()
+            if after[0] == captures:
                 seconds.append(taken)
+                self._timed_steps += 1
+                self._replays += after[1] - replays
         if seconds:
             self.rounds.append(seconds)
+
+    def _counts(self) -> tuple[int, int]:
+        return sum(g.captures for g in self.graphs), sum(g.replays for g in self.graphs)
+
+    def graph_replays(self) -> float | None:
+        """Graphs that a timed step replayed, on average; None where no forward has any."""
+        if not self.graphs or not self._timed_steps:
+            return None
+        return self._replays / self._timed_steps
 
     def by_round(self) -> list[float]:
         """Seconds of a step, a figure a round."""

@@ -9,7 +9,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,9 @@ os.environ.setdefault("TEARDOWN_CUPTI", "0")
 os.environ.setdefault("DISABLE_CUPTI_LAZY_REINIT", "1")
 
 
-def records(name: str, seconds: float, rates: tuple[float, float]) -> Iterator[dict[str, Any]]:
+def records(
+    name: str, seconds: float, rates: tuple[float, float], without: Sequence[str] = ()
+) -> Iterator[dict[str, Any]]:
     """The part's records; imports only what it needs."""
     from benchmarks.gpu.budget import Deadline
     from benchmarks.gpu.floors import Rates
@@ -34,19 +36,24 @@ def records(name: str, seconds: float, rates: tuple[float, float]) -> Iterator[d
         return kernels.run(ceilings, deadline)
     from benchmarks.gpu import decoding
 
-    return decoding.run(name, ceilings, deadline)
+    if name == "agreement":
+        return decoding.agreement()
+    return decoding.run(name, ceilings, deadline, without)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu.part")
-    parser.add_argument("name", help='"device", "kernels", or a stage of decoding')
+    parser.add_argument("name", help='"device", "kernels", "agreement", or a stage of decoding')
     parser.add_argument("--out", type=Path, required=True, help="a record a line")
     parser.add_argument("--seconds", type=float, required=True, help="begin nothing after these")
+    parser.add_argument("--without", nargs="*", default=(), help="ways that are not timed")
     parser.add_argument("--rates", type=float, nargs=2, default=(1.0, 1.0), help="bytes, flops")
     options = parser.parse_args()
     bytes_a_second, flops = options.rates
     with options.out.open("w") as file:
-        for record in records(options.name, options.seconds, (bytes_a_second, flops)):
+        for record in records(
+            options.name, options.seconds, (bytes_a_second, flops), options.without
+        ):
             file.write(json.dumps(record) + "\n")
             file.flush()
     return 0

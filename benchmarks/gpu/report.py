@@ -6,6 +6,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.device import assumed_rates
 from benchmarks.gpu.targets import verdicts
 
 Record = dict[str, Any]
@@ -21,7 +22,8 @@ Floor: the larger of bytes (weights, keys and values read) over the measured cop
 operations over the measured bf16 rate; the policy's and the critic's forwards added. Gated: a
 random policy is never sure, so a script raises the top logit of 7 steps in 10 above the gate of
 0.9, and the gate finds them itself. Pruning: the margin is so wide that no row goes; the decision
-is made and comes to the host."""
+is made and comes to the host. Graphs replayed a step: 1 for the policy and 1 for a critic; less is
+a step that launched kernels from the host."""
 
 _VLLM_NOTES = """\
 Two engines share the GPU, without and with the processor, tiny-tulu as policy and critic. The ways
@@ -75,7 +77,7 @@ def _facts(records: Sequence[Record], about: Record) -> list[str]:
     gpu = machine["gpu"] or "none: only what compiles without one was run"
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     lines = [
-        f"- date: {about['date']}; {about['seconds']:.0f} s",
+        f"- date: {about['date']}; {_took(about['seconds'])}",
         f"- command: `{about['command']}`",
         f"- GPU: {gpu}",
         f"- versions: {versions}",
@@ -83,17 +85,35 @@ def _facts(records: Sequence[Record], about: Record) -> list[str]:
     names = ("capability", "multiprocessors", "memory_gb", "l2_mb", "cuda", "driver")
     if machine["gpu"]:
         lines.append("- device: " + ", ".join(f"{name} {machine[name]}" for name in names))
-    for rate in (record for record in records if record["kind"] == "rates"):
+    rates = [record for record in records if record["kind"] == "rates"]
+    if machine["gpu"] and not rates:
+        assumed, flops = assumed_rates(machine["gpu"])
+        lines.append(
+            f"- rates were not measured; floors assume a copy of {assumed / 1e12:.1f} TB/s and a "
+            f"bf16 product of {flops / 1e12:.0f} TFLOP/s"
+        )
+    for rate in rates:
         lines.append(
             f"- measured: copy {rate['bytes'] / 1e12:.2f} TB/s (read and written), bf16 product "
             f"{rate['flops'] / 1e12:.0f} TFLOP/s"
         )
-    for agreed in (record for record in records if record["kind"] == "agreement"):
-        lines.append(
-            f"- before {agreed['stage']}: all ways agree with full recomputation in float32 to "
-            f"{agreed['difference']:.1g}"
-        )
+    agreed = [record for record in records if record["kind"] == "agreement"]
+    holding = [record for record in agreed if record["reason"] is None]
+    if holding:
+        ways = ", ".join(record["way"] for record in holding)
+        largest = max(record["difference"] for record in holding)
+        lines.append(f"- agree with full recomputation in float32, to {largest:.1g}: {ways}")
+    lines += [
+        f"- **does not agree with full recomputation, and was not timed: {record['way']}**: "
+        f"{record['reason']}"
+        for record in agreed
+        if record["reason"] is not None
+    ]
     return lines
+
+
+def _took(seconds: float | None) -> str:
+    return "the run was cut short" if seconds is None else f"{seconds:.0f} s"
 
 
 def _targets(records: Sequence[Record]) -> list[str]:
@@ -170,10 +190,11 @@ def _decoding(records: Sequence[Record]) -> list[str]:
                 number(record["over_plain"]),
                 number(None if base is None else record["ms"] / base),
                 number(record["over_guided"]),
+                number(record["graphs"], 1),
             )
         )
     heads = ("model", "batch", "prefix", "way", "ms a step", "floor ms", "of floor", "of plain",
-             "of generate", "of ours at this k")  # fmt: skip
+             "of generate", "of ours at this k", "graphs replayed a step")  # fmt: skip
     return table(heads, rows)
 
 

@@ -17,6 +17,9 @@ from guided_decode.guidance.rule import select_candidates
 from guided_decode.scorer import Scores
 from guided_decode.scoring.critic import ValueHead
 
+# New tokens of a stock `generate` call that is timed.
+GENERATED = 24
+
 
 class CopiedCache(Guide):
     """The critic's cache of each row copied for each candidate, as ARGS and RAD do.

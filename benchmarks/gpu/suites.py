@@ -18,6 +18,7 @@ _COMPILE = "usual_variants_compile"
 _MOST_AT_ONCE = 14
 # Files that compile more kernels than one process does in the time.
 _SHARDS = {
+    "kernels/test_top_candidates.py": 5,
     "kernels/test_lm_head_value.py": 4,
     "kernels/test_lookahead_attention.py": 5,
     "kernels/test_value_head.py": 3,

@@ -1,4 +1,4 @@
-"""The targets of an H200, and whether the figures meet them."""
+"""The targets of an H100 or H200, and whether the figures meet them."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,6 +48,15 @@ def _decoding(field: str, way: str, **wanted: Any) -> Figure:
 
     def figure(records: Sequence[Record]) -> float | None:
         return next(iter(_fields(records, field, way, wanted)), None)
+
+    return figure
+
+
+def _first(*figures: Figure) -> Figure:
+    """The first of these that was measured."""
+
+    def figure(records: Sequence[Record]) -> float | None:
+        return next((found for each in figures if (found := each(records)) is not None), None)
 
     return figure
 
@@ -111,9 +120,13 @@ TARGETS = (
         _worst("over_plain", "pruning", (1, 4, 8), model="8B", prefix=512),
     ),
     Target(
-        "times faster than per-candidate cache copies (8B, batch 8, k 16, prefix 4096)",
+        "times faster than per-candidate cache copies (8B, batch 8, k 16, prefix 4096; on a card "
+        "under 120 GB prefix 2048)",
         5.0,
-        _decoding("over_guided", "copied k 16", model="8B", batch=8, prefix=4096),
+        _first(
+            _decoding("over_guided", "copied k 16", model="8B", batch=8, prefix=4096),
+            _decoding("over_guided", "copied k 16", model="8B", batch=8, prefix=2048),
+        ),
         least=True,
     ),
     Target(

@@ -103,9 +103,9 @@ class CriticScorer:
         return self.model.vocab_size
 
     @property
-    def captures(self) -> int:
-        """CUDA graphs that were captured so far: a step that captures one takes its time."""
-        return 0 if self._graphs is None else self._graphs.captures
+    def graphs(self) -> GraphedForward | None:
+        """The CUDA graphs of its forwards, where it has any: whether they work, and counters."""
+        return self._graphs
 
     @without_autograd
     def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import textwrap
+from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -71,13 +73,32 @@ def test_the_loop_gives_the_tokens_of_generate(small, way):
 
 
 def test_every_way_agrees_with_full_recomputation():
-    assert 0 < agreement.check_ways("cpu", capture=False, size=TINY) < 1e-4
+    found = list(agreement.agreements("cpu", capture=False, size=TINY))
+    assert {record["way"] for record in found} == {agreement.kind_of(w) for w in agreement.WAYS}
+    assert all(record["reason"] is None for record in found)
+    assert 0 < max(record["difference"] for record in found) < 1e-4
 
 
 def test_a_way_that_differs_is_found(monkeypatch):
     monkeypatch.setattr(agreement.Recomputed, "__call__", lambda self, logits, handles: logits + 1)
-    with pytest.raises(agreement.DisagreementError, match="keeps other candidates at step 0"):
-        agreement.check_ways("cpu", capture=False, size=TINY)
+    reasons = {r["way"]: r["reason"] for r in agreement.agreements("cpu", capture=False, size=TINY)}
+    # Those that the broken one stands beside; the others are timed.
+    assert "keeps other candidates at step 0" in reasons["k"]
+    assert reasons["plain"] is None
+    assert reasons["pruning"] is None
+
+
+def test_a_way_that_disagrees_loses_only_itself(small, monkeypatch):
+    cell = Cell(TINY, 2, 20, ("plain", "k 4", "trunk k 4"))
+    monkeypatch.setitem(decoding.STAGES, "8B", (cell,))
+    monkeypatch.setattr(decoding.Models, "random", lambda *given: small)
+    records = list(decoding.run("8B", RATES, Deadline(1000), without=["trunk k"]))
+    assert [r["way"] for r in records if r["kind"] == "decoding"] == ["plain", "k 4"]
+    (left,) = (record for record in records if record["kind"] == "not run")
+    assert left["ways"] == ("trunk k 4",)
+    assert left["reason"] == "it does not agree with full recomputation"
+    *_, last = decoding.run("8B", RATES, Deadline(1000), without=["k", "trunk k"])
+    assert last["reason"] == "no way is left"
 
 
 def test_a_cell_gives_a_record_a_way(small):
@@ -134,16 +155,31 @@ def test_cells_beyond_the_memory_are_skipped_and_say_so():
     deadline = Deadline(1000)
     ways = ("plain", "k 4", "k 8", "k 16", "k 32")
     reasons = {
-        batch: decoding._not_run(Cell(LLAMA2_13B, batch, 4096, ways), deadline)
+        batch: decoding._not_run(Cell(LLAMA2_13B, batch, 4096, ways), deadline, 120.0)
         for batch in (1, 4, 16, 64)
     }
     assert reasons[1] is None
     assert reasons[4] is None
-    assert "more than 120" in reasons[16]
-    assert "more than 120" in reasons[64]
-    copied = Cell(LLAMA3_8B, 8, 4096, ("plain", "k 16", "copied k 16"))
-    assert gigabytes(copied, 40) < 120
-    assert decoding._not_run(copied, Deadline(1)) == "the time was up"
+    assert "more than this card's 120" in reasons[16]
+    assert "more than this card's 120" in reasons[64]
+    assert decoding._not_run(decoding.COPIED, Deadline(1), 120.0) == "the time was up"
+    stock = Cell(LLAMA3_8B, 4, 4096, ("plain",))
+    longer = gigabytes(replace(stock, ways=("plain", "generate")), 40) - gigabytes(stock, 40)
+    assert longer * 1e9 > 4 * 4096 * LLAMA3_8B.kv_bytes
+
+
+def test_each_card_measures_the_target_against_copies_once():
+    """110 GB on an H200; half the prefix on an H100 of 80 GB."""
+    for memory, prefix in ((150.1, 4096), (85.0, 2048)):
+        most = 0.92 * memory
+        found = [
+            cell.prefix
+            for cell in (decoding.COPIED, decoding.COPIED_ON_A_SMALL_CARD)
+            if decoding._not_run(cell, Deadline(1000), most) is None
+        ]
+        assert found == [prefix]
+        for cell in (*decoding.STAGES["13B targets"], *decoding.STAGES["8B"][2:5]):
+            assert decoding._not_run(cell, Deadline(1000), most) is None
 
 
 def test_every_target_has_a_cell_in_a_stage():
@@ -303,7 +339,7 @@ def test_without_a_gpu_it_says_so_and_reports(tmp_path, monkeypatch, capsys):
     written = json.loads((tmp_path / "out" / "report.json").read_text())
     assert {each["word"] for each in written["targets"]} == {"not run"}
     assert written["command"] == f"python -m benchmarks.gpu_check --out {tmp_path / 'out'}"
-    assert written["machine"]["versions"]["torch"] == torch.__version__
+    assert written["machine"]["versions"]["torch"] == metadata.version("torch")
 
 
 def test_a_part_that_fails_keeps_no_other_from_reporting(tmp_path, monkeypatch):
@@ -311,7 +347,7 @@ def test_a_part_that_fails_keeps_no_other_from_reporting(tmp_path, monkeypatch):
     facts = {"versions": {}, "gpu": "A GPU", "capability": "9.0", "multiprocessors": 1,
              "memory_gb": 1, "l2_mb": 1, "cuda": "13", "driver": "1"}  # fmt: skip
     monkeypatch.setattr(gpu_check, "machine", lambda: facts)
-    monkeypatch.setattr(gpu_check, "SHARES", {"device": 1, "tests": 1, "8B": 1, "vLLM": 1})
+    monkeypatch.setattr(gpu_check, "SHARES", {"device": 1, "tests": 1, "8B": 1})
 
     def ended(arguments, seconds, log):
         if "device" not in arguments:
@@ -331,7 +367,8 @@ def test_a_part_that_fails_keeps_no_other_from_reporting(tmp_path, monkeypatch):
 
 def test_the_report_shows_what_was_measured():
     cell = {"kind": "decoding", "model": "8B", "batch": 1, "prefix": 512, "ms_least": 1.0,
-            "ms_most": 3.0, "floor_ms": 1.5, "over_floor": 1.3, "over_guided": None}  # fmt: skip
+            "ms_most": 3.0, "floor_ms": 1.5, "over_floor": 1.3, "over_guided": None,
+            "graphs": 2.0}  # fmt: skip
     records = [
         {"kind": "kernel", "kernel": "value_head", "shape": "16 rows", "target": False,
          "error": 1e-5, "microseconds": 4.0, "least": 3.9, "most": 4.2, "bytes": 1e6,
@@ -452,8 +489,27 @@ def test_vllm_has_its_tests_and_then_its_throughput(monkeypatch, tmp_path):
 
 def test_the_other_parts_leave_vllm_time_where_it_is_installed(monkeypatch):
     monkeypatch.setattr(suites, "vllm_jobs", list)
-    assert gpu_check.gpu_shares() == gpu_check.SHARES
+    assert gpu_check.shares_of(None, gpu=True) == gpu_check.SHARES
+    assert "vLLM" not in gpu_check.shares_of("decoding", gpu=True)
     monkeypatch.setattr(suites, "vllm_jobs", lambda: ["a job"])
-    shares = gpu_check.gpu_shares()
-    assert list(shares) == list(gpu_check.SHARES)
-    assert 60 * gpu_check.MINUTES * shares["vLLM"] / sum(shares.values()) > 180
+    shares = gpu_check.shares_of(None, gpu=True)
+    assert list(shares) == [*gpu_check.SHARES, "vLLM"]
+    assert 60 * gpu_check.MINUTES * shares["vLLM"] / sum(shares.values()) > 170
+
+
+def test_the_two_halves_are_the_whole(monkeypatch):
+    monkeypatch.setattr(suites, "vllm_jobs", lambda: ["a job"])
+    halves = [list(gpu_check.shares_of(half, gpu=True)) for half in gpu_check.HALVES]
+    assert {name for half in halves for name in half} == {*gpu_check.SHARES, "vLLM"}
+    assert all(half[0] == "device" for half in halves)
+    assert gpu_check.shares_of("kernels", gpu=False) == {"tests": 1}
+    assert gpu_check.shares_of("decoding", gpu=False) == {}
+    assert gpu_check.shares_of(None, gpu=False) == {"tests": 1}
+
+
+def test_rates_that_were_not_measured_are_said_to_be_assumed():
+    about = {"date": "today", "seconds": 1.0, "command": "it", "machine": {
+        "versions": {}, "gpu": "NVIDIA H100 80GB HBM3", "capability": "9.0", "multiprocessors": 1,
+        "memory_gb": 85, "l2_mb": 50, "cuda": "13", "driver": "1"}}  # fmt: skip
+    text = "\n".join(markdown([], about))
+    assert "rates were not measured; floors assume a copy of 3.0 TB/s" in text

@@ -3,9 +3,11 @@
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from tests import ROOT
 from tests.kernels.kernel_cases import INTERPRETED
@@ -14,6 +16,10 @@ FILES = sorted(Path(__file__).parent.glob("test_*.py"))
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.skipif(
+    Version(version("numpy")) >= Version("2.4") and Version(version("triton")) < Version("3.7"),
+    reason="needs numpy below 2.4, or Triton 3.7: older interpreters read 1-d arrays as numbers",
+)
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
 def test_kernels_hold_in_the_interpreter():
     files = [str(file) for file in FILES if file != Path(__file__)]
