@@ -6,6 +6,7 @@ from guided_decode.cli.demo import demo
 from guided_decode.cli.errors import OneLineErrors
 from guided_decode.cli.generate import generate
 from guided_decode.cli.models import models
+from guided_decode.cli.option_groups import grouped
 from guided_decode.cli.score import score
 from guided_decode.cli.serve import serve
 from guided_decode.cli.vllm_options import PassingOn
@@ -19,7 +20,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command()(demo)
-app.command()(generate)
+app.command()(grouped(generate))
 app.command(cls=PassingOn)(serve)
-app.command()(score)
+app.command()(grouped(score))
 app.command()(models)

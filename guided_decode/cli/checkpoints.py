@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from guided_decode.checkpoints.registry import REGISTRY, Record, find
 from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.cli.model_options import ScorerOptions
 
 if TYPE_CHECKING:
     import torch
@@ -31,14 +32,19 @@ class Policy:
     record: Record | None
 
 
-def pair(policy: str | None, scorer: str | None) -> tuple[str, str]:
+def pair(policy: str | None, scorer: str | None, *, head: str | None = None) -> tuple[str, str]:
     """Policy and scorer, each found through the registry where only the other is given.
+
+    With a head on the policy's hidden states, the policy is the scorer.
 
     Raises Refusal: no model is called so, or the registry knows no partner of it.
     """
     for name in (policy, scorer):
         if name is not None:
             location(name)
+    if head is not None:
+        policy = policy or scorer or DEFAULT_POLICY
+        return policy, scorer or policy
     if policy is None and scorer is None:
         return DEFAULT_POLICY, DEFAULT_SCORER
     if policy is None:
@@ -80,26 +86,38 @@ def location(name: str) -> str:
     return _quieten(name if record is None else record.location)
 
 
-def load_policy(name: str, device: str | None, dtype: str) -> Policy:
+def load_policy(
+    name: str, device: str | None, dtype: str, *, trust_remote_code: bool = False
+) -> Policy:
     """A policy and its tokenizer, in eval mode. Raises Refusal where they cannot be loaded."""
     from transformers import AutoModelForCausalLM
 
     where, to = location(name), pick_device(device)
     torch_dtype = parse_dtype(dtype) or "auto"
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(where, dtype=torch_dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            where, dtype=torch_dtype, trust_remote_code=trust_remote_code
+        )
         model.to(to).eval()
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _cannot_load(f"policy {name}", error) from error
-    return Policy(name, model, load_tokenizer(name, f"policy {name}"), find(name))
+    tokenizer = load_tokenizer(name, f"policy {name}", trust_remote_code=trust_remote_code)
+    return Policy(name, model, tokenizer, find(name))
 
 
-def load_tokenizer(name: str, what: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    name: str, what: str, *, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, padding on the left. Raises Refusal where it has none."""
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location(name), padding_side="left")
+        tokenizer = AutoTokenizer.from_pretrained(
+            location(name),
+            padding_side="left",
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+        )
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise _cannot_load(f"the tokenizer of {what}", error) from error
     if tokenizer.pad_token_id is None:
@@ -110,24 +128,32 @@ def load_tokenizer(name: str, what: str) -> PreTrainedTokenizerBase:
 
 def open_scorer(
     name: str,
-    kind: str,
+    options: ScorerOptions,
     *,
-    reference: str | None = None,
     device: str | None = None,
     dtype: str = "auto",
-    policy_tokenizer: PreTrainedTokenizerBase | None = None,
+    policy: Policy | None = None,
 ) -> Scorer:
-    """`load_scorer` of a name that a command was given."""
+    """`load_scorer` of a name that a command was given.
+
+    policy: whose decoding it guides; a head on this one's hidden states shares its weights.
+    """
     from guided_decode import load_scorer
 
     location(name)
+    for other in (options.reward, options.reference):
+        if other is not None:
+            location(other)
+    given = options.given()
+    tokenizer = None if policy is None else policy.tokenizer
+    if policy is not None and options.head is not None and name == policy.name:
+        return load_scorer(policy.model, policy_tokenizer=tokenizer, **given)
     return load_scorer(
         name,
-        kind=kind,
-        reference=reference,
         device=pick_device(device),
         dtype=parse_dtype(dtype),
-        policy_tokenizer=policy_tokenizer,
+        policy_tokenizer=tokenizer,
+        **given,
     )
 
 

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from guided_decode.cli.checkpoints import load_policy, open_scorer
 from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.side_by_side import ValuedText, side_by_side
 from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import token_values
@@ -75,8 +76,8 @@ def _load() -> dict[str, Models]:
     from guided_decode.scoring.critic import CriticScorer
 
     policies = {name: load_policy(path, "cpu", "float32") for name, path in POLICIES.items()}
-    tokenizer = next(iter(policies.values())).tokenizer
-    critic = open_scorer(SCORER, "auto", device="cpu", dtype="float32", policy_tokenizer=tokenizer)
+    critic = open_scorer(SCORER, ScorerOptions(), device="cpu", dtype="float32",
+                         policy=next(iter(policies.values())))  # fmt: skip
     assert isinstance(critic, CriticScorer)
     return {
         name: Models(own.model, own.tokenizer, critic, GuidedDecoding)

@@ -9,13 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-from guided_decode.cli import guidance_options as guidance
 from guided_decode.cli import model_options as models
 from guided_decode.cli.chats import Messages
 from guided_decode.cli.checkpoints import DEFAULT_SCORER, load_policy, open_scorer, pair
 from guided_decode.cli.compare import compare
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
 from guided_decode.cli.errors import Refusal
+from guided_decode.cli.guidance_options import GuidanceOptions
 from guided_decode.cli.prompts_in import read_prompts
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.lab.demo import chosen
@@ -35,24 +35,19 @@ Compare = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="one JSON object an answer")]
 Stream = Annotated[bool | None, typer.Option(help="print tokens as they come \\[at a terminal]")]
 
+_AS_IT_IS, _NO_OPTIONS = models.ScorerOptions(), GuidanceOptions()
+
 
 def generate(
     prompt: Prompt = None,
     file: PromptFile = None,
     policy: models.Policy = None,
     scorer: models.Scorer = None,
-    kind: models.Kind = "auto",
-    reference: models.Reference = None,
     device: models.Device = None,
     scorer_device: models.ScorerDevice = None,
     dtype: models.Dtype = "auto",
-    beta: guidance.Beta = None,
-    top_k: guidance.TopK = None,
-    top_p: guidance.TopP = None,
-    rule: guidance.Rule = None,
-    margin: guidance.Margin = None,
-    tail: guidance.Tail = None,
-    gate: guidance.Gate = None,
+    reading: models.ScorerOptions = _AS_IT_IS,
+    guidance: GuidanceOptions = _NO_OPTIONS,
     temperature: Temperature = 0.0,
     num_samples: Samples = 1,
     seed: Seed = 0,
@@ -63,16 +58,15 @@ def generate(
     stream: Stream = None,
 ) -> None:
     """Answer prompts with guided decoding (without options: tiny-tulu, which is built in)."""
-    names = pair(policy, scorer)
-    config = guidance.guidance_config(_defaults(names[1], rule), beta=beta, top_k=top_k,
-                                      top_p=top_p, rule=rule, margin=margin, tail=tail,
-                                      gate=gate)  # fmt: skip
+    names = pair(policy, scorer, head=reading.head)
+    config = guidance.over(_defaults(names[1], guidance.rule))
     sampling = Sampling(temperature, num_samples, max_new_tokens, seed)
     streams = _streams(stream, sampling, plain_text=not (as_json or compare_plain))
     chats = read_prompts(prompt, file, raw=raw)
-    loaded = load_policy(names[0], device, dtype)
-    critic = open_scorer(names[1], kind, reference=reference, device=scorer_device or device,
-                         dtype=dtype, policy_tokenizer=loaded.tokenizer)  # fmt: skip
+    loaded = load_policy(names[0], device, dtype, trust_remote_code=reading.trust_remote_code)
+    critic = open_scorer(
+        names[1], reading, device=scorer_device or device, dtype=dtype, policy=loaded
+    )
     setup = Setup(loaded, critic, config, sampling, raw)
     for messages in chats:
         if compare_plain:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from typing import Annotated, Any
 
 import typer
@@ -31,6 +32,28 @@ Tail = Annotated[str | None, _option("tokens outside the candidates", metavar="m
 Gate = Annotated[
     float | None, _option("leave steps alone whose top token has at least this probability")
 ]
+
+Baseline = Annotated[str | None, _option("what is subtracted from Q", metavar="prefix|mean")]
+KlCoef = Annotated[float | None, _option("weight of the KL term; needs --reference")]
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceOptions:
+    """The fields of GuidanceConfig; None was not given."""
+
+    beta: Beta = None
+    top_k: TopK = None
+    top_p: TopP = None
+    rule: Rule = None
+    margin: Margin = None
+    tail: Tail = None
+    gate: Gate = None
+    baseline: Baseline = None
+    kl_coef: KlCoef = None
+
+    def over(self, default: GuidanceConfig) -> GuidanceConfig:
+        """The default with what was given in its place. Raises ValueError as GuidanceConfig."""
+        return guidance_config(default, **asdict(self))
 
 
 def guidance_config(default: GuidanceConfig, **given: Any) -> GuidanceConfig:

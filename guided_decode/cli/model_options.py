@@ -1,31 +1,70 @@
-"""The options that name models and where they run, shared by commands."""
+"""The options that name models and say how they are read, shared by commands."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
 import typer
 
 _PANEL = "Models"
 _NAME = "folder, registered name or Hub id"
 
-Policy = Annotated[
+
+def _option(text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=_PANEL)
+
+
+Policy = Annotated[str | None, _option(f"{_NAME} \\[the scorer's, or tiny-tulu-sft]")]
+Scorer = Annotated[str | None, _option(f"{_NAME} \\[the policy's, or tiny-tulu-value]")]
+Device = Annotated[str | None, _option("\\[a GPU if any]")]
+ScorerDevice = Annotated[str | None, _option("\\[--device]")]
+Dtype = Annotated[str, _option("of the weights", metavar="auto|float32|bfloat16|float16")]
+
+# What `load_scorer` takes, by its names; None is what it does by itself.
+Kind = Annotated[str | None, _option("the scorer's family \\[auto]")]
+Head = Annotated[str | None, _option("a value head on hidden states of the policy (trunk-head)")]
+Reward = Annotated[str | None, _option("reward model that scores responses that end")]
+Reference = Annotated[str | None, _option("of an implicit reward's policy, or of a KL term")]
+Revision = Annotated[str | None, _option("of the scorer's repository")]
+Bos = Annotated[str | None, _option("one leading BOS \\[the family's]", metavar="keep|drop")]
+Terminal = Annotated[
     str | None,
-    typer.Option(help=f"{_NAME} \\[the scorer's, or tiny-tulu-sft]", rich_help_panel=_PANEL),
+    _option("what a value at EOS means \\[the family's]", metavar="baseline|reward|critic"),
 ]
-Scorer = Annotated[
-    str | None,
-    typer.Option(help=f"{_NAME} \\[the policy's, or tiny-tulu-value]", rich_help_panel=_PANEL),
+Transform = Annotated[
+    str | None, _option("of the head's output: sigmoid, softmax:1, ... \\[the family's]")
 ]
-Kind = Annotated[str, typer.Option(help="the scorer's family", rich_help_panel=_PANEL)]
-Reference = Annotated[
-    str | None, typer.Option(help="of an implicit reward's policy", rich_help_panel=_PANEL)
+RopeTheta = Annotated[float | None, _option("in place of the scorer's config's")]
+AllowPickle = Annotated[
+    bool, _option("read pickled weights where there are no others", "--allow-pickle")
 ]
-Device = Annotated[str | None, typer.Option(help="\\[a GPU if any]", rich_help_panel=_PANEL)]
-ScorerDevice = Annotated[str | None, typer.Option(help="\\[--device]", rich_help_panel=_PANEL)]
-Dtype = Annotated[
-    str,
-    typer.Option(
-        help="of the weights", metavar="auto|float32|bfloat16|float16", rich_help_panel=_PANEL
-    ),
+TrustRemoteCode = Annotated[
+    bool, _option("run code that comes with a checkpoint", "--trust-remote-code")
 ]
+CacheTokens = Annotated[int | None, _option("tokens in the scorer's cache")]
+ForwardTokens = Annotated[int | None, _option("tokens of one forward of the scorer")]
+
+
+@dataclass(frozen=True, slots=True)
+class ScorerOptions:
+    """How a scorer is read: what `load_scorer` takes besides its name, device and dtype."""
+
+    kind: Kind = None
+    head: Head = None
+    reward: Reward = None
+    reference: Reference = None
+    revision: Revision = None
+    bos: Bos = None
+    terminal: Terminal = None
+    transform: Transform = None
+    rope_theta: RopeTheta = None
+    allow_pickle: AllowPickle = False
+    trust_remote_code: TrustRemoteCode = False
+    cache_tokens: CacheTokens = None
+    max_forward_tokens: ForwardTokens = None
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by name."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: value for name, value in own.items() if value not in (None, False)}

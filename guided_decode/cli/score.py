@@ -50,6 +50,7 @@ PerToken = Annotated[
     bool, typer.Option("--per-token", help="the value of each token of the response, too")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="chats of one call")]
+_AS_IT_IS = models.ScorerOptions()
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin again instead of going on")]
 
 
@@ -57,23 +58,27 @@ def score(
     source: Source,
     output: Output,
     scorer: Scorer = DEFAULT_SCORER,
-    kind: models.Kind = "auto",
-    reference: models.Reference = None,
     device: models.Device = None,
     dtype: models.Dtype = "auto",
+    reading: models.ScorerOptions = _AS_IT_IS,
     per_token: PerToken = False,
     batch_size: BatchSize = 16,
     overwrite: Overwrite = False,
 ) -> None:
     """Score the last response of each chat of a file. Run again, it goes on where it stopped."""
-    chats = _read_chats(source, scorer, kind, reference, per_token)
+    chats = _read_chats(source, scorer, *reading.given().items(), per_token)
     if output.exists() and source.samefile(output):
         raise Refusal(f"{output} is the input: pass another file for the output")
     with ScoredFile(output, [chat.key for chat in chats], overwrite=overwrite) as file:
         if file.done < len(chats):
             critic = ChatScorer(
-                open_scorer(scorer, kind, reference=reference, device=device, dtype=dtype),
-                load_tokenizer(scorer, scorer),
+                open_scorer(scorer, reading, device=device, dtype=dtype),
+                load_tokenizer(
+                    scorer,
+                    scorer,
+                    revision=reading.revision,
+                    trust_remote_code=reading.trust_remote_code,
+                ),
                 find(scorer),
             )
             _score_rest(critic, chats, file, per_token=per_token, batch_size=batch_size)

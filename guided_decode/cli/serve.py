@@ -36,25 +36,9 @@ def _limit(text: str) -> Any:
 Policy = Annotated[
     str | None, typer.Argument(help="folder, registered name or Hub id \\[tiny-tulu]")
 ]
-Kind = Annotated[str | None, _of_scorer("its family \\[auto]")]
-Reward = Annotated[str | None, _of_scorer("reward model that scores responses that end")]
-Reference = Annotated[str | None, _of_scorer("of --kl-coef, or of an implicit reward's policy")]
-Revision = Annotated[str | None, _of_scorer("of the scorer's repository")]
 Device = Annotated[str | None, _of_scorer("of the scorer \\[the policy's]")]
 Dtype = Annotated[
     str | None, _of_scorer("of the scorer \\[its own]", metavar="float32|bfloat16|float16")
-]
-CacheTokens = Annotated[int | None, _of_scorer("tokens in the scorer's cache")]
-ForwardTokens = Annotated[int | None, _of_scorer("tokens of one forward of the scorer")]
-Baseline = Annotated[
-    str | None,
-    typer.Option(
-        help="what is subtracted from Q", metavar="prefix|mean", rich_help_panel="Guidance"
-    ),
-]
-KlCoef = Annotated[
-    float | None,
-    typer.Option(help="weight of the KL term; needs --reference", rich_help_panel="Guidance"),
 ]
 ByDefault = Annotated[
     bool,
@@ -86,14 +70,14 @@ def serve(
     context: typer.Context,
     policy: Policy = None,
     scorer: models.Scorer = None,
-    kind: Kind = None,
-    reward: Reward = None,
-    reference: Reference = None,
-    scorer_revision: Revision = None,
+    kind: models.Kind = None,
+    reward: models.Reward = None,
+    reference: models.Reference = None,
+    scorer_revision: models.Revision = None,
     scorer_device: Device = None,
     scorer_dtype: Dtype = None,
-    cache_tokens: CacheTokens = None,
-    max_forward_tokens: ForwardTokens = None,
+    cache_tokens: models.CacheTokens = None,
+    max_forward_tokens: models.ForwardTokens = None,
     beta: guidance.Beta = None,
     top_k: guidance.TopK = None,
     top_p: guidance.TopP = None,
@@ -101,8 +85,8 @@ def serve(
     margin: guidance.Margin = None,
     tail: guidance.Tail = None,
     gate: guidance.Gate = None,
-    baseline: Baseline = None,
-    kl_coef: KlCoef = None,
+    baseline: guidance.Baseline = None,
+    kl_coef: guidance.KlCoef = None,
     guide_by_default: ByDefault = False,
     max_top_k: MaxTopK = None,
     max_beta: MaxBeta = None,
