@@ -64,11 +64,13 @@ def settle_rope(
 ) -> None:
     """Sets rope_theta where the caller gave one, else refuses one that is known to be wrong.
 
-    Raises ValueError: the family's known wrong value; or a value was given for a config without
-    rope, or with several.
+    Raises ValueError: the family's known wrong value; or a value was given that no rope can have,
+    or for a config without rope, or with several.
     """
     ropes = rope_parameters(config)
     if rope_theta is not None:
+        if not 0 < rope_theta < float("inf"):
+            raise ValueError(f"rope_theta={rope_theta:g}: expected a finite number above 0")
         if len(ropes) != 1:
             raise ValueError(
                 f"rope_theta={rope_theta:g} was given for {name}, whose config has {len(ropes)} "

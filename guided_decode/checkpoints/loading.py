@@ -228,7 +228,7 @@ def _load_reward(reward: "ModelLike | Scorer | None", options: LoadingOptions) -
 
 
 def _refuse_for_implicit(**given: object) -> None:
-    names = [name for name, value in given.items() if value is not None]
+    names = [f"{name}=" for name, value in given.items() if value is not None]
     if names:
         raise ValueError(
             f"{', '.join(names)} came with an implicit reward, which has no value head: expected "

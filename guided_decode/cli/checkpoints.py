@@ -141,8 +141,8 @@ def open_scorer(
     from guided_decode import load_scorer
 
     location(name)
-    for other in (options.reward, options.reference):
-        if other is not None:
+    for other in (options.reward, options.reference, options.head):
+        if other is not None and not Path(other).is_file():
             location(other)
     given = options.given()
     tokenizer = None if policy is None else policy.tokenizer
