@@ -2,38 +2,43 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from guided_decode.cli.chats import Messages, response_ids
+from guided_decode.cli.chat_rows import Messages
+from guided_decode.cli.chats import response_ids
+from guided_decode.cli.errors import Refusal
 from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import last_value, rounded, token_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from guided_decode.checkpoints.registry import Record
     from guided_decode.scorer import Scorer
 
 
 @dataclass(frozen=True, slots=True)
 class ChatScorer:
-    """A scorer with what it takes to read chats."""
+    """A scorer with what it takes to read chats. prompt_format: as `chats.prompt_ids` takes it."""
 
     scorer: Scorer
     tokenizer: PreTrainedTokenizerBase
-    record: Record | None
+    prompt_format: str | None
 
     def score(self, chats: Sequence[Messages], *, per_token: bool) -> list[dict[str, Any]]:
         """For each chat {"score"}, with per_token also its response's {"tokens", "values"}.
 
         The score is a reward model's at EOS, a critic's V at the last token that it was trained
         on, or an implicit reward's sum over the response.
+
+        Raises Refusal or ValueError: one of them cannot be scored, or has a score that is no
+        number.
         """
-        pairs = [response_ids(self.tokenizer, self.record, chat) for chat in chats]
+        pairs = [response_ids(self.tokenizer, self.prompt_format, chat) for chat in chats]
         if self.scorer.terminal != "included" and not per_token:
-            return [{"score": rounded(score)} for score in self._last_scores(pairs)]
+            return [{"score": rounded(_number(one))} for one in self._last_scores(pairs)]
         return [self._by_token(prompt, response, per_token) for prompt, response in pairs]
 
     @property
@@ -63,8 +68,14 @@ class ChatScorer:
             score: float | None = sum(value for value in values if value is not None)
         else:
             score = last_value(values)
-        line: dict[str, Any] = {"score": rounded(score)}
+        line: dict[str, Any] = {"score": rounded(_number(score))}
         if per_token:
             line["tokens"] = token_texts(self.tokenizer, response, special=True)
-            line["values"] = [rounded(value) for value in values]
+            line["values"] = [rounded(_number(value)) for value in values]
         return line
+
+
+def _number(value: float | None) -> float | None:
+    if value is not None and not math.isfinite(value):
+        raise Refusal(f"the scorer says {value} of it: expected a number")
+    return value

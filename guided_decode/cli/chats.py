@@ -2,94 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from itertools import takewhile
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from guided_decode.checkpoints.registry import Record
-from guided_decode.cli.errors import Refusal
+from guided_decode.cli.chat_rows import Messages
+from guided_decode.cli.errors import Refusal, one_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Messages = Sequence[Mapping[str, str]]
-ROLES = ("system", "user", "assistant")
+# The name of the format that a tokenizer's own chat template is.
+TEMPLATE = "template"
 
 
-def read_messages(given: Any) -> list[dict[str, str]]:
-    """The conversation of one JSON value.
+def format_of(asked: str | None, record: Record | None) -> str | None:
+    """The prompt format: what was asked for, else the checkpoint's; None is the chat template.
 
-    Accepted: {"messages": [{"role", "content"}, ...]}, such a list itself,
-    {"prompt": text} and {"prompt": text, "response": text}.
-
-    Raises Refusal: anything else; says what it is.
+    Raises Refusal for a format that there is not.
     """
-    if isinstance(given, dict) and "messages" in given:
-        given = given["messages"]
-    elif isinstance(given, dict) and "prompt" in given:
-        given = [
-            {"role": role, "content": given[key]}
-            for role, key in (("user", "prompt"), ("assistant", "response"))
-            if key in given
-        ]
-    if not isinstance(given, list) or not given:
-        raise Refusal(
-            f"{_shown(given)}: expected an object with messages, or with prompt and response"
-        )
-    return [_message(one, i) for i, one in enumerate(given)]
+    if asked is None:
+        return None if record is None else record.prompt_format
+    from guided_decode.checkpoints.prompts import FORMATS
 
-
-def _message(given: Any, index: int) -> dict[str, str]:
-    if not isinstance(given, dict) or given.get("role") not in ROLES:
-        role = given.get("role") if isinstance(given, dict) else given
-        raise Refusal(f"message {index} has the role {_shown(role)}: expected one of "
-                      f"{', '.join(ROLES)}")  # fmt: skip
-    if not isinstance(given.get("content"), str):
-        raise Refusal(
-            f"message {index} has the content {_shown(given.get('content'))}: expected text"
-        )
-    return {"role": given["role"], "content": given["content"]}
+    if asked not in (*FORMATS, TEMPLATE):
+        raise Refusal(f"--prompt-format {asked}: expected one of {', '.join(FORMATS)}, or "
+                      f"{TEMPLATE}, the tokenizer's own")  # fmt: skip
+    return None if asked == TEMPLATE else asked
 
 
 def prompt_ids(
-    tokenizer: PreTrainedTokenizerBase, record: Record | None, messages: Messages
+    tokenizer: PreTrainedTokenizerBase, prompt_format: str | None, messages: Messages
 ) -> list[int]:
     """Token ids after which the assistant answers.
 
-    Raises Refusal where neither the registry nor the tokenizer knows the chat format.
+    prompt_format: the name of one, as `format_of` says; None is the tokenizer's chat template.
+
+    Raises Refusal: there is no template, or it refuses the chat.
     """
-    if record is not None:
+    if prompt_format is not None:
         from guided_decode.checkpoints.prompts import tokenise
 
-        return tokenise(tokenizer, messages, record.prompt_format, add_generation_prompt=True)
+        return tokenise(tokenizer, messages, prompt_format, add_generation_prompt=True)
     return _template_ids(tokenizer, messages, add_generation_prompt=True)
 
 
-def raw_ids(tokenizer: PreTrainedTokenizerBase, record: Record | None, text: str) -> list[int]:
+def raw_ids(tokenizer: PreTrainedTokenizerBase, prompt_format: str | None, text: str) -> list[int]:
     """Token ids of text as it is: with BOS where the checkpoint's training had one, if that is
     known, else as the tokenizer does."""
-    if record is None:
+    if prompt_format is None:
         ids: list[int] = tokenizer.encode(text)
         return ids
     from guided_decode.checkpoints.prompts import find_format
 
     bos = tokenizer.bos_token_id
-    lead = [bos] if find_format(record.prompt_format).bos and bos is not None else []
+    lead = [bos] if find_format(prompt_format).bos and bos is not None else []
     return lead + tokenizer.encode(text, add_special_tokens=False)
 
 
 def response_ids(
-    tokenizer: PreTrainedTokenizerBase, record: Record | None, messages: Messages
+    tokenizer: PreTrainedTokenizerBase, prompt_format: str | None, messages: Messages
 ) -> tuple[list[int], list[int]]:
     """A conversation that an assistant ends, as (prompt ids, response ids up to its EOS).
 
     Raises Refusal as `prompt_ids`.
     """
-    prompt = prompt_ids(tokenizer, record, messages[:-1])
-    if record is not None:
+    prompt = prompt_ids(tokenizer, prompt_format, messages[:-1])
+    if prompt_format is not None:
         from guided_decode.checkpoints.prompts import tokenise
 
-        whole = tokenise(tokenizer, messages, record.prompt_format, end="eos")
+        whole = tokenise(tokenizer, messages, prompt_format, end="eos")
     else:
         whole = _template_ids(tokenizer, messages)
     # A tokenizer may merge the prompt's end with the response's beginning.
@@ -106,19 +88,18 @@ def _template_ids(
 ) -> list[int]:
     if not tokenizer.chat_template:
         raise Refusal(
-            "the checkpoint is not registered and its tokenizer has no chat template: give text "
-            "with --raw, or a tokenizer with a template"
+            "the checkpoint is not registered and its tokenizer has no chat template: pass "
+            "--prompt-format, or a tokenizer with a template"
         )
-    text = tokenizer.apply_chat_template(
-        [dict(message) for message in messages],
-        tokenize=False,
-        add_generation_prompt=add_generation_prompt,
-    )
+    try:
+        text = tokenizer.apply_chat_template(
+            [dict(message) for message in messages],
+            tokenize=False,
+            add_generation_prompt=add_generation_prompt,
+        )
+    except Exception as error:
+        # A template is a program of the checkpoint's: it raises what it likes.
+        raise Refusal(f"the tokenizer's chat template refuses it: {one_line(error)}") from error
     # The template writes the special tokens that it wants.
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
     return ids
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."

@@ -99,7 +99,8 @@ def load_policy(
             where, dtype=torch_dtype, trust_remote_code=trust_remote_code
         )
         model.to(to).eval()
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:
+        # Parsers of damaged files raise what they like.
         raise _cannot_load(f"policy {name}", error) from error
     tokenizer = load_tokenizer(name, f"policy {name}", trust_remote_code=trust_remote_code)
     return Policy(name, model, tokenizer, find(name))
@@ -118,7 +119,7 @@ def load_tokenizer(
             revision=revision,
             trust_remote_code=trust_remote_code,
         )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except Exception as error:
         raise _cannot_load(f"the tokenizer of {what}", error) from error
     if tokenizer.pad_token_id is None:
         # Padding is masked, so any id does; only the tokenizer insists on a name.
@@ -144,17 +145,19 @@ def open_scorer(
     for other in (options.reward, options.reference, options.head):
         if other is not None and not Path(other).is_file():
             location(other)
-    given = options.given()
-    tokenizer = None if policy is None else policy.tokenizer
+    placed: dict[str, Any] = {"device": pick_device(device), "dtype": parse_dtype(dtype)}
+    model: Any = name
     if policy is not None and options.head is not None and name == policy.name:
-        return load_scorer(policy.model, policy_tokenizer=tokenizer, **given)
-    return load_scorer(
-        name,
-        device=pick_device(device),
-        dtype=parse_dtype(dtype),
-        policy_tokenizer=tokenizer,
-        **given,
-    )
+        model, placed = policy.model, {}
+    tokenizer = None if policy is None else policy.tokenizer
+    try:
+        return load_scorer(model, policy_tokenizer=tokenizer, **placed, **options.given())
+    except (ValueError, OSError, ImportError):
+        raise
+    except Exception as error:
+        asked = options.cache_tokens
+        room = "" if asked is None else f" with --cache-tokens {asked}"
+        raise _cannot_load(f"scorer {name}{room}", error) from error
 
 
 def parse_dtype(dtype: str) -> torch.dtype | None:

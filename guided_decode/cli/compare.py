@@ -15,13 +15,13 @@ from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import rounded, token_values
 
 if TYPE_CHECKING:
-    from guided_decode.cli.chats import Messages
     from guided_decode.cli.decoding import Setup
+    from guided_decode.cli.prompts_in import Prompt
 
 
-def compare(setup: Setup, messages: Messages, *, as_json: bool) -> None:
+def compare(setup: Setup, given: Prompt, *, as_json: bool) -> None:
     """Decodes the prompt without and with guidance, from one seed, and prints both."""
-    prompt = ids_of(setup, messages)
+    prompt = ids_of(setup, given.messages)
     plain = decode(setup.policy, prompt, setup.sampling)
     guided = decode(setup.policy, prompt, setup.sampling, setup.scorer, setup.config)
     pairs = [
@@ -30,7 +30,7 @@ def compare(setup: Setup, messages: Messages, *, as_json: bool) -> None:
     ]
     if as_json:
         for i, values in enumerate(pairs):
-            _print_json(messages, i, (plain, guided), values)
+            _print_json(given, i, (plain, guided), values)
         return
     console = Console()
     for values in pairs:
@@ -66,9 +66,9 @@ def _figures(plain: Decoded, guided: Decoded, pairs: list[tuple[ValuedText, ...]
 
 
 def _print_json(
-    messages: Messages, sample: int, ways: tuple[Decoded, Decoded], values: tuple[ValuedText, ...]
+    given: Prompt, sample: int, ways: tuple[Decoded, Decoded], values: tuple[ValuedText, ...]
 ) -> None:
-    line: dict[str, Any] = {"prompt": messages[-1]["content"], "sample": sample}
+    line: dict[str, Any] = {**given.fields(), "sample": sample}
     for name, way, valued in zip(("plain", "guided"), ways, values, strict=True):
         line[name] = {
             "text": way.texts[sample],

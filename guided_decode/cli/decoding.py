@@ -7,7 +7,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from guided_decode.cli.chats import Messages, prompt_ids, raw_ids
+from guided_decode.cli.chat_rows import Messages
+from guided_decode.cli.chats import prompt_ids, raw_ids
 from guided_decode.cli.errors import Refusal
 
 if TYPE_CHECKING:
@@ -16,6 +17,11 @@ if TYPE_CHECKING:
     from guided_decode.cli.checkpoints import Policy
     from guided_decode.guidance.config import GuidanceConfig
     from guided_decode.scorer import Scorer
+
+
+# Beyond these, logits over the temperature leave float32.
+_COLDEST, _HOTTEST = 1e-6, 1e6
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,12 +34,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.temperature < float("inf"):
-            raise Refusal(f"--temperature {self.temperature:g}: expected 0 (greedy) or more")
-        if self.num_samples < 1 or self.max_new_tokens < 1:
+        if not (self.temperature == 0.0 or _COLDEST <= self.temperature <= _HOTTEST):
+            raise Refusal(f"--temperature {self.temperature:g}: expected 0 (greedy) or more: "
+                          f"{_COLDEST:g} to {_HOTTEST:g}")  # fmt: skip
+        if not (1 <= self.num_samples <= _MOST and 1 <= self.max_new_tokens <= _MOST):
             raise Refusal(
                 f"--num-samples {self.num_samples}, --max-new-tokens {self.max_new_tokens}: "
-                "expected at least 1 of each"
+                f"expected at least 1 of each, and at most {_MOST}"
             )
         if self.num_samples > 1 and self.temperature == 0.0:
             raise Refusal(
@@ -44,13 +51,17 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Everything but the prompt. raw: prompts are text, not chats."""
+    """Everything but the prompt.
+
+    raw: prompts are text, not chats. prompt_format: of chats; None is the policy's own template.
+    """
 
     policy: Policy
     scorer: Scorer
     config: GuidanceConfig
     sampling: Sampling
     raw: bool
+    prompt_format: str | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +90,12 @@ class Decoded:
 
 def ids_of(setup: Setup, messages: Messages) -> list[int]:
     """The token ids that the policy continues."""
-    tokenizer, record = setup.policy.tokenizer, setup.policy.record
+    tokenizer = setup.policy.tokenizer
     if not setup.raw:
-        return prompt_ids(tokenizer, record, messages)
+        return prompt_ids(tokenizer, setup.prompt_format, messages)
     if len(messages) > 1:
         raise Refusal(f"--raw takes text, and this chat has {len(messages)} messages")
-    return raw_ids(tokenizer, record, messages[0]["content"])
+    return raw_ids(tokenizer, setup.prompt_format, messages[0]["content"])
 
 
 def decode(

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from guided_decode.cli.checkpoints import load_policy, open_scorer
 from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.model_options import ScorerOptions
+from guided_decode.cli.row_options import Seed
 from guided_decode.cli.side_by_side import ValuedText, side_by_side
 from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import token_values
@@ -30,7 +31,7 @@ PLOT = Path("guided-decode-demo.png")
 def demo(
     prompts: Annotated[int, typer.Option(min=1, max=1000, help="held-out prompts")] = 100,
     batch_size: Annotated[int, typer.Option(min=1, help="prompts of one batch")] = 50,
-    seed: Annotated[int, typer.Option(help="of sampling")] = 0,
+    seed: Seed = 0,
     plot: Annotated[
         Path | None, typer.Option(help=f"picture of quality against compute [{PLOT}]")
     ] = None,

@@ -4,29 +4,33 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from guided_decode.checkpoints.registry import find
 from guided_decode.cli import model_options as models
-from guided_decode.cli.chats import Messages
+from guided_decode.cli import row_options
+from guided_decode.cli.chats import format_of
 from guided_decode.cli.checkpoints import DEFAULT_SCORER, load_policy, open_scorer, pair
 from guided_decode.cli.compare import compare
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
-from guided_decode.cli.errors import Refusal
+from guided_decode.cli.errors import Refusal, report
 from guided_decode.cli.guidance_options import GuidanceOptions
-from guided_decode.cli.prompts_in import read_prompts
+from guided_decode.cli.prompt_formats import warn_of_another_format
+from guided_decode.cli.prompts_in import Prompt, read_prompts
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.lab.demo import chosen
 
-Prompt = Annotated[str | None, typer.Option(help="the user's message")]
+Text = Annotated[str | None, typer.Option(help="the user's message")]
 PromptFile = Annotated[
     Path | None, typer.Option(help="a message as text, or chats as .jsonl; without both, stdin")
 ]
 Temperature = Annotated[float, typer.Option(help="0 is greedy")]
 Samples = Annotated[int, typer.Option(help="answers to each prompt")]
-Seed = Annotated[int, typer.Option(help="of sampling")]
 Longest = Annotated[int, typer.Option(help="tokens of the longest answer")]
 Raw = Annotated[bool, typer.Option("--raw", help="the prompt is text as it is, not a chat")]
 Compare = Annotated[
@@ -39,7 +43,7 @@ _AS_IT_IS, _NO_OPTIONS = models.ScorerOptions(), GuidanceOptions()
 
 
 def generate(
-    prompt: Prompt = None,
+    prompt: Text = None,
     file: PromptFile = None,
     policy: models.Policy = None,
     scorer: models.Scorer = None,
@@ -50,9 +54,11 @@ def generate(
     guidance: GuidanceOptions = _NO_OPTIONS,
     temperature: Temperature = 0.0,
     num_samples: Samples = 1,
-    seed: Seed = 0,
+    seed: row_options.Seed = 0,
     max_new_tokens: Longest = 256,
     raw: Raw = False,
+    prompt_format: row_options.PromptFormat = None,
+    on_error: row_options.OnError = row_options.Failing.STOP,
     compare_plain: Compare = False,
     as_json: Json = False,
     stream: Stream = None,
@@ -62,17 +68,51 @@ def generate(
     config = guidance.over(_defaults(names[1], guidance.rule))
     sampling = Sampling(temperature, num_samples, max_new_tokens, seed)
     streams = _streams(stream, sampling, plain_text=not (as_json or compare_plain))
-    chats = read_prompts(prompt, file, raw=raw)
+    if raw and prompt_format is not None:
+        raise Refusal(f"--raw takes text as it is, so --prompt-format {prompt_format} has nothing "
+                      "to say: drop one of them")  # fmt: skip
+    skip = on_error is row_options.Failing.SKIP
+    prompts = read_prompts(prompt, file, raw=raw, skip=skip)
+    decoded_in = format_of(prompt_format, find(names[0]))
     loaded = load_policy(names[0], device, dtype, trust_remote_code=reading.trust_remote_code)
     critic = open_scorer(
         names[1], reading, device=scorer_device or device, dtype=dtype, policy=loaded
     )
-    setup = Setup(loaded, critic, config, sampling, raw)
-    for messages in chats:
-        if compare_plain:
-            compare(setup, messages, as_json=as_json)
-        else:
-            _answer(setup, messages, as_json=as_json, stream=streams)
+    if not raw:
+        warn_of_another_format(loaded.tokenizer, decoded_in, names[1], reading.bos)
+    setup = Setup(loaded, critic, config, sampling, raw, decoded_in)
+    answer = (
+        partial(compare, as_json=as_json)
+        if compare_plain
+        else partial(_answer, as_json=as_json, stream=streams)
+    )
+    failed = sum(not _answered(answer, setup, one, skip) for one in prompts)
+    if failed:
+        report(f"{failed} prompts have no answer")
+        raise typer.Exit(1)
+
+
+def _answered(
+    answer: Callable[[Setup, Prompt], None], setup: Setup, prompt: Prompt, skip: bool
+) -> bool:
+    """Answers a prompt, or says why not; whether that is all there is to say.
+
+    Raises Refusal: the prompt failed, and neither is it to be skipped nor was it typed.
+    """
+    try:
+        if prompt.problem is not None:
+            raise Refusal(prompt.problem)
+        answer(setup, prompt)
+    except UnicodeEncodeError:
+        # Not the prompt's fault, but the terminal's.
+        raise
+    except (ValueError, Refusal) as error:
+        message = f"{prompt.where}: {error}" if prompt.where else str(error)
+        if not (skip or prompt.typed):
+            raise Refusal(message) from error
+        report(message)
+        return prompt.typed
+    return True
 
 
 def _defaults(scorer: str, rule: str | None) -> GuidanceConfig:
@@ -89,16 +129,16 @@ def _streams(asked: bool | None, sampling: Sampling, *, plain_text: bool) -> boo
     return possible and (sys.stdout.isatty() if asked is None else asked)
 
 
-def _answer(setup: Setup, messages: Messages, *, as_json: bool, stream: bool) -> None:
+def _answer(setup: Setup, prompt: Prompt, *, as_json: bool, stream: bool) -> None:
     streamer = None
     if stream:
         from transformers import TextStreamer
 
         streamer = TextStreamer(setup.policy.tokenizer, skip_prompt=True, skip_special_tokens=True)
-    ids = ids_of(setup, messages)
+    ids = ids_of(setup, prompt.messages)
     decoded = decode(setup.policy, ids, setup.sampling, setup.scorer, setup.config, streamer)
     if as_json:
-        _print_json(messages, decoded)
+        _print_json(prompt, decoded)
         return
     for i, text in enumerate(decoded.texts):
         if len(decoded.texts) > 1:
@@ -108,10 +148,10 @@ def _answer(setup: Setup, messages: Messages, *, as_json: bool, stream: bool) ->
     _print_cost(decoded)
 
 
-def _print_json(messages: Messages, decoded: Decoded) -> None:
+def _print_json(prompt: Prompt, decoded: Decoded) -> None:
     for i, text in enumerate(decoded.texts):
         line: dict[str, Any] = {
-            "prompt": messages[-1]["content"],
+            **prompt.fields(),
             "sample": i,
             "text": text,
             "tokens": len(decoded.responses[i]),

@@ -8,11 +8,17 @@ from typing import Annotated, Any
 import typer
 
 _PANEL = "Models"
+_MOST_TOKENS = 2**31 - 1
 _NAME = "folder, registered name or Hub id"
 
 
-def _option(text: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=_PANEL)
+def _option(
+    text: str, *names: str, metavar: str | None = None, min: int | None = None,
+    max: int | None = None,
+) -> Any:  # fmt: skip
+    return typer.Option(
+        *names, help=text, metavar=metavar, min=min, max=max, rich_help_panel=_PANEL
+    )
 
 
 Policy = Annotated[str | None, _option(f"{_NAME} \\[the scorer's, or tiny-tulu-sft]")]
@@ -42,8 +48,12 @@ AllowPickle = Annotated[
 TrustRemoteCode = Annotated[
     bool, _option("run code that comes with a checkpoint", "--trust-remote-code")
 ]
-CacheTokens = Annotated[int | None, _option("tokens in the scorer's cache")]
-ForwardTokens = Annotated[int | None, _option("tokens of one forward of the scorer")]
+CacheTokens = Annotated[
+    int | None, _option("tokens in the scorer's cache", min=1, max=_MOST_TOKENS)
+]
+ForwardTokens = Annotated[
+    int | None, _option("tokens of one forward of the scorer", min=1, max=_MOST_TOKENS)
+]
 
 
 @dataclass(frozen=True, slots=True)

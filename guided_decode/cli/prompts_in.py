@@ -2,67 +2,76 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from guided_decode.cli.chats import Messages, read_messages
+from guided_decode.cli.chat_rows import Messages, read_messages
 from guided_decode.cli.errors import Refusal
+from guided_decode.cli.jsonl import STDIN, parse, place, read_lines, read_text, source_name
 
 
-def read_prompts(prompt: str | None, file: Path | None, *, raw: bool) -> Iterator[Messages]:
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A conversation to answer.
+
+    messages: the conversation; problem: why there is none. where: what errors call its place, ""
+    where there is nothing to say. line: its number in a file of chats. typed: somebody waits.
+    """
+
+    messages: Messages = ()
+    problem: str | None = None
+    where: str = ""
+    line: int | None = None
+    typed: bool = False
+
+    def fields(self) -> dict[str, Any]:
+        """How an answer's JSON names what it answers."""
+        line = {} if self.line is None else {"line": self.line}
+        return {**line, "prompt": self.messages[-1]["content"]}
+
+
+def read_prompts(
+    prompt: str | None, file: Path | None, *, raw: bool, skip: bool = False
+) -> Iterator[Prompt]:
     """Conversations to answer, one after the other.
 
     A file that ends in .jsonl has one a line; any other file, and stdin, is the text of one
     user message, less the newline at its end unless it is raw. At a terminal, each line that is
     typed is one, until the end of input.
 
+    skip: a broken line comes with its problem, instead of being refused.
+
     Raises Refusal: both or no input, or a broken line (by its number).
     """
     if prompt is not None and file is not None:
         raise Refusal("--prompt and --file were both given: pass one of them")
     if prompt is not None:
-        return iter([_user(prompt, "--prompt")])
+        return iter([Prompt(_user(_whole(prompt, "--prompt"), "--prompt"))])
     if file is not None and file.suffix == ".jsonl":
-        return iter(list(_chats(file)))
-    if file is not None:
-        return iter([_user(_trimmed(read_text(file), raw), str(file))])
-    if not sys.stdin.isatty():
-        return iter([_user(_trimmed(sys.stdin.read(), raw), "stdin")])
-    return _typed()
+        return iter(_chats(file, skip))
+    if file is None and sys.stdin.isatty():
+        return _typed()
+    file = STDIN if file is None else file
+    name = source_name(file)
+    return iter([Prompt(_user(_trimmed(read_text(file), raw), name), where=name)])
 
 
-def read_jsonl(file: Path) -> Iterator[tuple[int, str, Any]]:
-    """Each line that is not blank: its number, its text and its JSON value.
-
-    Raises Refusal for a line that is no JSON, by its number.
-    """
-    for number, line in enumerate(read_text(file).split("\n"), start=1):
-        if not line.strip():
-            continue
+def _chats(file: Path, skip: bool) -> list[Prompt]:
+    prompts = []
+    for number, line in read_lines(file):
+        where = place(file, number)
         try:
-            value = json.loads(line)
-        except ValueError as error:
-            raise Refusal(f"{file}, line {number}: not JSON ({error})") from error
-        yield number, line, value
-
-
-def _chats(file: Path) -> Iterator[Messages]:
-    for number, _, value in read_jsonl(file):
-        try:
-            yield read_messages(value)
+            prompts.append(Prompt(read_messages(parse(line)), where=where, line=number))
         except Refusal as error:
-            raise Refusal(f"{file}, line {number}: {error}") from error
-
-
-def read_text(file: Path) -> str:
-    """A file's text. Raises Refusal where it is not UTF-8, OSError where it cannot be read."""
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise Refusal(f"{file}: not UTF-8 text ({error.reason})") from error
+            if not skip:
+                raise Refusal(f"{where}: {error}") from error
+            prompts.append(Prompt(problem=str(error), where=where, line=number))
+    if not prompts:
+        raise Refusal(f"{file} holds no prompt: expected one chat a line")
+    return prompts
 
 
 def _user(text: str, source: str) -> Messages:
@@ -71,17 +80,30 @@ def _user(text: str, source: str) -> Messages:
     return [{"role": "user", "content": text}]
 
 
+def _whole(text: str, source: str) -> str:
+    """Text whose every character is one: what is typed in another encoding has halves of some."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise Refusal(f"{source} holds {text[error.start]!a}, which is no character: expected "
+                      "UTF-8 text") from error  # fmt: skip
+    return text
+
+
 def _trimmed(text: str, raw: bool) -> str:
     """Text as it was meant: editors and shells end it with a newline."""
     return text if raw else text.removesuffix("\n")
 
 
-def _typed() -> Iterator[Messages]:
+def _typed() -> Iterator[Prompt]:
     while True:
         try:
             text = input("prompt> ")
         except EOFError:
             print()
             return
-        if text.strip():
-            yield _user(text, "the prompt")
+        try:
+            if text.strip():
+                yield Prompt(_user(_whole(text, "the prompt"), "the prompt"), typed=True)
+        except Refusal as error:
+            yield Prompt(problem=str(error), typed=True)

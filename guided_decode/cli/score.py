@@ -21,29 +21,34 @@ from rich.progress import (
 
 from guided_decode.checkpoints.registry import find
 from guided_decode.cli import model_options as models
+from guided_decode.cli import row_options
 from guided_decode.cli.chat_scores import ChatScorer
-from guided_decode.cli.chats import Messages, read_messages
-from guided_decode.cli.checkpoints import DEFAULT_SCORER, load_tokenizer, open_scorer
-from guided_decode.cli.errors import INTERRUPTED, Refusal
-from guided_decode.cli.prompts_in import read_jsonl
-from guided_decode.cli.scored_file import ScoredFile, line_key
+from guided_decode.cli.chats import format_of
+from guided_decode.cli.checkpoints import (
+    DEFAULT_SCORER,
+    load_tokenizer,
+    open_scorer,
+    parse_dtype,
+    pick_device,
+)
+from guided_decode.cli.errors import INTERRUPTED, Refusal, one_line, report
+from guided_decode.cli.jsonl import STDIN
+from guided_decode.cli.run_identity import run_identity
+from guided_decode.cli.score_rows import Row, read_rows
+from guided_decode.cli.scored_file import ScoredFile, ScoredStream
 
-
-@dataclass(frozen=True, slots=True)
-class Chat:
-    """One line of the input, by its number."""
-
-    number: int
-    name: Any
-    messages: Messages
-    key: str
-
-
+STDOUT = STDIN
+# What changes the cost of a score and not the score.
+_COST = ("cache_tokens", "max_forward_tokens")
 Source = Annotated[
-    Path, typer.Argument(metavar="INPUT", help="JSONL: messages, or prompt and response")
+    Path,
+    typer.Argument(metavar="INPUT", help="JSONL: messages, prompt and response, ...; - is stdin"),
 ]
 Output = Annotated[
-    Path, typer.Argument(metavar="OUTPUT", help="JSONL: one line for each; kept and continued")
+    Path,
+    typer.Argument(
+        metavar="OUTPUT", help="JSONL: one line for each; kept and continued; - is stdout"
+    ),
 ]
 Scorer = Annotated[str, typer.Option(help="folder, registered name or Hub id")]
 PerToken = Annotated[
@@ -60,84 +65,126 @@ def score(
     scorer: Scorer = DEFAULT_SCORER,
     device: models.Device = None,
     dtype: models.Dtype = "auto",
+    prompt_format: row_options.PromptFormat = None,
     reading: models.ScorerOptions = _AS_IT_IS,
     per_token: PerToken = False,
     batch_size: BatchSize = 16,
+    on_error: row_options.OnError = row_options.Failing.STOP,
     overwrite: Overwrite = False,
 ) -> None:
-    """Score the last response of each chat of a file. Run again, it goes on where it stopped."""
-    chats = _read_chats(source, scorer, *reading.given().items(), per_token)
-    if output.exists() and source.samefile(output):
-        raise Refusal(f"{output} is the input: pass another file for the output")
-    with ScoredFile(output, [chat.key for chat in chats], overwrite=overwrite) as file:
-        if file.done < len(chats):
-            critic = ChatScorer(
-                open_scorer(scorer, reading, device=device, dtype=dtype),
-                load_tokenizer(
-                    scorer,
-                    scorer,
-                    revision=reading.revision,
-                    trust_remote_code=reading.trust_remote_code,
-                ),
-                find(scorer),
+    """Score the last response of each chat of a file. Run again, it goes on where it stopped.
+
+    The output is locked (flock) while it is written.
+    """
+    skip = on_error is row_options.Failing.SKIP
+    rows = read_rows(source, skip=skip)
+    text_format = format_of(prompt_format, find(scorer))
+    run = _identity(scorer, reading, device, dtype, text_format, per_token)
+    with _open_output(source, output, rows, run, overwrite) as file:
+        if file.done < len(rows):
+            tokenizer = load_tokenizer(
+                scorer,
+                scorer,
+                revision=reading.revision,
+                trust_remote_code=reading.trust_remote_code,
             )
-            _score_rest(critic, chats, file, per_token=per_token, batch_size=batch_size)
-        print(f"{len(chats)} chats are scored in {output}", file=sys.stderr)
+            critic = open_scorer(scorer, reading, device=device, dtype=dtype)
+            file.begin()
+            job = _Job(ChatScorer(critic, tokenizer, text_format), run, per_token, skip)
+            _score_rest(job, rows, file, batch_size)
+        scored = len(rows) - file.failed
+        print(f"{scored} chats are scored in {file.path}", file=sys.stderr)
+        if file.failed:
+            report(f"{file.failed} of {len(rows)} could not be scored")
+            raise typer.Exit(1)
 
 
-def _read_chats(source: Path, *settings: object) -> list[Chat]:
-    """All chats of the input; each broken line is found before anything is scored."""
-    chats = []
-    for number, line, given in read_jsonl(source):
+def _identity(
+    scorer: str,
+    reading: models.ScorerOptions,
+    device: str | None,
+    dtype: str,
+    text_format: str | None,
+    per_token: bool,
+) -> str:
+    """What the run's scores follow from, by name; finds out that a model is not there."""
+    given = reading.given()
+    record = find(scorer)
+    reference = reading.reference or (None if record is None else record.reference)
+    others = {"head": reading.head, "reward": reading.reward, "reference": reference}
+    on_cpu = pick_device(device).startswith("cpu")
+    settled = parse_dtype(dtype) or ("float32" if on_cpu else dtype)
+    settings = {name: value for name, value in given.items() if name not in (*others, *_COST)}
+    settings |= {"dtype": str(settled).removeprefix("torch."), "format": text_format,
+                 "per_token": per_token}  # fmt: skip
+    return run_identity({"scorer": scorer, **others}, settings, reading.revision)
+
+
+def _open_output(
+    source: Path, output: Path, rows: list[Row], run: str, overwrite: bool
+) -> ScoredFile | ScoredStream:
+    if output == STDOUT:
+        return ScoredStream()
+    if source != STDIN and output.exists() and source.samefile(output):
+        raise Refusal(f"{output} is the input: pass another file for the output")
+    return ScoredFile(output, [row.key for row in rows], run, overwrite=overwrite)
+
+
+@dataclass(frozen=True, slots=True)
+class _Job:
+    """How rows are scored. skip: what cannot be scored is reported, and the others go on."""
+
+    critic: ChatScorer
+    run: str
+    per_token: bool
+    skip: bool
+
+    def lines(self, batch: list[Row]) -> Iterator[list[dict[str, Any]]]:
+        """The batch's output lines; one by one where a row of it cannot be scored."""
         try:
-            messages = read_messages(given)
-            if messages[-1]["role"] != "assistant" or len(messages) < 2:
-                raise Refusal("expected a chat that ends with an assistant's response")
-        except Refusal as error:
-            raise Refusal(f"{source}, line {number}: {error}") from error
-        name = given.get("id") if isinstance(given, dict) else None
-        chats.append(Chat(number, name, messages, line_key(line, *settings)))
-    return chats
+            for row in batch:
+                if row.problem is not None:
+                    raise Refusal(row.problem)
+            chats = [chat for row in batch for chat in row.chats]
+            answers = iter(self.critic.score(chats, per_token=self.per_token))
+        except (ValueError, Refusal) as error:
+            if len(batch) == 1:
+                yield [self._unscored(batch[0], error)]
+                return
+            # What comes before the row that cannot be scored is worth keeping.
+            for row in batch:
+                yield from self.lines([row])
+            return
+        yield [row.scored([next(answers) for _ in row.chats], self.run) for row in batch]
+
+    def _unscored(self, row: Row, error: Exception) -> dict[str, Any]:
+        message = f"{row.where} cannot be scored: {error}"
+        if not self.skip:
+            raise Refusal(message) from error
+        report(message)
+        return row.skipped(one_line(error), self.run)
 
 
 def _score_rest(
-    critic: ChatScorer, chats: list[Chat], file: ScoredFile, *, per_token: bool, batch_size: int
+    job: _Job, rows: list[Row], file: ScoredFile | ScoredStream, batch_size: int
 ) -> None:
     columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     done, console = file.done, Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("scoring", total=len(chats), completed=done)
+        bar = progress.add_task("scoring", total=len(rows), completed=done)
         try:
-            for begin in range(done, len(chats), batch_size):
-                batch = chats[begin : begin + batch_size]
-                for lines in _score_batch(critic, batch, per_token):
+            for begin in range(done, len(rows), batch_size):
+                for lines in job.lines(rows[begin : begin + batch_size]):
                     file.append(lines)
+                    file.failed += sum("error" in line for line in lines)
                     done += len(lines)
                     progress.update(bar, completed=done)
         except KeyboardInterrupt:
             progress.stop()
-            print(f"interrupted: {done} of {len(chats)} chats are scored in {file.path}; "
-                  "the same command goes on from there", file=sys.stderr)  # fmt: skip
+            goes_on = (
+                "" if isinstance(file, ScoredStream) else ("; the same command goes on from there")
+            )
+            print(f"interrupted: {done} of {len(rows)} chats are scored in {file.path}{goes_on}",
+                  file=sys.stderr)  # fmt: skip
             raise typer.Exit(INTERRUPTED) from None
-
-
-def _score_batch(
-    critic: ChatScorer, batch: list[Chat], per_token: bool
-) -> Iterator[list[dict[str, Any]]]:
-    """The batch's output lines; one by one where a chat of it cannot be scored."""
-    try:
-        answers = critic.score([chat.messages for chat in batch], per_token=per_token)
-    except (ValueError, Refusal) as error:
-        if len(batch) == 1:
-            raise Refusal(f"line {batch[0].number} cannot be scored: {error}") from error
-        # What comes before the chat that cannot be scored is worth keeping.
-        for chat in batch:
-            yield from _score_batch(critic, [chat], per_token)
-        return
-    yield [_line(chat, answer) for chat, answer in zip(batch, answers, strict=True)]
-
-
-def _line(chat: Chat, answer: dict[str, Any]) -> dict[str, Any]:
-    name = {} if chat.name is None else {"id": chat.name}
-    return {"line": chat.number, **name, **answer, "key": chat.key}
