@@ -6,11 +6,11 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 
 from guided_decode.cli.decoding import Decoded, decode, ids_of, terminal_ids
 from guided_decode.cli.side_by_side import ValuedText, side_by_side
+from guided_decode.cli.terminal import console
 from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import rounded, token_values
 
@@ -32,11 +32,11 @@ def compare(setup: Setup, given: Prompt, *, as_json: bool) -> None:
         for i, values in enumerate(pairs):
             _print_json(given, i, (plain, guided), values)
         return
-    console = Console()
+    out = console()
     for values in pairs:
         columns = list(zip(("plain", "guided"), values, strict=True))
-        console.print("", *side_by_side(columns), "", sep="\n")
-    console.print(_figures(plain, guided, pairs))
+        out.print("", *side_by_side(columns), "", sep="\n")
+    out.print(_figures(plain, guided, pairs))
 
 
 def _valued(setup: Setup, prompt: list[int], response: list[int]) -> ValuedText:

@@ -16,6 +16,7 @@ from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.row_options import Seed
 from guided_decode.cli.side_by_side import ValuedText, side_by_side
+from guided_decode.cli.terminal import console
 from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import token_values
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 POLICIES = {"SFT": "tiny-tulu-sft", "PPO": "tiny-tulu-ppo"}
 SCORER = "tiny-tulu-value"
 PLOT = Path("guided-decode-demo.png")
+_TABLE_COLUMNS = 76
 
 
 def demo(
@@ -40,7 +42,7 @@ def demo(
 ) -> None:
     """Compare decoding methods on a small built-in model family; nothing is downloaded."""
     if plot is not None:
-        _check_plot(plot, no_plot)
+        plot = _checked_plot(plot, no_plot)
     import torch
 
     from guided_decode.tiny_tulu import held_out_prompts
@@ -60,15 +62,26 @@ def demo(
         _draw(outcomes, plot)
 
 
-def _check_plot(plot: Path, no_plot: bool) -> None:
-    """Refuses at once what would fail after all the work."""
-    from guided_decode.lab.demo.plot import require_matplotlib
+def _checked_plot(plot: Path, no_plot: bool) -> Path:
+    """Where the picture goes; a name without a suffix is a PNG's.
+
+    Refuses at once what would fail after all the work.
+    """
+    from guided_decode.lab.demo.plot import require_matplotlib, suffixes
 
     if no_plot:
         raise Refusal(f"--plot {plot} and --no-plot were both given: pass one of them")
     require_matplotlib()
+    if plot.is_dir():
+        raise Refusal(f"--plot {plot} is a folder: expected a file, such as {plot / PLOT.name}")
+    if not plot.suffix:
+        plot = plot.with_name(plot.name + ".png")
+    if plot.suffix[1:].lower() not in suffixes():
+        raise Refusal(f"--plot {plot}: expected a name that ends in one of "
+                      f"{', '.join(suffixes())}")  # fmt: skip
     if not plot.parent.is_dir():
         raise Refusal(f"--plot {plot}: no such folder {plot.parent}")
+    return plot
 
 
 def _load() -> dict[str, Models]:
@@ -113,25 +126,23 @@ def _measure(
 def _print(models: dict[str, Models], outcomes: Sequence[Outcome]) -> None:
     from guided_decode.lab.demo.report import NOTES, conclusions, table
 
-    console = Console()
+    out = console(at_least=_TABLE_COLUMNS)
     answers = len(outcomes[0].messages)
-    console.print(
+    out.print(
         f"\n[bold]tiny-tulu[/]: {answers} held-out sums, guided by the value model of its PPO run\n"
     )
-    console.print(table(outcomes))
-    console.print()
+    out.print(table(outcomes))
+    out.print()
     for note in NOTES:
-        console.print(note, style="dim")
-    console.print()
+        out.print(note, style="dim")
+    out.print()
     for sentence in conclusions(outcomes):
-        console.print(sentence, highlight=False)
-    console.print()
-    _print_example(console, models, outcomes)
+        out.print(sentence, highlight=False)
+    out.print()
+    _print_example(out, models, outcomes)
 
 
-def _print_example(
-    console: Console, models: dict[str, Models], outcomes: Sequence[Outcome]
-) -> None:
+def _print_example(out: Console, models: dict[str, Models], outcomes: Sequence[Outcome]) -> None:
     """One prompt greedily, plain and guided: the first that they answer differently."""
     name = outcomes[0].policy
     plain, guided = (
@@ -142,12 +153,12 @@ def _print_example(
     differing = [i for i, (one, other) in enumerate(pairs) if one != other]
     at = differing[0] if differing else 0
     what = "the first prompt that they answer differently" if differing else "the first prompt"
-    console.print(f"{name} policy, greedy, {what}: [bold]{plain.messages[at]}[/]\n")
+    out.print(f"{name} policy, greedy, {what}: [bold]{plain.messages[at]}[/]\n")
     columns = [
         (title, _valued(models[name], outcome, at))
         for title, outcome in (("plain", plain), ("guided", guided))
     ]
-    console.print(*side_by_side(columns), sep="\n\n")
+    out.print(*side_by_side(columns), sep="\n\n")
 
 
 def _valued(models: Models, outcome: Outcome, at: int) -> ValuedText:
@@ -164,11 +175,11 @@ def _draw(outcomes: Sequence[Outcome], asked: Path | None) -> None:
     """Draws to the place asked for, or to the usual one if matplotlib is there."""
     from guided_decode.lab.demo.plot import draw
 
-    console = Console(stderr=True)
+    err = Console(stderr=True)
     path = asked or PLOT
     try:
         draw(outcomes, path)
     except ImportError as error:
-        console.print(f"\nno plot: {one_line(error)}", style="dim", markup=False)
+        err.print(f"\nno plot: {one_line(error)}", style="dim", markup=False)
     else:
-        console.print(f"\nquality against compute: {path}", style="dim", markup=False)
+        err.print(f"\nquality against compute: {path}", style="dim", markup=False)

@@ -7,11 +7,11 @@ from typing import Annotated, Any
 
 import typer
 from rich.box import SIMPLE_HEAD
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from guided_decode.checkpoints.registry import REGISTRY, Record
+from guided_decode.cli.terminal import console
 
 
 def models(
@@ -29,7 +29,7 @@ def models(
     table.add_column("KV per\n1k tokens", justify="right", no_wrap=True)
     for record in REGISTRY:
         table.add_row(_description(record), *map(size, (record.weight_bytes, _kv(record))))
-    Console().print(table)
+    console().print(table)
 
 
 def size(count: int) -> str:

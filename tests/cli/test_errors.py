@@ -122,5 +122,8 @@ def test_demo_refuses_before_it_works(tmp_path, monkeypatch):
     refused(run("demo", "--prompts", "0"), "--prompts")
     refused(run("demo", "--plot", tmp_path / "no" / "p.png"), "no such folder")
     refused(run("demo", "--plot", tmp_path / "p.png", "--no-plot"), "both given")
+    refused(run("demo", "--plot", tmp_path), "is a folder: expected a file")
+    refused(run("demo", "--plot", tmp_path / "p.mp4"), "p.mp4: expected .* ends in one of .*png")
+    refused(run("demo", "--seed", 2**64), "--seed")
     monkeypatch.setitem(__import__("sys").modules, "matplotlib", None)
     refused(run("demo", "--plot", tmp_path / "p.png"), r"pip install 'guided-decode\[plots\]'")

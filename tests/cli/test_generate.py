@@ -132,6 +132,13 @@ def test_the_comparison_fits_the_terminal(width, monkeypatch):
     assert "scorer tokens" in text
 
 
+def test_a_narrow_terminal_costs_no_figures(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    text = generate("--prompt", PROMPT, "--compare")
+    assert "…" not in text
+    assert "Answer: 10211" in text
+
+
 def test_colours_go_from_the_lowest_value_to_the_highest():
     scale = ColourScale.over([ValuedText(["a", "b", "c"], [0.0, 1.0, None])])
     styles = [scale.style(value) for value in (0.0, 0.5, 1.0, None)]

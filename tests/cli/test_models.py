@@ -37,6 +37,13 @@ def test_the_table_names_every_checkpoint_whole(width, monkeypatch):
         assert record.name in text
 
 
+def test_a_narrow_terminal_costs_no_figures(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    text = models()
+    assert "…" not in text
+    assert "23.9 GiB" in text
+
+
 def test_sizes_have_units():
     assert [size(n) for n in (512, 4_096, 12 << 30, 128 << 30, 1 << 40)] == [
         "512 B", "4.0 KiB", "12.0 GiB", "128 GiB", "1.0 TiB",

@@ -12,24 +12,37 @@ from packaging.version import Version
 from tests import ROOT
 from tests.kernels.kernel_cases import INTERPRETED
 
-FILES = sorted(Path(__file__).parent.glob("test_*.py"))
+FILES = sorted(set(Path(__file__).parent.glob("test_*.py")) - {Path(__file__)})
 
 
-@pytest.mark.timeout(900)
+# One kernel a test. Its limit ends a hang: the work is bounded, how fast a machine is is not.
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(
     Version(version("numpy")) >= Version("2.4") and Version(version("triton")) < Version("3.7"),
     reason="needs numpy below 2.4, or Triton 3.7: older interpreters read 1-d arrays as numbers",
 )
 @pytest.mark.skipif(INTERPRETED, reason="this is the interpreter's own process")
-def test_kernels_hold_in_the_interpreter():
-    files = [str(file) for file in FILES if file != Path(__file__)]
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_hold_in_the_interpreter(file):
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-p", "no:xdist", "-m", "gpu and not slow", "-rf", *files],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-p",
+            "no:xdist",
+            "-m",
+            "gpu and not slow",
+            "-rf",
+            "--timeout",
+            "3600",
+            str(file),
+        ],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-    )
+    )  # fmt: skip
     assert run.returncode == 0, run.stdout[-8000:]
     assert " passed" in run.stdout
 

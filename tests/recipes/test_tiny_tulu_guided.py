@@ -18,6 +18,9 @@ from guided_decode.lab.demo.measure import Outcome
 from guided_decode.lab.demo.methods import Method
 from recipes.tiny_tulu.metrics import auc, paired_bootstrap
 
+# The limit ends a hang, and a thousand prompts take what a machine takes.
+pytestmark = pytest.mark.timeout(3600)
+
 MESSAGES = tiny_tulu.held_out_prompts()
 BATCH = 100
 

@@ -26,6 +26,13 @@ def require_matplotlib() -> None:
         ) from error
 
 
+def suffixes() -> list[str]:
+    """The kinds of picture that matplotlib writes, by their names' endings."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
 def draw(outcomes: Sequence[Outcome], path: Path) -> None:
     """Writes a picture of all outcomes (the suffix says of what kind).
 
