@@ -75,6 +75,9 @@ class ScorerOptions:
     max_forward_tokens: ForwardTokens = None
 
     def given(self) -> dict[str, Any]:
-        """What was given, by name."""
+        """What was given, by name, and is not what `load_scorer` does by itself."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: value for name, value in own.items() if value not in (None, False)}
+        own["kind"] = None if self.kind == "auto" else self.kind
+        return {
+            name: value for name, value in own.items() if value is not None and value is not False
+        }

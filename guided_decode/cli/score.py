@@ -38,8 +38,8 @@ from guided_decode.cli.score_rows import Row, read_rows
 from guided_decode.cli.scored_file import ScoredFile, ScoredStream
 
 STDOUT = STDIN
-# What changes the cost of a score and not the score.
-_COST = ("cache_tokens", "max_forward_tokens")
+# What changes the cost of a score, or whether there is one, and not the score.
+_SAME_SCORES = ("cache_tokens", "max_forward_tokens", "allow_pickle", "trust_remote_code")
 Source = Annotated[
     Path,
     typer.Argument(metavar="INPUT", help="JSONL: messages, prompt and response, ...; - is stdin"),
@@ -114,7 +114,9 @@ def _identity(
     others = {"head": reading.head, "reward": reading.reward, "reference": reference}
     on_cpu = pick_device(device).startswith("cpu")
     settled = parse_dtype(dtype) or ("float32" if on_cpu else dtype)
-    settings = {name: value for name, value in given.items() if name not in (*others, *_COST)}
+    settings = {
+        name: value for name, value in given.items() if name not in (*others, *_SAME_SCORES)
+    }
     settings |= {"dtype": str(settled).removeprefix("torch."), "format": text_format,
                  "per_token": per_token}  # fmt: skip
     return run_identity({"scorer": scorer, **others}, settings, reading.revision)
