@@ -200,4 +200,6 @@ def _quieten(where: str) -> str:
 def _cannot_load(what: str, error: Exception) -> Refusal:
     """One line on a load that failed: the library's first sentence says why."""
     reason = one_line(error).split(". ")[0]
+    if isinstance(error, KeyError):
+        reason = f"one of its files lacks {reason}"
     return Refusal(f"cannot load {what}: {reason}")

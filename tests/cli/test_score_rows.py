@@ -163,6 +163,32 @@ def test_a_template_that_raises_costs_its_own_line_only(tmp_path):
     assert len(read(output)) == 2
 
 
+def test_files_that_did_not_arrive_whole_are_one_line(tmp_path):
+    source, output = write(tmp_path / "in.jsonl", CHAT), tmp_path / "out.jsonl"
+    pointer = b"version https://git-lfs.github.com/spec/v1\n"
+    damages = {
+        "model.safetensors": (pointer, ""),
+        "tokenizer.json": (b'{"version": 1}', "one of its files lacks 'added_tokens'"),
+        "config.json": (b'{"model_type": "llama", "hidden_size": "abc"}', "hidden_size"),
+    }
+    for i, (name, (contents, message)) in enumerate(damages.items()):
+        critic = copy_of("value", tmp_path / str(i))
+        (critic / name).write_bytes(contents)
+        result = scored(source, output, "--scorer", critic, "--kind", "ppo-critic", code=2)
+        assert result.stderr.count("\n") == 1
+        assert str(critic) in result.stderr
+        assert message in result.stderr
+        policy = generated("--policy", critic, "--scorer", "tiny-tulu-value")
+        assert str(critic) in policy.stderr
+        assert not output.exists()
+
+
+def generated(*args):
+    result = CliRunner().invoke(app, ["generate", "--prompt", "a", *map(str, args)])
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
+    return result
+
+
 def test_a_score_that_is_no_number_is_refused_by_its_line(tmp_path):
     critic = copy_of("value", tmp_path / "own")
     weights = load_file(critic / "model.safetensors")
