@@ -4,8 +4,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode.checkpoints.config_checks import check_config, settle_rope
 from guided_decode.checkpoints.families import BosRule, Family
@@ -13,11 +12,10 @@ from guided_decode.checkpoints.head import choose_transform, read_head
 from guided_decode.checkpoints.kinds import choose_family
 from guided_decode.checkpoints.registry import Record
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
+from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.checkpoints.trunk import load_language_model, load_trunk
 from guided_decode.scorer import TerminalRule
 from guided_decode.scoring.transforms import Transform, parse_transform
-
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +100,7 @@ def load_checkpoint(
         )
     check_config(source.name, source.config)
     _settle_rope(source, family, rope_theta)
-    head = read_head(source, family)
+    head = read_head(source, family, wanted)
     read = choose_transform(source, family, wanted, len(head.weight))
     trunk = load_trunk(source, dtype, device)
     return Checkpoint(
@@ -139,7 +137,7 @@ def load_causal_lm(
     if source.architecture and not family.takes(source.architecture):
         raise ValueError(
             f"{source.name} is a {source.architecture}: a reference or implicit reward expects a "
-            "class that ends in ForCausalLM; pass a language model"
+            f"class that ends in {' or '.join(family.architectures)}; pass a language model"
         )
     check_config(source.name, source.config)
     _settle_rope(source, family, rope_theta)
@@ -166,27 +164,6 @@ def load_policy_trunk(
     check_config(source.name, source.config)
     _settle_rope(source, family, rope_theta)
     return load_trunk(source, dtype, device)
-
-
-def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
-    """The tokenizer that comes with the checkpoint; None where it has none."""
-    weights = source.weights
-    if weights is None or not any(
-        cached_file(
-            weights.location,
-            name,
-            revision=weights.revision,
-            _raise_exceptions_for_missing_entries=False,
-        )
-        for name in _TOKENIZER_FILES
-    ):
-        return None
-    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-        weights.location,
-        revision=weights.revision,
-        trust_remote_code=source.trust_remote_code,
-    )
-    return tokenizer
 
 
 def _settle_rope(source: Source, family: Family, rope_theta: float | None) -> None:

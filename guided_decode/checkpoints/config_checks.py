@@ -10,12 +10,21 @@ from guided_decode.checkpoints.families import Family
 _ATTENTION_LAYERS = frozenset({"full_attention", "sliding_attention"})
 # Fields of configs whose recurrent layers layer_types does not show.
 _RECURRENT_FIELDS = ("block_types", "rescale_every")
+# Causal whatever is_decoder says, whose default is False there and which their classes never read.
+_ALWAYS_CAUSAL = frozenset({"gpt_neox", "gpt_neox_japanese"})
 # Their frequencies depend on the longest position in the batch, so a value would too.
 _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 
 def check_config(name: str, config: PreTrainedConfig) -> None:
     """Raises ValueError: the model cannot be scored in packed form, and why."""
+    method = _quantisation(config)
+    if method is not None:
+        raise ValueError(
+            f"{name} is quantised ({method}): weights of a trunk and its head are read in full "
+            "precision only, from a folder or in memory; pass the checkpoint before quantisation, "
+            "or the model's dequantize()"
+        )
     reason = _misfit(config)
     if reason is not None:
         raise ValueError(
@@ -43,7 +52,20 @@ def _misfit(config: PreTrainedConfig) -> str | None:
     return None
 
 
+def _quantisation(config: PreTrainedConfig) -> str | None:
+    """How the weights were quantised; None where they were not."""
+    settings = getattr(config, "quantization_config", None)
+    if not settings:
+        return None
+    fields = settings if isinstance(settings, dict) else settings.to_dict()
+    method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
+    bits = next((n for n in (4, 8) if fields.get(f"load_in_{n}bit")), None)
+    return f"{method or 'method unknown'}{f', {bits} bits' if bits else ''}"
+
+
 def _is_bidirectional(config: PreTrainedConfig) -> bool:
+    if config.model_type in _ALWAYS_CAUSAL:
+        return False
     if getattr(config, "use_bidirectional_attention", False):
         return True
     if getattr(config, "is_decoder", True) is False or getattr(config, "is_causal", True) is False:

@@ -1,6 +1,6 @@
 """Checkpoint families: the conventions of each kind of trainer, as data."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from guided_decode.scorer import TerminalRule
@@ -37,7 +37,10 @@ class Family:
     transforms: the value transform for each number of labels that is allowed.
     normalise_field: a config field under which the trainer gives (output − mean) / std, with the
         config's own mean and std.
-    bias_must_be_zero: the trainer's head has no bias, though the Hugging Face class may.
+    evidence: endings of class names that only this kind's trainers write, for kind "auto".
+    eos_classes: endings of class names that say that the checkpoint is read at EOS, as a reward
+        model is: such a one has terminal rule "critic" under this kind, too.
+    biasless: heads that have no bias in the trainer, though the Hugging Face class may.
     head_apart: the model is the policy, and its head comes apart from it (`load_scorer(head=)`).
     rope_defect: a known wrong conversion of rope_theta.
     prompt_format: the format of `prompts.FORMATS`; None is the tokenizer's own chat template.
@@ -53,7 +56,9 @@ class Family:
     read: ReadPosition = "token"
     head_field: str | None = None
     normalise_field: str | None = None
-    bias_must_be_zero: bool = False
+    evidence: tuple[str, ...] = ()
+    eos_classes: tuple[str, ...] = ()
+    biasless: tuple[str, ...] = ()
     head_apart: bool = False
     rope_defect: Rope | None = None
     prompt_format: str | None = None
@@ -63,6 +68,17 @@ class Family:
     def labels(self) -> tuple[int, ...]:
         """The numbers of labels that a head of this kind may have."""
         return tuple(labels for labels, _ in self.transforms)
+
+    @property
+    def bias_must_be_zero(self) -> bool:
+        """Whether the trainer's own head has no bias."""
+        return bool(self.biasless)
+
+    def of_class(self, architecture: str) -> "Family":
+        """The conventions of a checkpoint of that class: read at EOS where its name says so."""
+        if self.eos_classes and architecture.endswith(self.eos_classes):
+            return replace(self, read="eos", terminal="critic")
+        return self
 
     def transform_of(self, labels: int) -> Transform:
         """The transform for a head with that many labels. Raises ValueError where none is."""
@@ -85,6 +101,10 @@ def _either(numbers: tuple[int, ...]) -> str:
 
 _TOKEN = ("ForTokenClassification",)
 _SEQUENCE = ("ForSequenceClassification",)
+# GPT-2 and others of its time have a class of their own name.
+_CAUSAL_LM = ("ForCausalLM", "LMHeadModel")
+# OpenRLHF's classes; older versions have the first name.
+_REWARDS = ("ForSequenceRegression", "RewardModel")
 
 _RECORDS = (
     Family(
@@ -94,7 +114,7 @@ _RECORDS = (
         heads=("score",),
         bos="drop",
         terminal="baseline",
-        bias_must_be_zero=True,
+        biasless=("score",),
         rope_defect=Rope(wrong=100_000.0, right=10_000.0),
         prompt_format="tulu-2",
         defects=(
@@ -113,9 +133,12 @@ _RECORDS = (
     ),
     Family(
         kind="value-head",
-        trainers="TRL (v_head.summary), OpenRLHF (score, value_head)",
+        trainers="TRL and LLaMA-Factory (v_head.summary), OpenRLHF (score, value_head), "
+        "DeepSpeed-Chat (v_head)",
         architectures=(),
-        heads=("v_head.summary", "value_head", "score"),
+        heads=("v_head.summary", "value_head", "score", "v_head"),
+        evidence=("CriticModel",),
+        eos_classes=_REWARDS,
         head_field="value_head_prefix",
         normalise_field="normalize_reward",
         bos="keep",
@@ -132,18 +155,21 @@ _RECORDS = (
     ),
     Family(
         kind="reward-model",
-        trainers="open-instruct, TRL and others: one label, read at EOS",
-        architectures=_SEQUENCE,
-        heads=("score",),
+        trainers="open-instruct, TRL, OpenRLHF, LLaMA-Factory and others: one label, read at EOS",
+        architectures=(*_SEQUENCE, *_REWARDS, *_CAUSAL_LM),
+        heads=("score", "v_head.summary", "value_head", "v_head"),
+        head_field="value_head_prefix",
+        normalise_field="normalize_reward",
+        evidence=_REWARDS,
         bos="keep",
         terminal="critic",
         read="eos",
-        bias_must_be_zero=True,
+        biasless=("score",),
     ),
     Family(
         kind="implicit",
         trainers="DPO, KTO: log π* − log π_ref of a pair of causal LMs",
-        architectures=("ForCausalLM",),
+        architectures=_CAUSAL_LM,
         heads=(),
         bos="policy",
         terminal="included",
@@ -151,7 +177,7 @@ _RECORDS = (
     Family(
         kind="trunk-head",
         trainers="recipes.trunk_head, or a value head trained on the policy's own hidden states",
-        architectures=("ForCausalLM",),
+        architectures=_CAUSAL_LM,
         heads=("head",),
         head_apart=True,
         bos="policy",

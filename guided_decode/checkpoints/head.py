@@ -5,7 +5,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from guided_decode.checkpoints.families import FAMILIES, Family
+from guided_decode.checkpoints.misgiven import adapter_layers
 from guided_decode.checkpoints.source import Source
+from guided_decode.checkpoints.weight_files import HEADS_BESIDE, pickled_head
 from guided_decode.scoring.transforms import Normalise, Transform
 
 _CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")
@@ -27,11 +29,15 @@ def head_module(source: Source, family: Family) -> str | None:
     return next((place for place in places if f"{place}.weight" in names), None)
 
 
-def read_head(source: Source, family: Family) -> Head:
+def read_head(source: Source, family: Family, transform: Transform | None = None) -> Head:
     """The head, checked.
 
+    Args:
+        transform: what the caller gave to read it, who then answers for the number of labels.
+
     Raises ValueError: the checkpoint is of another class, has no such head, another number of
-    labels or another width, or a bias that the family's trainer does not have.
+    labels or another width, numbers that are none, or a bias that the family's trainer does not
+    have.
     """
     if source.architecture and not family.takes(source.architecture):
         raise ValueError(
@@ -43,21 +49,76 @@ def read_head(source: Source, family: Family) -> Head:
         wanted = ", ".join(f"{place}.weight" for place in family.heads)
         raise ValueError(
             f"{source.name} has no head that {family.kind} expects (one of {wanted}): a critic "
-            f"without its head scores at random; {_what_to_pass(source)}"
+            f"without its head scores at random; {_where_else(source, family)}"
         )
     weight = source.tensor(f"{module}.weight").float()
-    _check_shape(source, family, module, weight)
-    return Head(weight, _read_bias(source, family, module))
+    _check_shape(source, family, module, weight, transform)
+    head = Head(weight, _read_bias(source, family, module))
+    for part, tensor in (("weight", head.weight), ("bias", head.bias)):
+        if tensor is not None and not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{source.name} has NaN or infinity in {module}.{part}: expected numbers; save or "
+                "download the checkpoint again"
+            )
+    return head
+
+
+def _where_else(source: Source, family: Family) -> str:
+    """Where the head may be instead, or what to pass."""
+    if source.instance is not None and (layer := adapter_layers(source.instance)) is not None:
+        return (
+            f"PEFT has wrapped its layers ({layer}): pass merge_and_unload() of the PEFT model, "
+            "which puts the trained head in its place"
+        )
+    pickle = None if source.weights is None else pickled_head(source.weights)
+    if pickle is not None and family.head_field:
+        return (
+            f"{pickle} beside it, a pickle, may have it: pass allow_pickle=True if you trust its "
+            "author"
+        )
+    return _what_to_pass(source)
 
 
 def _what_to_pass(source: Source) -> str:
     kinds = possible_kinds(source)
-    return f"pass kind={' or '.join(kinds)}" if kinds else "pass another checkpoint"
+    if kinds:
+        return f"pass kind={' or '.join(kinds)}"
+    kind = _by_transform(source)
+    return "pass another checkpoint" if kind is None else f"pass kind={kind}"
 
 
 def possible_kinds(source: Source) -> list[str]:
     """The kinds that the checkpoint could be, by its class and its head."""
     return [family.kind for family in FAMILIES.values() if _could_be(source, family)]
+
+
+def what_it_could_be(source: Source) -> str:
+    """The same as a sentence's part, with the file of a head that lies beside the weights."""
+    kinds = possible_kinds(source)
+    if not kinds:
+        return _by_transform(source) or "none of the kinds of this version"
+    beside = _head_beside(source)
+    return ", ".join(kinds) + (f" (its head lies in {beside})" if beside else "")
+
+
+def _by_transform(source: Source) -> str | None:
+    """The kind that reads a head of several classes, a process reward model's, say."""
+    for family in FAMILIES.values():
+        module = head_module(source, family) if family.takes(source.architecture) else None
+        labels = 0 if module is None else len(source.tensor(f"{module}.weight"))
+        if len(family.labels) > 1 and labels > 1 and labels not in family.labels:
+            return (
+                f'{family.kind} with transform="softmax:CLASS", CLASS being the good one of its '
+                f"{labels} labels"
+            )
+    return None
+
+
+def _head_beside(source: Source) -> str | None:
+    if source.weights is None:
+        return None
+    files = {stored.file for stored in source.weights.tensors.values()}
+    return next((file for file in HEADS_BESIDE if file in files), None)
 
 
 def _could_be(source: Source, family: Family) -> bool:
@@ -69,14 +130,16 @@ def _could_be(source: Source, family: Family) -> bool:
     return module is not None and len(source.tensor(f"{module}.weight")) in family.labels
 
 
-def _check_shape(source: Source, family: Family, module: str, weight: Tensor) -> None:
+def _check_shape(
+    source: Source, family: Family, module: str, weight: Tensor, transform: Transform | None
+) -> None:
     labels, hidden = weight.shape[0], source.config.hidden_size
     if weight.ndim != 2 or weight.shape[1] != hidden:
         raise ValueError(
             f"{source.name} has {module}.weight of shape {list(weight.shape)}: expected "
             f"[labels, {hidden}], the trunk's hidden size; the two do not belong together"
         )
-    if labels not in family.labels:
+    if labels not in family.labels and (transform is None or not transform.fits(labels)):
         raise ValueError(
             f"{source.name} has num_labels {labels}: {family.kind} expects "
             f"{' or '.join(map(str, family.labels))}; {_what_to_pass(source)}"
@@ -93,7 +156,7 @@ def _read_bias(source: Source, family: Family, module: str) -> Tensor | None:
     if f"{module}.bias" not in source.tensor_names:
         return None
     bias = source.tensor(f"{module}.bias").float()
-    if family.bias_must_be_zero:
+    if module in family.biasless:
         if bias.any():
             raise ValueError(
                 f"{source.name} has {module}.bias {bias.tolist()}: {family.kind} expects zero, "

@@ -11,7 +11,7 @@ from guided_decode.checkpoints.families import (
     Family,
     find_family,
 )
-from guided_decode.checkpoints.head import possible_kinds
+from guided_decode.checkpoints.head import what_it_could_be
 from guided_decode.checkpoints.source import Source
 from guided_decode.scorer import TerminalRule
 
@@ -28,15 +28,16 @@ def choose_family(
 ) -> Family:
     """The checkpoint's family, with its BOS and terminal rules as far as they were given.
 
-    "auto" believes a registered name, the metadata of our own tools, and a sequence-classification
-    head with one label, in this order. A rule that is not given comes from the metadata, else from
-    the family.
+    "auto" believes a registered name, the metadata of our own tools, a sequence-classification
+    head with one label, and a class that only one kind's trainers write, in this order. A rule that
+    is not given comes from the metadata, else from the family.
 
     Raises ValueError: an unknown kind or rule, or no evidence under "auto" (the kinds that the
     checkpoint could be are listed).
     """
     metadata = _metadata(source)
     family = find_family(_evidence(source, metadata) if kind == "auto" else kind)
+    family = family.of_class(source.architecture)
     if metadata.get("kind") == family.kind:
         bos = bos or metadata.get("bos")
         terminal = terminal or metadata.get("terminal")
@@ -67,9 +68,10 @@ def _evidence(source: Source, metadata: dict[str, Any]) -> str:
         return str(metadata["kind"])
     if source.architecture.endswith("ForSequenceClassification") and source.config.num_labels == 1:
         return "reward-model"
-    kinds = possible_kinds(source)
-    could_be = ", ".join(kinds) if kinds else "none of the kinds of this version"
+    for family in FAMILIES.values():
+        if family.evidence and source.architecture.endswith(family.evidence):
+            return family.kind
     raise ValueError(
         f'{source.name} ({source.architecture or "no class named"}): kind="auto" has no evidence '
-        f"of what trained it; it could be {could_be}; pass kind="
+        f"of what trained it; it could be {what_it_could_be(source)}; pass kind="
     )

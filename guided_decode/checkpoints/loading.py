@@ -1,37 +1,40 @@
 """`load_scorer`: a checkpoint, read as its trainer read it, ready to score candidates."""
 
+import warnings
 from dataclasses import replace
 
-import torch
-
-from guided_decode.checkpoints.checkpoint import (
-    load_causal_lm,
-    load_checkpoint,
-    load_policy_trunk,
-    load_tokenizer,
-)
-from guided_decode.checkpoints.families import BosRule, Family
+from guided_decode.checkpoints.checkpoint import load_causal_lm
+from guided_decode.checkpoints.critic_loading import load_critic, load_trunk_scorer
+from guided_decode.checkpoints.families import BosRule
 from guided_decode.checkpoints.kinds import choose_family
 from guided_decode.checkpoints.loading_options import (
     LoadingOptions,
     Tokenizer,
     check_tokenizer,
-    conventions,
+    options_of_companions,
     packed_model,
     read_tokenizer,
+)
+from guided_decode.checkpoints.precision import (
+    Device,
+    DType,
+    read_device,
+    read_dtype,
     settled_dtype,
-    special_token,
 )
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
-from guided_decode.checkpoints.trunk_head_loading import HeadLike, load_trunk_head
-from guided_decode.forward.final_norm import take_final_norm
+from guided_decode.checkpoints.special_ids import first, special_token
+from guided_decode.checkpoints.tokenizer_files import load_tokenizer
+from guided_decode.checkpoints.trunk_head_loading import HeadLike
 from guided_decode.forward.modes import without_autograd
 from guided_decode.scorer import LogProbs, Scorer, TerminalRule
-from guided_decode.scoring.critic import CriticScorer, ValueHead
-from guided_decode.scoring.implicit import ImplicitScorer, LanguageModel
+from guided_decode.scoring.implicit import ImplicitScorer
 from guided_decode.scoring.transforms import Transform
 from guided_decode.scoring.trunk_head import KIND as TRUNK_HEAD
-from guided_decode.scoring.trunk_scorer import TrunkScorer
+
+
+class UnknownPolicyWarning(UserWarning):
+    """A scorer was loaded without the tokenizer of the policy that it is to guide."""
 
 
 @without_autograd
@@ -42,8 +45,8 @@ def load_scorer(
     head: HeadLike | None = None,
     reward: "ModelLike | Scorer | None" = None,
     reference: "ModelLike | LogProbs | None" = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
+    device: Device | None = None,
+    dtype: DType | None = None,
     cache_tokens: int | None = None,
     live_tokens: int | None = None,
     max_forward_tokens: int = 8192,
@@ -69,7 +72,8 @@ def load_scorer(
             terminal="reward".
         reference: the language model of kl_coef; for kind="implicit" the tuned policy's reference.
         device: where it runs; None is the CPU, or where the given model is.
-        dtype: of the weights; None keeps the checkpoint's, and is float32 on a CPU.
+        dtype: of the weights, "bfloat16" or "bf16", say; None and "auto" keep the checkpoint's, and
+            are float32 on a CPU.
         cache_tokens: capacity of each model's prefix cache; None takes a bounded share of memory.
         live_tokens: the most tokens that are live at once; the default of cache_tokens takes no
             more than these.
@@ -77,7 +81,8 @@ def load_scorer(
         bos: "keep" or "drop" one leading BOS; None follows the family.
         terminal: the terminal rule; None follows the family.
         transform: "sigmoid", "softmax:1", "clip:0,1", ...; None follows the family.
-        policy_tokenizer: the policy's, or its path: refused where its ids are not the scorer's.
+        policy_tokenizer: the policy's, or its path: refused where its ids are not the scorer's,
+            whose reward model and reference are compared with the scorer where it is missing.
         revision: of the Hub repository.
         allow_pickle: read pickled weights where there are no safetensors.
         trust_remote_code: run code that comes with the checkpoint.
@@ -89,9 +94,10 @@ def load_scorer(
     Raises:
         ValueError: what does not fit; names what was given, what was expected and what to do.
     """
+    on = read_device(device)
     options = LoadingOptions(
-        device=device,
-        dtype=settled_dtype(model, device, dtype),
+        device=on,
+        dtype=settled_dtype(model, on, read_dtype(dtype)),
         revision=revision,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
@@ -103,6 +109,15 @@ def load_scorer(
     )
     source = open_source(model, **options.of_files)
     family = choose_family(source, _kind(kind, head, source.name))
+    # A head on the policy's own trunk reads the policy's own ids.
+    if options.policy_tokenizer is None and not family.head_apart:
+        warnings.warn(
+            f"{source.name} was loaded without policy_tokenizer=, so nothing compares the token "
+            "ids that it reads with the policy's: pass the policy's tokenizer",
+            UnknownPolicyWarning,
+            # The caller of load_scorer, which runs in `without_autograd`.
+            stacklevel=3,
+        )
     if not family.heads:
         _refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
         return _load_implicit(model, source, reference, options)
@@ -114,18 +129,9 @@ def load_scorer(
     terminal = "reward" if reward is not None else terminal
     if head is not None:
         family = choose_family(source, family.kind, bos=bos, terminal=terminal)
-        return _load_trunk_head(source, family, head, transform, reward, reference, options)
-    checkpoint = load_checkpoint(
-        model, kind, bos=bos, terminal=terminal, transform=transform, **options.of_weights
-    )
-    check_tokenizer(options, checkpoint.tokenizer)
-    return CriticScorer(
-        packed_model(checkpoint.trunk, checkpoint.name, options),
-        ValueHead(checkpoint.head_weight, checkpoint.head_bias, checkpoint.transform),
-        reward=_load_reward(reward, options),
-        reference=None if reference is None else _load_reference(reference, options),
-        **conventions(checkpoint.family, checkpoint.tokenizer, checkpoint.trunk),
-    )
+        return load_trunk_scorer(source, family, head, transform, reward, reference, options)
+    given = {"bos": bos, "terminal": terminal, "transform": transform}
+    return load_critic(source, model, kind, options, reward, reference, **given)
 
 
 def _kind(kind: str, head: object, name: str) -> str:
@@ -143,33 +149,6 @@ def _kind(kind: str, head: object, name: str) -> str:
             f'expected kind="{TRUNK_HEAD}" with the policy as the model; drop one of the two'
         )
     return TRUNK_HEAD
-
-
-def _load_trunk_head(
-    source: Source,
-    family: Family,
-    head: HeadLike,
-    transform: str | Transform | None,
-    reward: "ModelLike | Scorer | None",
-    reference: "ModelLike | LogProbs | None",
-    options: LoadingOptions,
-) -> TrunkScorer:
-    trunk = load_policy_trunk(source, family, options.dtype, options.device, options.rope_theta)
-    found = load_trunk_head(
-        head, trunk, source.name, transform=transform, **options.of_files | {"revision": None}
-    )
-    tokenizer = load_tokenizer(source)
-    check_tokenizer(options, tokenizer)
-    norm = take_final_norm(trunk)
-    # A loop that reads next tokens off this trunk keeps each token's hidden state.
-    hidden_bytes = trunk.config.get_text_config().hidden_size * trunk.dtype.itemsize
-    return TrunkScorer(
-        packed_model(trunk, source.name, options, hidden_bytes),
-        replace(found, norm=norm),
-        reward=_load_reward(reward, options),
-        reference=None if reference is None else _load_reference(reference, options),
-        **conventions(family, tokenizer, trunk),
-    )
 
 
 def _load_implicit(
@@ -190,40 +169,16 @@ def _load_implicit(
     base = load_causal_lm(reference, **base_options.of_weights)
     base_source = open_source(reference, **base_options.of_files)
     tokenizer = load_tokenizer(source)
-    for other in (tokenizer, load_tokenizer(base_source)):
-        check_tokenizer(options, other)
+    check_tokenizer(options, tokenizer, tuned, source)
+    own = options_of_companions(options, tokenizer, "the reference")
+    check_tokenizer(own, load_tokenizer(base_source), base, base_source)
     return ImplicitScorer(
         packed_model(tuned, source.name, options),
         packed_model(base, base_source.name, options),
-        bos_token_id=special_token("bos_token_id", tokenizer, tuned),
-        eos_token_id=special_token("eos_token_id", tokenizer, tuned),
-    )
-
-
-def _load_reference(reference: "ModelLike | LogProbs", options: LoadingOptions) -> LogProbs:
-    if not isinstance(reference, ModelLike):
-        return reference
-    own = replace(options, revision=None, rope_theta=None)
-    source = open_source(reference, **own.of_files)
-    check_tokenizer(own, load_tokenizer(source))
-    return LanguageModel(
-        packed_model(load_causal_lm(reference, **own.of_weights), source.name, own)
-    )
-
-
-def _load_reward(reward: "ModelLike | Scorer | None", options: LoadingOptions) -> Scorer | None:
-    if reward is None or not isinstance(reward, ModelLike):
-        return reward
-    return load_scorer(
-        reward,
-        device=options.device,
-        dtype=options.dtype,
-        cache_tokens=options.cache_tokens,
-        live_tokens=options.live_tokens,
-        max_forward_tokens=options.max_forward_tokens,
-        policy_tokenizer=options.policy_tokenizer,
-        allow_pickle=options.allow_pickle,
-        trust_remote_code=options.trust_remote_code,
+        bos_token_id=first(special_token("bos_token_id", tokenizer, tuned)),
+        eos_token_id=first(
+            special_token("eos_token_id", tokenizer, tuned, options.policy_tokenizer)
+        ),
     )
 
 

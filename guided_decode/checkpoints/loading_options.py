@@ -1,25 +1,29 @@
 """What every model of one scorer is loaded with, and what follows from it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from guided_decode.checkpoints.families import Family
-from guided_decode.checkpoints.source import ModelLike
-from guided_decode.checkpoints.tokenizer_match import check_tokenizers
+from guided_decode.checkpoints.source import Source
+from guided_decode.checkpoints.tokenizer_files import read_policy_tokenizer
+from guided_decode.checkpoints.tokenizer_match import Sides, check_rows, check_tokenizers
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.forward.self_check import check_packed
 
-Tokenizer = str | PreTrainedTokenizerBase
+Tokenizer = str | Path | PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True, slots=True)
 class LoadingOptions:
-    """Arguments of `load_scorer` that hold for all its models; as documented there."""
+    """Arguments of `load_scorer` that hold for all its models; as documented there.
 
-    device: torch.device | str | None
+    writer, reader: who writes the ids of `policy_tokenizer` and who reads them, for errors.
+    """
+
+    device: torch.device | None
     dtype: torch.dtype | None
     revision: str | None
     allow_pickle: bool
@@ -29,6 +33,8 @@ class LoadingOptions:
     live_tokens: int | None
     max_forward_tokens: int
     policy_tokenizer: PreTrainedTokenizerBase | None
+    writer: str = "the policy"
+    reader: str = "the critic"
 
     @property
     def of_files(self) -> dict[str, Any]:
@@ -53,52 +59,63 @@ def packed_model(
         max_forward_tokens=options.max_forward_tokens,
         bytes_beside=bytes_beside,
     )
-    check_packed(packed)
+    try:
+        check_packed(packed)
+    except ValueError:
+        _refuse_non_finite(model, name)
+        raise
     return packed
 
 
-def conventions(
-    family: Family, tokenizer: PreTrainedTokenizerBase | None, trunk: PreTrainedModel
-) -> dict[str, Any]:
-    """What a critic's family and its special tokens say about scoring."""
-    bos_id = special_token("bos_token_id", tokenizer, trunk)
-    return {
-        "terminal": family.terminal,
-        "skip_token": bos_id if family.bos == "drop" else None,
-        "bos_token_id": bos_id,
-        "eos_token_id": special_token("eos_token_id", tokenizer, trunk),
-    }
-
-
-def settled_dtype(
-    model: ModelLike, device: torch.device | str | None, dtype: torch.dtype | None
-) -> torch.dtype | None:
-    """The dtype that was asked for; float32 for files on a CPU; None keeps the checkpoint's."""
-    on_cpu = device is None or torch.device(device).type == "cpu"
-    if dtype is not None or isinstance(model, PreTrainedModel) or not on_cpu:
-        return dtype
-    return torch.float32
+def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
+    """Raises ValueError: a weight is NaN or infinite, so that nothing can be compared."""
+    for weight, tensor in model.named_parameters():
+        if not bool(tensor.isfinite().all()):
+            raise ValueError(
+                f"{name} has NaN or infinity in {weight}: expected numbers; save or download the "
+                f"checkpoint again, or pass a wider dtype than {str(tensor.dtype)[6:]}"
+            )
 
 
 def read_tokenizer(given: Tokenizer | None) -> PreTrainedTokenizerBase | None:
-    """The tokenizer itself, where its path was given."""
-    if not isinstance(given, str):
+    """The tokenizer itself, where its path was given. Raises ValueError: it is none."""
+    if given is None or isinstance(given, PreTrainedTokenizerBase):
         return given
-    loaded: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(given)
-    return loaded
+    if isinstance(given, str | Path):
+        return read_policy_tokenizer(str(given))
+    raise ValueError(
+        f"policy_tokenizer came as {type(given).__name__}: expected the policy's tokenizer of "
+        "transformers, or its path"
+    )
 
 
-def check_tokenizer(options: LoadingOptions, scorers: PreTrainedTokenizerBase | None) -> None:
-    """Raises ValueError: a model's tokenizer is not the policy's; what is not known is not held."""
-    if options.policy_tokenizer is not None and scorers is not None:
-        check_tokenizers(options.policy_tokenizer, scorers)
+def check_tokenizer(
+    options: LoadingOptions,
+    tokenizer: PreTrainedTokenizerBase | None,
+    model: PreTrainedModel,
+    source: Source,
+) -> None:
+    """Holds a model to who writes its ids, the policy, as far as both are known.
+
+    Raises ValueError: another tokenizer, or ids that the model has no row for.
+    """
+    policy = options.policy_tokenizer
+    if policy is None:
+        return
+    rows = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if tokenizer is None:
+        check_rows(policy, rows, source.name, options.writer)
+        return
+    in_memory = source.instance is not None
+    sides = Sides(options.writer, options.reader)
+    check_tokenizers(policy, tokenizer, sides, rows=rows if in_memory else None)
 
 
-def special_token(
-    name: str, tokenizer: PreTrainedTokenizerBase | None, model: PreTrainedModel
-) -> int | None:
-    """A special token's id: the tokenizer's, else the config's (the first, where it has many)."""
-    found = getattr(tokenizer, name, None)
-    if found is None:
-        found = getattr(model.config.get_text_config(), name, None)
-    return found[0] if isinstance(found, list) else found
+def options_of_companions(
+    options: LoadingOptions, tokenizer: PreTrainedTokenizerBase | None, reader: str
+) -> LoadingOptions:
+    """The options of a reward model or reference: it reads what the policy or, where that is not
+    known, its scorer reads."""
+    if options.policy_tokenizer is not None:
+        return replace(options, reader=reader)
+    return replace(options, policy_tokenizer=tokenizer, writer="the scorer", reader=reader)

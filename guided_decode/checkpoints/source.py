@@ -4,9 +4,16 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from guided_decode.checkpoints.arrival import damaged
+from guided_decode.checkpoints.misgiven import (
+    misgiven_file,
+    misgiven_object,
+    misgiven_repository,
+)
 from guided_decode.checkpoints.registry import Record, find
 from guided_decode.checkpoints.weight_files import WeightFiles, open_weights
 
@@ -56,29 +63,48 @@ def open_source(
     """A registered name, a Hub id, a local path or a model in memory.
 
     Raises ValueError: nothing is found under the name, it has no config or no weights, or its
-    weights are pickles that were not allowed.
+    weights are pickles that were not allowed; or it is something else than a model (an adapter, a
+    trunk head, a GGUF file), or a file of it did not arrive whole.
     """
     if isinstance(model, PreTrainedModel):
         return _of_instance(model)
     if not isinstance(model, str | Path):
-        raise ValueError(
-            f"a {type(model).__name__} was given as a model: expected a name, a path or a "
-            "transformers PreTrainedModel"
-        )
+        raise ValueError(misgiven_object(model))
     record = find(model)
     location = str(model) if record is None or Path(model).is_dir() else record.location
-    try:
-        config = AutoConfig.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except OSError as error:
-        raise ValueError(
-            f"{model}: expected a folder with a config.json, a registered name or a Hub id; "
-            f"{str(error).splitlines()[0]}"
-        ) from error
+    if (reason := misgiven_file(location)) is not None:
+        raise ValueError(reason)
+    config = _read_config(str(model), location, revision, trust_remote_code)
     architecture = (config.architectures or [""])[0]
     weights = open_weights(location, revision, allow_pickle)
     return Source(str(model), architecture, config, record, weights, None, trust_remote_code)
+
+
+def _read_config(
+    name: str, location: str, revision: str | None, trust_remote_code: bool
+) -> PreTrainedConfig:
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(
+            location, revision=revision, trust_remote_code=trust_remote_code
+        )
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        StrictDataclassError,
+    ) as error:
+        if (broken := damaged(Path(location), (".json",))) is not None:
+            raise broken from error
+        if not Path(location).is_dir() and (other := misgiven_repository(location, revision)):
+            raise ValueError(other) from error
+        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else ""
+        raise ValueError(
+            f"{name}: expected a folder with a config.json, a registered name or a Hub id; "
+            f"{said or (str(error).strip() or type(error).__name__).splitlines()[0]}"
+        ) from error
+    return config
 
 
 def _of_instance(model: PreTrainedModel) -> Source:

@@ -2,13 +2,15 @@
 
 import copy
 import logging
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from guided_decode.checkpoints.source import Source
 
@@ -73,18 +75,49 @@ def _load(source: Source, auto_class: Any, dtype: torch.dtype | None) -> PreTrai
                 dtype="auto" if dtype is None else dtype,
                 use_safetensors=not weights.pickle,
                 trust_remote_code=source.trust_remote_code,
+                # Named below, with both shapes: transformers names them in its table only.
+                ignore_mismatched_sizes=True,
+                key_mapping={f"^{re.escape(weights.wrapper)}": ""} if weights.wrapper else None,
                 output_loading_info=True,
             )
-    except RuntimeError as error:
+    except (
+        RuntimeError, AssertionError, TypeError, KeyError, AttributeError, OSError, SafetensorError
+    ) as error:  # fmt: skip
+        said = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{source.name}: its weights do not fit its config; expected the two of one model; "
-            f"{str(error).splitlines()[0]}"
+            f"{source.name}: {_misfit(source.config) or 'its weights do not fit its config'}; "
+            f"expected the two of one model; {said}"
         ) from error
     _refuse("lacks weights", source, report["missing_keys"])
+    _refuse_shapes(source, report["mismatched_keys"])
     extra = [key for key in report["unexpected_keys"] if "layers." in key and "inv_freq" not in key]
     _refuse("has weights that its config has no place for", source, extra)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _misfit(config: PreTrainedConfig) -> str | None:
+    """Why no model can be made from a config, where it is a usual reason."""
+    text = config.get_text_config()
+    pad, vocab = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(vocab, int) and pad >= vocab:
+        return (
+            f"pad_token_id {pad} in its config.json is outside the vocabulary of {vocab} tokens, "
+            f"ids 0 to {vocab - 1}: set it to one of them or to null"
+        )
+    return None
+
+
+def _refuse_shapes(source: Source, mismatched: Any) -> None:
+    if mismatched:
+        shown = "; ".join(
+            f"{name} has the shape {list(stored)}, where the config makes {list(wanted)}"
+            for name, stored, wanted in sorted(mismatched)[:_SHOWN]
+        )
+        raise ValueError(
+            f"{source.name}: its weights do not fit its config; expected the two of one model; "
+            f"{shown}; save both together again, or mend the config"
+        )
 
 
 def _refuse(what: str, source: Source, keys: Any) -> None:

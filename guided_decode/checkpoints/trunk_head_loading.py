@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.utils import cached_file
 
+from guided_decode.checkpoints.arrival import opened_safetensors
 from guided_decode.checkpoints.source import Source, open_source
 from guided_decode.checkpoints.trunk_head_identity import check_recorded, check_same_weights
 from guided_decode.scoring.transforms import Transform, parse_transform
@@ -30,7 +30,7 @@ from guided_decode.scoring.trunk_head import (
 HeadLike = str | Path | nn.Module | Mapping[str, Tensor] | TrunkHead
 
 # Modules that may hold the head's last layer: ours, TRL's, token classification's, a bare layer's.
-_PLACES = ("head", "v_head.summary", "summary", "score", "value_head", "")
+_PLACES = ("head", "v_head.summary", "summary", "score", "value_head", "v_head", "")
 _INNER = "inner"
 
 
@@ -146,7 +146,7 @@ def _of_file(path: Path, name: str) -> TrunkHead:
             f"{name} is a {path.suffix or 'nameless'} file: expected {FILE_NAME} or another "
             "safetensors file; convert it with guided_decode.scoring.trunk_head.save_trunk_head"
         )
-    with safe_open(path, framework="pt") as opened:
+    with opened_safetensors(path) as opened:
         header = (opened.metadata() or {}).get(METADATA)
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
     metadata = {} if header is None else json.loads(header)
@@ -175,6 +175,12 @@ def _of_checkpoint(source: Source) -> TrunkHead:
 def _of_tensors(
     name: str, tensors: Mapping[str, Tensor], activation: str | None = None
 ) -> TrunkHead:
+    odd = next((key for key, value in tensors.items() if not isinstance(value, Tensor)), None)
+    if odd is not None:
+        raise ValueError(
+            f"{name} came with a {type(tensors[odd]).__name__} as {odd!r}: expected a tensor; pass "
+            "torch.tensor(...) of it"
+        )
     place = _place(tensors)
     if place is None:
         raise _no_head(name, tensors)

@@ -1,57 +1,74 @@
 """The weight files of a checkpoint: which tensors there are, and one tensor at a time."""
 
 import json
+import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
+from guided_decode.checkpoints.arrival import opened_safetensors, unreadable
+
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+# LLaMA-Factory writes the head beside the causal LM; the pickle is older.
+HEADS_BESIDE = ("value_head.safetensors", "value_head.bin")
+# What trainers wrap a language model in: TRL, and DeepSpeed-Chat in both of its spellings.
+_WRAPPERS = ("pretrained_model.", "rwtransformer.", "rwtranrsformer.")
+
+
+class Stored(NamedTuple):
+    """Where a tensor lies, and what it is called there."""
+
+    file: str
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
 class WeightFiles:
     """A checkpoint's weights, unread.
 
-    location: a folder or a Hub id. files: tensor name to file name. pickle: whether the files are
-    pickles, which the caller has allowed.
+    location: a folder or a Hub id. tensors: where each lies, by its name without `wrapper`, the
+    prefix that its trainer's own class put before the language model's names. pickle: whether the
+    files are pickles, which the caller has allowed.
     """
 
     location: str
     revision: str | None
-    files: Mapping[str, str]
+    tensors: Mapping[str, Stored]
     pickle: bool
+    wrapper: str = ""
 
     @property
     def names(self) -> frozenset[str]:
         """The names of all tensors."""
-        return frozenset(self.files)
+        return frozenset(self.tensors)
 
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype it is stored in."""
-        path = _fetch(self.location, self.files[name], self.revision)
-        assert path is not None, f"{self.location} lists {self.files[name]} but does not have it"
-        if self.pickle:
-            tensor: Tensor = _unpickle(path)[name]
+        stored = self.tensors[name]
+        path = _fetch(self.location, stored.file, self.revision)
+        assert path is not None, f"{self.location} lists {stored.file} but does not have it"
+        if path.suffix == ".bin":
+            return _unpickle(path)[stored.name]
+        with opened_safetensors(path) as opened:
+            tensor: Tensor = opened.get_tensor(stored.name)
             return tensor
-        with safe_open(path, framework="pt") as opened:
-            return opened.get_tensor(name)
 
 
 def open_weights(location: str, revision: str | None, allow_pickle: bool) -> WeightFiles:
     """The weights of a checkpoint: safetensors, or pickles where they are allowed.
 
-    Raises ValueError: there are no weights, or only pickles that were not allowed, or an index
-    names a file that is not there.
+    Raises ValueError: there are no weights, or only pickles that were not allowed, an index names
+    a file that is not there, or a file did not arrive whole.
     """
     files = _tensor_files(location, revision, *_SAFETENSORS)
     if files is not None:
-        return WeightFiles(location, revision, files, pickle=False)
+        return _weight_files(location, revision, files, allow_pickle, pickled=False)
     pickles = [name for name in _PICKLE if _fetch(location, name, revision) is not None]
     if not pickles:
         raise ValueError(
@@ -65,7 +82,38 @@ def open_weights(location: str, revision: str | None, allow_pickle: bool) -> Wei
         )
     files = _tensor_files(location, revision, *_PICKLE)
     assert files is not None
-    return WeightFiles(location, revision, files, pickle=True)
+    return _weight_files(location, revision, files, allow_pickle, pickled=True)
+
+
+def _weight_files(
+    location: str,
+    revision: str | None,
+    files: Mapping[str, str],
+    allow_pickle: bool,
+    *,
+    pickled: bool,
+) -> WeightFiles:
+    wrapper = next((each for each in _WRAPPERS if any(n.startswith(each) for n in files)), "")
+    tensors = {name.removeprefix(wrapper): Stored(file, name) for name, file in files.items()}
+    beside = HEADS_BESIDE if allow_pickle else HEADS_BESIDE[:1]
+    for file in beside:
+        path = _fetch(location, file, revision)
+        if path is not None:
+            tensors = {name: Stored(file, name) for name in _names(path)} | tensors
+            break
+    return WeightFiles(location, revision, tensors, pickled, wrapper)
+
+
+def pickled_head(weights: WeightFiles) -> str | None:
+    """The name of a head's pickle that lies beside the weights, where there is one."""
+    return next(
+        (
+            name
+            for name in HEADS_BESIDE
+            if name.endswith(".bin") and _fetch(weights.location, name, weights.revision)
+        ),
+        None,
+    )
 
 
 def _tensor_files(
@@ -77,27 +125,55 @@ def _tensor_files(
     path = _fetch(location, index, revision)
     if path is None:
         return None
-    files: dict[str, str] = json.loads(path.read_text())["weight_map"]
-    if Path(location).is_dir():
-        absent = sorted({file for file in files.values() if not (Path(location) / file).is_file()})
+    files = _weight_map(path)
+    folder = Path(location)
+    if folder.is_dir():
+        shards = sorted(set(files.values()))
+        absent = [file for file in shards if not (folder / file).is_file()]
         if absent:
             raise ValueError(
                 f"{location} lacks {', '.join(absent)}, which {index} names: expected all shards; "
                 "download the checkpoint again"
             )
+        # One that did not arrive whole shows in its header.
+        for file in shards:
+            _names(folder / file)
+    return files
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    try:
+        files = json.loads(index.read_text())["weight_map"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise unreadable(index, "an index of shards in JSON", error) from error
+    if not isinstance(files, dict) or not all(isinstance(file, str) for file in files.values()):
+        raise unreadable(index, "an index of shards in JSON", "weight_map maps no names to files")
     return files
 
 
 def _names(path: Path) -> list[str]:
     if path.suffix == ".bin":
         return list(_unpickle(path))
-    with safe_open(path, framework="pt") as opened:
+    with opened_safetensors(path) as opened:
         return list(opened.keys())
 
 
 def _unpickle(path: Path) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    try:
+        state: dict[str, Tensor] = torch.load(
+            path, map_location="cpu", weights_only=True, mmap=_is_zip(path)
+        )
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise unreadable(path, "pickled weights", str(error).partition("\n")[0]) from error
+    if not isinstance(state, dict):
+        raise unreadable(path, "pickled weights", f"a {type(state).__name__}, no tensors by name")
     return state
+
+
+def _is_zip(path: Path) -> bool:
+    """Whether torch.save wrote it in the format that can be mapped; older files cannot."""
+    with path.open("rb") as file:
+        return file.read(2) == b"PK"
 
 
 def _fetch(location: str, name: str, revision: str | None) -> Path | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -140,6 +141,7 @@ def open_scorer(
     policy: whose decoding it guides; a head on this one's hidden states shares its weights.
     """
     from guided_decode import load_scorer
+    from guided_decode.checkpoints.loading import UnknownPolicyWarning
 
     location(name)
     for other in (options.reward, options.reference, options.head):
@@ -151,7 +153,10 @@ def open_scorer(
         model, placed = policy.model, {}
     tokenizer = None if policy is None else policy.tokenizer
     try:
-        return load_scorer(model, policy_tokenizer=tokenizer, **placed, **options.given())
+        with warnings.catch_warnings():
+            # A command that names no policy guides none.
+            warnings.simplefilter("ignore", UnknownPolicyWarning)
+            return load_scorer(model, policy_tokenizer=tokenizer, **placed, **options.given())
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:

@@ -35,6 +35,11 @@ def check_packed(model: PackedModel) -> None:
     finally:
         model.cache = own
     stock = torch.cat([_stock_outputs(model, *row) for row in rows]).float()
+    if not bool(stock.isfinite().all()):
+        raise ValueError(
+            f"{refused}: its own forward gives NaN or infinity in {str(model.model.dtype)[6:]}; "
+            "pass a wider dtype, or another checkpoint"
+        )
     differs = float((packed - stock).norm() / stock.norm().clamp(min=1e-9))
     allowed = _ALLOWED[model.model.dtype == torch.float32]
     if not differs <= allowed:

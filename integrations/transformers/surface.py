@@ -177,10 +177,12 @@ _MODELS = (
         "transformers.PreTrainedModel.from_pretrained",
         _LOADING,
         takes=called("pretrained_model_name_or_path",
-                     by_name=("config", "revision", "use_safetensors"), any_name=True),
+                     by_name=("config", "revision", "use_safetensors", "key_mapping",
+                              "ignore_mismatched_sizes"), any_name=True),
     ),
     Name("transformers.utils.loading_report.LoadStateDictInfo", _LOADING,
-         has=("missing_keys", "unexpected_keys"), why="what output_loading_info gives"),
+         has=("missing_keys", "mismatched_keys", "unexpected_keys"),
+         why="what output_loading_info gives"),
     Name("transformers.modeling_utils", _LOADING, why="its logger is silenced"),
     Name("transformers.AutoModel", _LOADING),
     Name("transformers.AutoModelForCausalLM", _LOADING),
@@ -206,7 +208,7 @@ _CONFIGS = (
 )  # fmt: skip
 
 _FILES = (
-    Name("transformers.AutoTokenizer", "guided_decode/checkpoints/checkpoint.py"),
+    Name("transformers.AutoTokenizer", "guided_decode/checkpoints/tokenizer_files.py"),
     Name("transformers.PreTrainedTokenizerBase", "guided_decode/checkpoints/tokenizer_match.py"),
     Name("transformers.PreTrainedTokenizerBase.get_vocab",
          "guided_decode/checkpoints/tokenizer_match.py", takes=called()),

@@ -195,7 +195,7 @@ def test_a_sequence_head_with_one_label_is_a_reward_model(tmp_path):
         ("token", 1, "ppo-critic, verl-critic, value-head, classifier"),
         ("token", 3, "classifier"),
         ("sequence", 3, "classifier"),
-        ("token", 2, "none of the kinds of this version"),
+        ("token", 2, 'classifier with transform="softmax:CLASS", .* one of its 2 labels'),
         ("lm", 1, "implicit"),
     ],
 )
@@ -205,7 +205,7 @@ def test_auto_stops_without_evidence_and_lists_what_it_could_be(head, labels, ki
 
 
 def test_auto_lists_the_kinds_of_a_value_head():
-    with pytest.raises(ValueError, match="could be value-head, implicit; pass kind="):
+    with pytest.raises(ValueError, match="could be value-head, reward-model, implicit; pass kind="):
         load_checkpoint(saved_value_head("trl"))
 
 

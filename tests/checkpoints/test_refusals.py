@@ -27,7 +27,7 @@ LLAMA = dict(
          "ForTokenClassification; pass kind=implicit"),
         ("sequence", "ppo-critic", "is a LlamaForSequenceClassification: ppo-critic expects"),
         ("token", "reward-model", "reward-model expects a class that ends in "
-         "ForSequenceClassification; pass kind=ppo-critic or verl-critic"),
+         "ForSequenceClassification or .*; pass kind=ppo-critic or verl-critic"),
         ("lm", "value-head", "has no head that value-head expects .one of v_head.summary.weight"),
         ("lm", "implicit", "as implicit, which is a pair of language models: .* load_causal_lm"),
     ],
@@ -42,8 +42,8 @@ def test_the_wrong_head(head, kind, message, from_memory):
     ("kind", "labels", "message"),
     [
         ("ppo-critic", 3, "num_labels 3: ppo-critic expects 1; pass kind=classifier"),
-        ("verl-critic", 2, "num_labels 2: verl-critic expects 1; pass another checkpoint"),
-        ("classifier", 2, "num_labels 2: classifier expects 3 or 1; pass another checkpoint"),
+        ("verl-critic", 2, "num_labels 2: verl-critic expects 1; pass kind=classifier with"),
+        ("classifier", 2, "expects 3 or 1; pass kind=classifier with transform=.softmax"),
     ],
 )
 def test_the_wrong_number_of_labels(kind, labels, message):

@@ -2,7 +2,7 @@
 
 import pytest
 from tokenizers import Tokenizer, models
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 
@@ -63,3 +63,24 @@ def test_a_token_that_the_critic_lacks_is_named():
 def test_other_special_tokens_are_refused(special, message):
     with pytest.raises(ValueError, match=f"different special tokens: {message}; expected the same"):
         check_tokenizers(tokenizer(), tokenizer(**special))
+
+
+def reserving(*names, special=True):
+    made = tokenizer()
+    made.add_tokens([AddedToken(name, special=special) for name in names], special_tokens=special)
+    return made
+
+
+def test_ids_that_one_of_both_only_reserves_may_have_other_names():
+    """Llama 3.1 names some of what Llama 3 reserves, and moves the rest of the names along."""
+    older = reserving("<|reserved_0|>", "<|reserved_1|>", "<|reserved_2|>")
+    newer = reserving("<|pad_id|>", "<|reserved_0|>", "<|eom|>")
+    check_tokenizers(older, newer)
+    check_tokenizers(newer, older)
+
+
+def test_other_special_tokens_may_not():
+    with pytest.raises(ValueError, match="'<|user|>' is 6 in the policy and missing in the critic"):
+        check_tokenizers(reserving("<|user|>"), reserving("<|system|>"))
+    with pytest.raises(ValueError, match="'reserved' is 6 in the policy and missing"):
+        check_tokenizers(reserving("reserved", special=False), reserving("word", special=False))

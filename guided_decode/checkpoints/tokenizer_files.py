@@ -1,0 +1,81 @@
+"""The tokenizer that comes with a checkpoint, by path or of a model in memory."""
+
+from pathlib import Path
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import cached_file
+
+from guided_decode.checkpoints.arrival import damaged
+from guided_decode.checkpoints.source import Source
+
+_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
+
+
+def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that comes with the checkpoint; None where it has none.
+
+    A model in memory has that of the folder or repository that it was loaded from, as far as it
+    is on this machine.
+
+    Raises ValueError: a file of it did not arrive whole, or is none of a tokenizer.
+    """
+    if source.weights is not None:
+        return _read(
+            source.weights.location, source.weights.revision, source.trust_remote_code, False
+        )
+    name = source.config.name_or_path
+    return _read(str(name), None, False, True) if name else None
+
+
+def read_policy_tokenizer(location: str) -> PreTrainedTokenizerBase:
+    """The tokenizer of a path or Hub id. Raises ValueError: there is none, or it is broken."""
+    return _load(location, None, trust_remote_code=False, local=False)
+
+
+def _read(
+    location: str, revision: str | None, trust_remote_code: bool, local: bool
+) -> PreTrainedTokenizerBase | None:
+    if not any(_has(location, name, revision, local) for name in _FILES):
+        return None
+    return _load(location, revision, trust_remote_code=trust_remote_code, local=local)
+
+
+def _has(location: str, name: str, revision: str | None, local: bool) -> bool:
+    try:
+        found = cached_file(
+            location,
+            name,
+            revision=revision,
+            local_files_only=local,
+            _raise_exceptions_for_missing_entries=False,
+        )
+    except (OSError, ValueError):
+        # A model in memory may bear any name.
+        if local:
+            return False
+        raise
+    return found is not None
+
+
+def _load(
+    location: str, revision: str | None, *, trust_remote_code: bool, local: bool
+) -> PreTrainedTokenizerBase:
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+            location,
+            revision=revision,
+            trust_remote_code=trust_remote_code,
+            local_files_only=local,
+        )
+    # Its files are read by many hands, in Rust too, which raise what comes: KeyError for
+    # added_tokens, JSONDecodeError, plain Exception.
+    except Exception as error:
+        if (broken := damaged(Path(location), (".json", ".model"))) is not None:
+            raise broken from error
+        said = " ".join(str(error).split()) or "no reason given"
+        raise ValueError(
+            f"the tokenizer of {location} cannot be read ({type(error).__name__}: {said}): "
+            f"expected the files that save_pretrained writes ({', '.join(_FILES[:2])}); download "
+            "or save it again"
+        ) from error
+    return tokenizer
