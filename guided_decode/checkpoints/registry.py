@@ -34,6 +34,10 @@ class Shape:
         return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
 
 
+# The policy's tokenizer has a chat template of its own, which no format of `prompts` is.
+POLICY_TEMPLATE = "chat template"
+
+
 @dataclass(frozen=True, slots=True)
 class Record:
     """One known checkpoint.
@@ -43,6 +47,8 @@ class Record:
     kind: the family of `families.FAMILIES`; None for a policy that is only decoded.
     prompt_format: the name of a format of `prompts.FORMATS`.
     policy: whose decoding it guides best; reference: of an implicit reward.
+    policy_format: how that policy is prompted, where it is not by `prompt_format`: the name of a
+        format, or `POLICY_TEMPLATE`.
     assets: which model of this package it is; None for one of the Hub's.
     """
 
@@ -54,6 +60,7 @@ class Record:
     summary: str
     policy: str | None = None
     reference: str | None = None
+    policy_format: str | None = None
     defects: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
     assets: str | None = None
@@ -62,6 +69,11 @@ class Record:
     def location(self) -> str:
         """What `from_pretrained` takes: the Hub id, or a path inside this package."""
         return self.name if self.assets is None else str(model_path(self.assets))
+
+    @property
+    def one_format(self) -> bool:
+        """Whether its policy is prompted in the format that it was trained on itself."""
+        return self.policy_format in (None, self.prompt_format)
 
     @property
     def weight_bytes(self) -> int:
@@ -197,6 +209,8 @@ REGISTRY: tuple[Record, ...] = (
         summary="KTO policy, third iteration; implicit reward against its base",
         policy="mistralai/Mistral-7B-Instruct-v0.2",
         reference="mistralai/Mistral-7B-Instruct-v0.2",
+        # Trained on Tulu's turns, from a policy that knows [INST] ... [/INST].
+        policy_format=POLICY_TEMPLATE,
     ),
     _tiny("sft", None, "SFT policy and reference, part of this package"),
     _tiny("ppo", "implicit", "PPO policy, part of this package", reference="tiny-tulu-sft"),

@@ -13,11 +13,19 @@ from rich.text import Text
 from guided_decode.checkpoints.registry import REGISTRY, Record
 from guided_decode.cli.terminal import console
 
+# Terminal rules, as a candidate that ends the response meets them.
+_AT_THE_END = {
+    "baseline": "an end has A = 0",
+    "critic": "an end has Q = V(s·EOS)",
+    "reward": "an end has its reward",
+    "included": "ends scored like any token",
+}
+
 
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="as one JSON array")] = False,
 ) -> None:
-    """List the registered checkpoints: memory, policy, kind and prompt format of each."""
+    """List the registered checkpoints: memory, policy, kind and how each is read."""
     if as_json:
         print(json.dumps([_fields(record) for record in REGISTRY], indent=2))
         return
@@ -48,20 +56,45 @@ def _description(record: Record) -> Text:
     kind = record.kind or "policy"
     text = Text(record.name, style="bold").append(f"\n{kind}", style="cyan not bold")
     text.append(f" · {record.prompt_format} format · {record.summary}", style="not bold")
+    if (reading := _reading(record)) is not None:
+        text.append(f"\n{reading}", style="not bold")
     if record.policy is not None and record.policy != record.name:
         text.append(f"\nguides {record.policy}", style="not bold")
+        if not record.one_format:
+            text.append(f", prompted by its own {record.policy_format}", style="not bold")
     if record.reference is not None:
         text.append(f"\nagainst {record.reference}", style="not bold")
     return text
 
 
+def _reading(record: Record) -> str | None:
+    """How its score is read, in words; None for a policy that is only decoded."""
+    from guided_decode.checkpoints.record_conventions import conventions_of
+
+    how = conventions_of(record)
+    if how.bos is None or how.read is None or how.terminal is None:
+        return None
+    bos = {"keep": "BOS kept", "drop": "BOS dropped", "policy": "BOS as the policy's"}[how.bos]
+    read = {"token": "read at each token", "eos": "read at EOS"}[how.read]
+    return f"{bos} · {read} · {_AT_THE_END[how.terminal]}"
+
+
 def _fields(record: Record) -> dict[str, Any]:
+    from guided_decode.checkpoints.record_conventions import conventions_of
+
+    how = conventions_of(record)
     return {
         "name": record.name,
         "aliases": list(record.aliases),
         "kind": record.kind,
         "architecture": record.architecture,
         "prompt_format": record.prompt_format,
+        "prompt_format_bos": how.format_bos,
+        "policy_format": record.policy_format or record.prompt_format,
+        "bos": how.bos,
+        "read": how.read,
+        "terminal": how.terminal,
+        "transform": how.transform,
         "policy": record.policy,
         "reference": record.reference,
         "weight_bytes_bf16": record.weight_bytes,

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from guided_decode.checkpoints.checkpoint import load_causal_lm, load_checkpoint
 from guided_decode.checkpoints.families import FAMILIES
 from guided_decode.checkpoints.prompts import FORMATS
-from guided_decode.checkpoints.registry import REGISTRY, Shape, find
+from guided_decode.checkpoints.registry import POLICY_TEMPLATE, REGISTRY, Shape, find
 from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 
 FIVE = [
@@ -59,6 +59,12 @@ def test_records_name_known_kinds_and_formats_and_fit_their_families():
             assert FAMILIES[record.kind].takes(record.architecture), record.name
         if record.kind == "implicit":
             assert record.reference, record.name
+
+
+def test_policies_are_prompted_as_their_scorers_but_for_the_kto_pair():
+    two = [record.name for record in REGISTRY if not record.one_format]
+    assert two == ["ContextualAI/Contextual_KTO_Mistral_PairRM"]
+    assert find(two[0]).policy_format == POLICY_TEMPLATE
 
 
 def test_names_are_unique():

@@ -28,6 +28,36 @@ def test_json_has_every_record_with_what_it_needs():
     assert critic["weight_bytes_bf16"] == pytest.approx(25.7e9, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    ("name", "bos", "read", "terminal", "formats", "format_bos"),
+    [
+        ("allenai/tulu-v2.5-ppo-13b-uf-mean-13b-mix-rm-value", "drop", "token", "baseline",
+         ("tulu-2", "tulu-2"), True),
+        ("allenai/Llama-3.1-Tulu-3-8B-RM", "keep", "eos", "critic", ("tulu-3", "tulu-3"), False),
+        ("ContextualAI/Contextual_KTO_Mistral_PairRM", "policy", "token", "included",
+         ("tulu-2", "chat template"), True),
+        ("tiny-tulu-sft", None, None, None, ("tulu-3", "tulu-3"), False),
+    ],
+)  # fmt: skip
+def test_json_says_how_each_is_read(name, bos, read, terminal, formats, format_bos):
+    line = next(line for line in json.loads(models("--json")) if line["name"] == name)
+    assert (line["bos"], line["read"], line["terminal"]) == (bos, read, terminal)
+    assert (line["prompt_format"], line["policy_format"]) == formats
+    assert line["prompt_format_bos"] is format_bos
+
+
+def test_the_table_says_how_each_is_read(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
+    text = "\n".join(line.rstrip() for line in models().splitlines())
+    for record in REGISTRY:
+        described = next(part for part in text.split("\n\n") if record.name in part)
+        assert ("read at" in described) == (record.kind is not None), record.name
+    assert "BOS dropped · read at each token · an end has A = 0" in text
+    assert "BOS kept · read at EOS · an end has Q = V(s·EOS)" in text
+    assert "BOS as the policy's · read at each token · ends scored like any token" in text
+    assert "guides mistralai/Mistral-7B-Instruct-v0.2, prompted by its own chat template" in text
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_the_table_names_every_checkpoint_whole(width, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
