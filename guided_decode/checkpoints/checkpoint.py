@@ -169,7 +169,7 @@ def load_policy_trunk(
 def _settle_rope(source: Source, family: Family, rope_theta: float | None) -> None:
     if source.instance is not None and rope_theta is not None:
         raise ValueError(
-            f"rope_theta={rope_theta:g} was given for {source.name}, a model in memory, whose "
+            f"rope_theta={rope_theta} was given for {source.name}, a model in memory, whose "
             "frequencies are computed already: expected a name or path; load it from there"
         )
     settle_rope(source.name, source.config, family, rope_theta)

@@ -1,5 +1,6 @@
 """What a model's config must be for packed scoring, and its rope."""
 
+import math
 from typing import Any
 
 from transformers import PreTrainedConfig
@@ -91,8 +92,9 @@ def settle_rope(
     """
     ropes = rope_parameters(config)
     if rope_theta is not None:
-        if not 0 < rope_theta < float("inf"):
-            raise ValueError(f"rope_theta={rope_theta:g}: expected a finite number above 0")
+        theta = rope_theta if isinstance(rope_theta, int | float) else 0.0
+        if not 0 < theta < math.inf:
+            raise ValueError(f"rope_theta={rope_theta!r}: expected a finite number above 0")
         if len(ropes) != 1:
             raise ValueError(
                 f"rope_theta={rope_theta:g} was given for {name}, whose config has {len(ropes)} "

@@ -190,6 +190,6 @@ FAMILIES: dict[str, Family] = {family.kind: family for family in _RECORDS}
 
 def find_family(kind: str) -> Family:
     """The family of a kind. Raises ValueError for an unknown one."""
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(f"kind {kind!r}: expected one of {', '.join(FAMILIES)}, or auto")
     return FAMILIES[kind]

@@ -4,7 +4,6 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
-from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
@@ -16,6 +15,9 @@ from guided_decode.checkpoints.misgiven import (
 )
 from guided_decode.checkpoints.registry import Record, find
 from guided_decode.checkpoints.weight_files import WeightFiles, open_weights
+
+# Characters of another library's message.
+_MOST_SAID = 400
 
 ModelLike = str | Path | PreTrainedModel
 
@@ -75,7 +77,7 @@ def open_source(
     if (reason := misgiven_file(location)) is not None:
         raise ValueError(reason)
     config = _read_config(str(model), location, revision, trust_remote_code)
-    architecture = (config.architectures or [""])[0]
+    architecture = _architecture(str(model), config)
     weights = open_weights(location, revision, allow_pickle)
     return Source(str(model), architecture, config, record, weights, None, trust_remote_code)
 
@@ -87,24 +89,41 @@ def _read_config(
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code
         )
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        StrictDataclassError,
-    ) as error:
-        if (broken := damaged(Path(location), (".json",))) is not None:
-            raise broken from error
-        if not Path(location).is_dir() and (other := misgiven_repository(location, revision)):
-            raise ValueError(other) from error
-        said = " ".join(str(error).split()) if isinstance(error, StrictDataclassError) else ""
-        raise ValueError(
-            f"{name}: expected a folder with a config.json, a registered name or a Hub id; "
-            f"{said or (str(error).strip() or type(error).__name__).splitlines()[0]}"
-        ) from error
+    except ImportError:
+        raise
+    # Config classes run code of their own on what the file says, which raises what comes.
+    except Exception as error:
+        raise _unreadable_config(name, location, revision, error) from error
     return config
+
+
+def _unreadable_config(
+    name: str, location: str, revision: str | None, error: Exception
+) -> ValueError:
+    said = " ".join(str(error).split()) or type(error).__name__
+    path = Path(location) / "config.json"
+    if path.is_file():
+        return damaged(Path(location), (".json",)) or ValueError(
+            f"{path} cannot be read as a model's config: {said[:_MOST_SAID]}; expected what "
+            "save_pretrained writes; mend it or download it again"
+        )
+    other = None if Path(location).is_dir() else misgiven_repository(location, revision)
+    return ValueError(
+        other
+        or f"{name}: expected a folder with a config.json, a registered name or a Hub id; "
+        f"{said[:_MOST_SAID]}"
+    )
+
+
+def _architecture(name: str, config: PreTrainedConfig) -> str:
+    """The class that a config names, "" where it names none."""
+    named = config.architectures or [""]
+    if not isinstance(named, list) or not isinstance(named[0], str):
+        raise ValueError(
+            f"{name} has architectures {named!r} in its config.json: expected a list with the name "
+            "of its class; mend it"
+        )
+    return named[0]
 
 
 def _of_instance(model: PreTrainedModel) -> Source:

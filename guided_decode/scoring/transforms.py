@@ -137,9 +137,14 @@ assert len(_BY_NAME) == len(get_args(AnyTransform))
 def parse_transform(given: str | Transform) -> Transform:
     """The transform of a text such as "sigmoid", "softmax:1" or "clip:0,1".
 
-    Raises ValueError: the text is none of the forms; a transform is handed back as it is.
+    Raises ValueError: it is none of the forms; a transform is handed back as it is.
     """
     if not isinstance(given, str):
+        if not callable(given) or not callable(getattr(given, "fits", None)):
+            raise ValueError(
+                f"a transform came as {type(given).__name__}: expected the text of one ({_FORMS}), "
+                "or a record of guided_decode.scoring.transforms"
+            )
         return given
     name, _, text = given.partition(":")
     record = _BY_NAME.get(name)

@@ -177,7 +177,7 @@ _MODELS = (
         "transformers.PreTrainedModel.from_pretrained",
         _LOADING,
         takes=called("pretrained_model_name_or_path",
-                     by_name=("config", "revision", "use_safetensors", "key_mapping",
+                     by_name=("config", "revision", "use_safetensors",
                               "ignore_mismatched_sizes"), any_name=True),
     ),
     Name("transformers.utils.loading_report.LoadStateDictInfo", _LOADING,

@@ -73,12 +73,21 @@ def test_a_tokenizer_without_a_part_of_it(folder):
 
 
 @pytest.mark.parametrize(
-    "fields", [{"hidden_size": "wide"}, {"num_hidden_layers": [2]}, {"vocab_size": None}]
+    ("fields", "message"),
+    [
+        ({"hidden_size": "wide"}, "config.json cannot be read as .* 'hidden_size' expected int"),
+        ({"num_hidden_layers": [2]}, "cannot be read as .*'num_hidden_layers' expected int"),
+        ({"vocab_size": None}, "config.json cannot be read as a model's config: .*'vocab_size'"),
+        ({"num_attention_heads": 0}, "config.json cannot be read as a model's config"),
+        ({"id2label": 3}, "config.json cannot be read as a model's config"),
+        ({"architectures": [3]}, r"architectures \[3\] in its config.json: expected a list with"),
+        ({"hidden_act": "zap"}, "its weights do not fit its config; .* 'zap'"),
+    ],
 )
-def test_a_config_of_the_wrong_types(folder, fields):
+def test_a_config_of_the_wrong_types(folder, fields, message):
     config = json.loads((folder / "config.json").read_text()) | fields
     (folder / "config.json").write_text(json.dumps(config))
-    refused("expected", folder)
+    refused(message, folder)
 
 
 def test_a_pad_token_outside_the_vocabulary(tmp_path):

@@ -160,6 +160,10 @@ def test_a_module_that_is_no_transformers_model():
         ({"bos": "add"}, "bos='add': expected one of keep, drop, policy"),
         ({"terminal": "eos"}, "terminal='eos': expected one of baseline, reward, critic, included"),
         ({"transform": "relu"}, "transform 'relu': expected one of identity"),
+        ({"transform": torch.sigmoid}, "a transform came as builtin_function_or_method: expected"),
+        ({"kind": ["ppo-critic"]}, r"kind \['ppo-critic'\]: expected one of ppo-critic"),
+        ({"rope_theta": "10000"}, "rope_theta='10000': expected a number above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan: expected a number above 0"),
     ],
 )
 def test_rules_that_do_not_exist(kwargs, message):
@@ -264,5 +268,5 @@ def test_an_unreadable_config(tmp_path):
     tiny("llama", "token").save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config)[:-5])
-    with pytest.raises(ValueError, match="expected a folder with a config.json"):
+    with pytest.raises(ValueError, match="config.json cannot be read as a model's config: "):
         load_checkpoint(tmp_path, "ppo-critic")
