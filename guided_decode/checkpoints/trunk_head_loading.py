@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -149,7 +149,7 @@ def _of_file(path: Path, name: str) -> TrunkHead:
     with opened_safetensors(path) as opened:
         header = (opened.metadata() or {}).get(METADATA)
         tensors = {key: opened.get_tensor(key) for key in opened.keys()}  # noqa: SIM118
-    metadata = {} if header is None else json.loads(header)
+    metadata = _metadata(name, header)
     if metadata and (metadata.get("kind"), metadata.get("version")) != (KIND, VERSION):
         raise ValueError(
             f"{name} has kind {metadata.get('kind')!r} and version {metadata.get('version')!r} in "
@@ -159,8 +159,33 @@ def _of_file(path: Path, name: str) -> TrunkHead:
     if metadata.get("transform"):
         found = replace(found, transform=parse_transform(metadata["transform"]))
     if metadata.get("trunk"):
-        found = replace(found, trunk=TrunkRecord(**metadata["trunk"]))
+        found = replace(found, trunk=_trunk_record(name, metadata["trunk"]))
     return found
+
+
+def _metadata(name: str, header: str | None) -> dict[str, Any]:
+    """Our entry of a file's header; empty where there is none."""
+    try:
+        metadata = {} if header is None else json.loads(header)
+    except ValueError:
+        metadata = None
+    if not isinstance(metadata, dict):
+        raise ValueError(
+            f"{name} has {str(header)[:60]!r} as {METADATA!r} in its metadata: expected a JSON "
+            "object; write it again with save_trunk_head"
+        )
+    return metadata
+
+
+def _trunk_record(name: str, given: Any) -> TrunkRecord:
+    try:
+        return TrunkRecord(**given)
+    except TypeError as error:
+        wanted = ", ".join(field.name for field in fields(TrunkRecord))
+        raise ValueError(
+            f"{name} says {str(given)[:60]} of its trunk: expected {wanted}; write it again with "
+            "save_trunk_head"
+        ) from error
 
 
 def _of_checkpoint(source: Source) -> TrunkHead:
@@ -236,8 +261,9 @@ def _check_shapes(head: TrunkHead, name: str) -> None:
                 f"{name} has {layer}.bias of shape {list(bias.shape)}: expected [{width}], as its "
                 "weight has rows; write it again with save_trunk_head"
             )
-        if not bool(torch.isfinite(weight).all()):
-            raise ValueError(f"{name} has NaN or infinity in {layer}.weight: expected numbers")
+        for part, tensor in (("weight", weight), ("bias", bias)):
+            if tensor is not None and not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} has NaN or infinity in {layer}.{part}: expected numbers")
     if not head.transform.fits(len(head.weight)):
         raise ValueError(
             f"{name} has {len(head.weight)} labels, which {head.transform} cannot read: expected "

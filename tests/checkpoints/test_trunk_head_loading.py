@@ -327,3 +327,32 @@ def test_hidden_states_count_in_the_caches_default_budget(monkeypatch):
     token = scorer.cache.pool.nbytes // (scorer.cache.capacity + 1) + scorer._hidden[0].nbytes
     held = scorer.cache.pool.nbytes + scorer._hidden.nbytes
     assert budget - 2 * token < held <= budget + 2 * token
+
+
+@pytest.mark.parametrize("content", [b"", b"version https://git-lfs.github.com/spec/v1\n", b"cut"])
+def test_a_file_that_did_not_arrive_whole(tmp_path, content):
+    path = tmp_path / FILE_NAME
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} (is empty|is a git-lfs pointer|cannot be read)"):
+        read_trunk_head(path)
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("{", "as 'guided_decode' in its metadata: expected a JSON object; write it again"),
+        ("[]", "has '\\[\\]' as 'guided_decode' in its metadata: expected a JSON object"),
+        ('{"kind": "trunk-head", "version": 1, "trunk": {"x": 1}}', "of its trunk: expected name,"),
+        ('{"kind": "trunk-head", "version": 1, "trunk": 3}', "says 3 of its trunk: expected name"),
+    ],
+)
+def test_metadata_that_is_none_of_ours(tmp_path, entry, message):
+    path = tmp_path / FILE_NAME
+    save_file({"head.weight": torch.ones(1, 48)}, path, metadata={"guided_decode": entry})
+    with pytest.raises(ValueError, match=message):
+        read_trunk_head(path)
+
+
+def test_a_bias_that_is_no_number():
+    with pytest.raises(ValueError, match="NaN or infinity in head.bias: expected numbers"):
+        read_trunk_head({"head.weight": torch.ones(1, 48), "head.bias": torch.tensor([torch.nan])})
