@@ -162,8 +162,8 @@ def test_a_module_that_is_no_transformers_model():
         ({"transform": "relu"}, "transform 'relu': expected one of identity"),
         ({"transform": torch.sigmoid}, "a transform came as builtin_function_or_method: expected"),
         ({"kind": ["ppo-critic"]}, r"kind \['ppo-critic'\]: expected one of ppo-critic"),
-        ({"rope_theta": "10000"}, "rope_theta='10000': expected a number above 0"),
-        ({"rope_theta": float("nan")}, "rope_theta=nan: expected a number above 0"),
+        ({"rope_theta": "10000"}, "rope_theta='10000': expected a finite number above 0"),
+        ({"rope_theta": float("nan")}, "rope_theta=nan: expected a finite number above 0"),
     ],
 )
 def test_rules_that_do_not_exist(kwargs, message):

@@ -47,7 +47,7 @@ def test_a_scorers_dtype_is_the_flag_that_a_command_has_for_it():
         (["--bos", "eat"], "--bos eat: expected one of keep, drop"),
         (["--terminal", "bonus"], "--terminal bonus: expected one of baseline"),
         (["--transform", "cube"], "cube"),
-        (["--rope-theta", "-1"], "--rope-theta -1: expected a finite number above 0"),
+        (["--rope-theta", "-1"], "--rope-theta -1.0: expected a finite number above 0"),
         (["--kind", "trunk-head"], "without a head: pass --head"),
         (["--head", "/no/such"], "/no/such: no such folder"),
         (["--reward", "/no/such"], "/no/such: no such folder"),
