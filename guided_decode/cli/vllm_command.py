@@ -142,7 +142,9 @@ def launch(
     """
     from guided_decode.integrations.vllm.server_config import CONFIG_KEY, CONFIG_VARIABLE
 
-    processors = [PROCESSOR, *options.take("--logits-processors")]
+    # What the user's own forbid is never a candidate: after guidance they may leave nothing.
+    own = [one for one in options.take("--logits-processors") if one != PROCESSOR]
+    processors = [*dict.fromkeys(own), PROCESSOR]
     command = [*distribution.start(policy), "--host", host, "--port", str(port)]
     if served_name is not None and not options.has("--served-model-name"):
         command += ["--served-model-name", served_name]
@@ -152,7 +154,7 @@ def launch(
         if not os.environ.get(_CACHE_VARIABLE) and not options.has("--kv-cache-memory-bytes"):
             environment[_CACHE_VARIABLE] = str(cpu_cache_gib)
     command += options.tokens
-    command += ["--logits-processors", *dict.fromkeys(processors)]
+    command += ["--logits-processors", *processors]
     command += ["--additional-config", json.dumps({**other_config, CONFIG_KEY: config})]
     return Launch(command, environment)
 

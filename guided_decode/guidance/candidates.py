@@ -69,6 +69,18 @@ def gated_rows(logits: Tensor, gates: Sequence[float]) -> Tensor:
     return gated
 
 
+def rows_beyond(
+    logits: Tensor,  # [rows, vocab] any float
+    known: int,
+) -> list[int]:
+    """The rows whose largest logit is at an id that is not below `known`."""
+    if logits.shape[-1] <= known:
+        return []
+    beyond = logits[:, known:].amax(-1) > logits[:, :known].amax(-1)
+    rows: list[int] = beyond.nonzero().flatten().tolist()
+    return rows
+
+
 def _choose(
     logits: Tensor,
     widths: Sequence[int],

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from guided_decode.guidance import failed_rows
-from guided_decode.guidance.candidates import choose_candidates, log_normaliser
+from guided_decode.guidance.candidates import choose_candidates, log_normaliser, rows_beyond
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.rule import (
     Configs,
@@ -61,7 +61,9 @@ def guide_rows(
         min_keep: how many candidates top_p and pruning leave at least (beam search needs some).
 
     Returns:
-        New logits, [rows, vocab], of the input's dtype.
+        New logits, [rows, vocab], of the input's dtype. Ids beyond the scorer's vocabulary are no
+        candidates, and count in no mass that top_p or the gate compares; a row whose likeliest
+        token is one of them is a row that the scorer refuses.
 
     Raises:
         ValueError: top_k=None with a scorer that scores candidates one by one, kl_coef without a
@@ -75,16 +77,20 @@ def guide_rows(
     if not any(map(_is_guided, configs)):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
-    chosen = choose_candidates(logits, configs, min_keep)
+    # A policy's vocabulary may be padded further than the scorer's: those ids are no candidates.
+    chosen = choose_candidates(logits[:, : scorer.vocab_size], configs, min_keep)
+    lost = rows_beyond(logits, scorer.vocab_size)
     known, gated = _on_host(chosen, vocabulary=scorer.scores_vocabulary)
     active = _rows_to_score(scorer, configs, gated)
+    if lost:
+        active = _without(lost, active, scorer, on_error)
     reason: object = "NaN or infinite scores"
     refused: dict[int, str] = {}
     try:
         try:
             step = _score(scorer, logits, chosen.candidates, known, prefixes, configs, active, ends)
         except ValueError:
-            refused = _refused_rows(scorer, prefixes, known, active, logits.shape[-1])
+            refused = _refused_rows(scorer, prefixes, known, active)
             if on_error == "raise" or not refused:
                 raise
             active = [i for i in active if i not in refused]
@@ -98,8 +104,11 @@ def guide_rows(
     guided, why = apply_guidance(
         logits, chosen.candidates, step.scores, configs, step.scored, step.log_ratio, min_keep
     )
+    if lost:
+        guided[lost] = logits[lost]
     failures = failed_rows.reasons(why, known)
-    failed = [i for i, each in enumerate(failures) if each and _is_guided(configs[i])]
+    guides = [_is_guided(config) and i not in lost for i, config in enumerate(configs)]
+    failed = [i for i, each in enumerate(failures) if each and guides[i]]
     masked = [i for i in failed if failures[i] == failed_rows.ALL_MASKED]
     if failed and on_error == "raise":
         raise ValueError(failed_rows.in_words(failed, masked=masked))
@@ -119,6 +128,20 @@ def check_on_error(given: object) -> None:
     """Raises ValueError: no value of `on_error`."""
     if given not in get_args(OnError):
         raise ValueError(f"on_error={given!r}: expected 'raise' or 'passthrough'")
+
+
+def _without(lost: list[int], active: list[int], scorer: Scorer, on_error: OnError) -> list[int]:
+    """The rows to score but for those whose likeliest token the scorer does not know."""
+    kept = [i for i in active if i not in lost]
+    if len(kept) < len(active):
+        reason = f"the likeliest token is outside the scorer's vocabulary of {scorer.vocab_size}"
+        if on_error == "raise":
+            raise ValueError(
+                f"rows {sorted(set(active) - set(kept))}: {reason}: expected a scorer with the "
+                'policy\'s vocabulary, or on_error="passthrough"'
+            )
+        _count_failure(scorer, len(active) - len(kept), reason)
+    return kept
 
 
 def _check_call(logits: Tensor, prefixes: Sequence[Prefix], on_error: OnError) -> None:
@@ -170,17 +193,12 @@ def _on_host(chosen: TopCandidates, *, vocabulary: bool) -> tuple[Tensor, list[b
 
 
 def _refused_rows(
-    scorer: Scorer, prefixes: Sequence[Prefix], candidates: Tensor, active: list[int], vocab: int
+    scorer: Scorer, prefixes: Sequence[Prefix], candidates: Tensor, active: list[int]
 ) -> dict[int, str]:
     """The rows that the scorer would refuse, with its reasons."""
     counts = (candidates >= 0).sum(-1).tolist()
     reasons = ((i, scorer.refusal(prefixes[i], counts[i])) for i in active)
-    refused = {i: reason for i, reason in reasons if reason is not None}
-    if vocab > scorer.vocab_size:
-        unknown = (candidates >= scorer.vocab_size).any(-1).tolist()
-        reason = f"a candidate is outside the scorer's vocabulary of {scorer.vocab_size} tokens"
-        refused.update({i: reason for i in active if unknown[i]})
-    return refused
+    return {i: reason for i, reason in reasons if reason is not None}
 
 
 def _rows_to_score(

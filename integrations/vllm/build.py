@@ -32,6 +32,7 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
     _log_with_vllm()
     config = config_of(vllm_config.additional_config)
     refuse_unsupported(vllm_config)
+    _warn_of_later_processors(vllm_config.model_config)
     parallel = vllm_config.parallel_config
     config = _within_vocabulary(config, vllm_config.model_config.get_vocab_size())
     leads, broadcast, agreed = _ranks(parallel)
@@ -75,6 +76,20 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
         raise ValueError(
             "batch-sharded sampling is on, where each rank samples other rows: start the server "
             "without it"
+        )
+
+
+def _warn_of_later_processors(model: Any) -> None:
+    """What comes after guidance may forbid all that guidance left."""
+    given = list(getattr(model, "logits_processors", None) or ())
+    names = [one if isinstance(one, str) else one.__name__ for one in given]
+    own = [i for i, name in enumerate(names) if name.endswith("ValueGuidedLogitsProcessor")]
+    later = names[own[0] + 1 :] if own else []
+    if later:
+        logger.warning(
+            "%s comes after guidance in --logits-processors: if it forbids the candidates, no "
+            "token is left, and vLLM writes one that nobody chose; list guided-decode's last",
+            ", ".join(later),
         )
 
 

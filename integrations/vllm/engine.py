@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Sequence
 import torch
 from torch import Tensor
 
+from guided_decode.guidance.candidates import rows_beyond
 from guided_decode.guidance.step import guide_rows, is_device_error
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
 from guided_decode.integrations.vllm.request import Pruning, Request, SamplingParams, admit
@@ -138,7 +139,7 @@ class GuidedEngine:
         pruned = {i: p.token for i in known if (p := _ends_now(live[i])) is not None}
         chosen = [i for i in known if i not in pruned and live[i].request.is_guided]
         if chosen and self.config.on_error == "raise":
-            chosen = self._not_masked(self._not_refused(chosen, live), own)
+            chosen = self._not_masked(self._not_refused(chosen, live, own), own)
         guided = self._guide(own, live, chosen)
         if pruned:
             guided[list(pruned)] = -torch.inf
@@ -147,11 +148,13 @@ class GuidedEngine:
             live[i].seen = len(live[i].history)
         return guided
 
-    def _not_refused(self, chosen: list[int], rows: list[LiveRow]) -> list[int]:
+    def _not_refused(self, chosen: list[int], rows: list[LiveRow], own: Tensor) -> list[int]:
         """Those that the scorer can score: no request may end the engine."""
         assert self.scorer is not None
         most = self.config.max_top_k
         reasons = {i: self.scorer.refusal(rows[i].history, most) for i in chosen}
+        for i in set(rows_beyond(own, self.scorer.vocab_size)).intersection(chosen):
+            reasons[i] = "the scorer does not know the likeliest token"
         refused = [i for i, reason in reasons.items() if reason is not None]
         if refused:
             self._count_failure(len(refused), reasons[refused[0]])

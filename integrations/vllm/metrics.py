@@ -18,6 +18,7 @@ _HELP = {
     "guided_rows": "rows handed to guidance",
     "wasted_rows": "rows guided whose sample was dropped (prompts still being prefilled)",
     "unguided_rows": "rows that asked but whose tokens vLLM did not hand over",
+    "forbidden_rows": "guided rows that came with every token forbidden",
     "clamps": "wishes of requests that were not granted in full",
     "pruned_siblings": "samples ended by their siblings",
     "seconds": "seconds in the processor",
@@ -45,6 +46,7 @@ class StepCounts:
     guided_rows: int = 0
     wasted_rows: int = 0
     unguided_rows: int = 0
+    forbidden_rows: int = 0
     clamps: int = 0
     pruned_siblings: int = 0
     seconds: float = 0.0

@@ -7,15 +7,21 @@ from typing import Annotated, Any, NamedTuple, Protocol, cast
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
 
 from guided_decode.guidance.config import GuidanceConfig, Rule, Tail
-from guided_decode.integrations.vllm.server_config import ServerConfig, sentence
+from guided_decode.integrations.vllm.server_config import (
+    ServerConfig,
+    sentence,
+    shown,
+    unknown_keys,
+)
 
 # The keys that change a setting of GuidanceConfig; each of them asks for guidance.
 _SETTINGS = ("beta", "top_k", "top_p", "rule", "margin", "tail", "gate")
 _GROUP = ("group", "group_size", "keep", "every", "prune_token")
-# JSON's true and false are as good as 1 and 0.
+# True and false are as good as 1 and 0.
 _Flag = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, bool) else v)]
-# Stop tokens of a guided request; each is looked for among its candidates at every step.
-MOST_TERMINALS = 128
+# stop_token_ids of a guided request; each is looked for among its candidates at every step. What
+# ends any request of the policy comes on top.
+MOST_STOP_IDS = 128
 # Leaves every row's logits as they are, and scores nothing.
 UNGUIDED = GuidanceConfig(beta=0.0, tail="keep")
 
@@ -92,7 +98,7 @@ class Keys(BaseModel):
         return {name: value for name, value in given.items() if value is not None}
 
 
-_KNOWN = ", ".join(field.alias or name for name, field in Keys.model_fields.items())
+_KNOWN = tuple(field.alias or name for name, field in Keys.model_fields.items())
 
 
 class Admitted(NamedTuple):
@@ -115,9 +121,9 @@ def check_request(params: SamplingParams, config: ServerConfig | None) -> None:
         return
     _check_combination(keys)
     listed = len(params.stop_token_ids or ())
-    if listed > MOST_TERMINALS:
+    if listed > MOST_STOP_IDS:
         raise ValueError(
-            f"{listed} stop_token_ids came with a guided request: expected at most {MOST_TERMINALS}"
+            f"{listed} stop_token_ids came with a guided request: expected at most {MOST_STOP_IDS}"
         )
     if keys.group is not None:
         _pruning(keys, params, ())
@@ -148,19 +154,22 @@ def admit(
         keys = _keys(params.extra_args) or Keys.model_validate({})
         _check_combination(keys)
         keys = _clamped(keys, config, clamps)
-        guidance = _guidance(keys, config)
-        pruning = None
-        if keys.group is not None:
-            pruning = _granted_group(keys, params, config, end_ids, clamps, groups=groups)
     except ValueError as error:
         return Admitted(None, [str(error)])
+    guidance = pruning = None
+    try:
+        guidance = _guidance(keys, config)
+    except ValueError as error:
+        clamps.append(str(error))
+    if keys.group is not None:
+        pruning = _granted_group(keys, params, config, end_ids, clamps, groups=groups)
     if guidance is None and pruning is None:
         return Admitted(None, clamps)
     terminals = _terminals(params)
-    if len(terminals) > MOST_TERMINALS:
-        clamps.append(f"{len(terminals)} stop tokens became {MOST_TERMINALS}")
-    request = Request(guidance or UNGUIDED, terminals[:MOST_TERMINALS], pruning)
-    return Admitted(request, clamps)
+    if len(set(params.stop_token_ids or ()).difference(end_ids)) > MOST_STOP_IDS:
+        clamps.append(f"{len(terminals)} stop tokens became {MOST_STOP_IDS}")
+        terminals = terminals[:MOST_STOP_IDS]
+    return Admitted(Request(guidance or UNGUIDED, terminals, pruning), clamps)
 
 
 def _keys(extra_args: Mapping[str, Any] | None) -> Keys | None:
@@ -168,6 +177,10 @@ def _keys(extra_args: Mapping[str, Any] | None) -> Keys | None:
     given = {k: v for k, v in (extra_args or {}).items() if k == "guide" or k.startswith("guide_")}
     if not given:
         return None
+    unknown = [name for name in given if name not in _KNOWN]
+    if unknown:
+        # Before anything looks at each of them: there may be a million.
+        raise ValueError(unknown_keys(unknown, _KNOWN))
     try:
         return Keys.model_validate(given)
     except ValidationError as error:
@@ -181,10 +194,12 @@ def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
     if not (asked or (keys.guide is None and config.guide_by_default)):
         return None
     if not config.guides:
-        if settings:
+        # With a value log, guide=1 asks to be written there.
+        if settings or config.value_log is None:
+            name = f"guide_{next(iter(settings))}" if settings else "guide=1"
             raise ValueError(
-                f"guide_{next(iter(settings))}, but the server's value head sits on the policy's "
-                "own trunk: it compares siblings and guides no one; drop it"
+                f"{name}, but the server's value head sits on the policy's own trunk: it compares "
+                "siblings and guides no one; drop it"
             )
         return UNGUIDED
     return config.guidance.changed(**settings)
@@ -215,14 +230,16 @@ def _check_with_defaults(keys: Keys, config: ServerConfig) -> None:
 
 def _check_limits(keys: Keys, config: ServerConfig) -> None:
     if keys.top_k is not None and keys.top_k > config.max_top_k:
-        raise ValueError(f"guide_top_k={keys.top_k} is above the server's limit {config.max_top_k}")
+        raise ValueError(
+            f"guide_top_k={shown(keys.top_k)} is above the server's limit {config.max_top_k}"
+        )
     if keys.beta is not None and config.max_beta is not None and abs(keys.beta) > config.max_beta:
         raise ValueError(f"guide_beta={keys.beta:g} is above the server's limit {config.max_beta}")
     if keys.group is not None and not config.max_group_size:
         raise ValueError("guide_group was given, but this server compares no siblings")
     if keys.group_size is not None and keys.group_size > config.max_group_size:
         raise ValueError(
-            f"guide_group_size={keys.group_size} is above the server's limit "
+            f"guide_group_size={shown(keys.group_size)} is above the server's limit "
             f"{config.max_group_size}"
         )
 
@@ -231,7 +248,7 @@ def _clamped(keys: Keys, config: ServerConfig, clamps: list[str]) -> Keys:
     changed: dict[str, Any] = {}
     if keys.top_k is not None and keys.top_k > config.max_top_k:
         changed["top_k"] = config.max_top_k
-        clamps.append(f"guide_top_k={keys.top_k} became {config.max_top_k}")
+        clamps.append(f"guide_top_k={shown(keys.top_k)} became {config.max_top_k}")
     if keys.beta is not None and config.max_beta is not None and abs(keys.beta) > config.max_beta:
         changed["beta"] = config.max_beta if keys.beta > 0 else -config.max_beta
         clamps.append(f"guide_beta={keys.beta:g} became {changed['beta']:g}")
@@ -249,7 +266,8 @@ def _pruning(keys: Keys, params: SamplingParams, end_ids: Collection[int]) -> Pr
     size, keep, every = (cast(int, n) for n in (keys.group_size, keys.keep, keys.every))
     if keep >= size:
         raise ValueError(
-            f"guide_keep={keep} with guide_group_size={size} prunes nobody: expected fewer"
+            f"guide_keep={shown(keep)} with guide_group_size={shown(size)} prunes nobody: "
+            "expected fewer"
         )
     listed = list(params.stop_token_ids or ())
     token = keys.prune_token
@@ -258,14 +276,14 @@ def _pruning(keys: Keys, params: SamplingParams, end_ids: Collection[int]) -> Pr
         own = listed if len(listed) == 1 else [i for i in listed if i not in end_ids]
         if len(own) != 1:
             raise ValueError(
-                f"guide_group came with stop_token_ids={listed}: expected the one id that ends a "
-                "pruned sibling, or guide_prune_token to say which of them does"
+                f"guide_group came with stop_token_ids={shown(listed)}: expected the one id that "
+                "ends a pruned sibling, or guide_prune_token to say which of them does"
             )
         token = own[0]
     elif token not in listed:
         raise ValueError(
-            f"guide_prune_token={token} is not among stop_token_ids={listed}: a pruned sibling "
-            "would go on; list it there"
+            f"guide_prune_token={shown(token)} is not among stop_token_ids={shown(listed)}: a "
+            "pruned sibling would go on; list it there"
         )
     return Pruning(cast(str, keys.group), size, keep, every, token)
 
@@ -298,7 +316,9 @@ def _granted_group(
         clamps.append(str(error))
         return None
     if not groups or pruning.size > config.max_group_size:
-        clamps.append(f"guide_group with {pruning.size} siblings is not compared by this server")
+        clamps.append(
+            f"guide_group with {shown(pruning.size)} siblings is not compared by this server"
+        )
         return None
     return pruning
 

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Mapping
+import reprlib
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Literal
 
@@ -13,6 +14,11 @@ from guided_decode.guidance.config import Baseline, GuidanceConfig, OnError, Rul
 # The key of vLLM's additional_config, and the variable in which the front end finds the same.
 CONFIG_KEY = "guided_decode"
 CONFIG_VARIABLE = "GUIDED_DECODE_CONFIG"
+
+# What errors repeat of what came.
+_SHOWN_KEYS = 3
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 _GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
 _DEFAULTS = GuidanceConfig()
@@ -123,14 +129,13 @@ def parse_config(given: object, where: str) -> ServerConfig:
     """
     if not isinstance(given, Mapping):
         raise ValueError(
-            f'{where} holds {given!r}: expected an object such as {{"scorer": "CRITIC", '
+            f'{where} holds {shown(given)}: expected an object such as {{"scorer": "CRITIC", '
             '"kind": "ppo-critic"}'
         )
     try:
         return ServerConfig.model_validate(dict(given))
     except ValidationError as error:
-        known = ", ".join(ServerConfig.model_fields)
-        raise ValueError(f"{where}: {sentence(error, known)}") from None
+        raise ValueError(f"{where}: {sentence(error, ServerConfig.model_fields)}") from None
 
 
 def config_of(additional_config: object) -> ServerConfig:
@@ -170,17 +175,29 @@ def front_end_config() -> ServerConfig | None:
     return parse_config(given, CONFIG_VARIABLE)
 
 
-def sentence(error: ValidationError, known: str) -> str:
+def sentence(error: ValidationError, known: Collection[str]) -> str:
     """What pydantic found wrong, in one line: key, value, what was expected."""
-    parts = []
-    for problem in error.errors():
+    problems = error.errors(include_url=False)
+    unknown = [str(p["loc"][-1]) for p in problems if p["type"] == "extra_forbidden"]
+    parts = [unknown_keys(unknown, known)] if unknown else []
+    for problem in problems:
         name = ".".join(str(part) for part in problem["loc"] if isinstance(part, str))
-        if problem["type"] == "extra_forbidden":
-            parts.append(f"unknown key {name!r}; known are {known}")
-        elif problem["type"] == "missing":
+        if problem["type"] == "missing":
             parts.append(f"{name} is missing")
         elif problem["type"] == "value_error":
             parts.append(str(problem["ctx"]["error"]))
-        else:
-            parts.append(f"{name}={problem['input']!r}: {problem['msg'].lower()}")
+        elif problem["type"] != "extra_forbidden":
+            parts.append(f"{name}={shown(problem['input'])}: {problem['msg'].lower()}")
     return "; ".join(dict.fromkeys(parts))
+
+
+def unknown_keys(given: Sequence[str], known: Collection[str]) -> str:
+    """The first keys that nobody knows, and those that there are."""
+    some = ", ".join(map(shown, given[:_SHOWN_KEYS]))
+    more = f" and {len(given) - _SHOWN_KEYS} more" if len(given) > _SHOWN_KEYS else ""
+    return f"unknown key {some}{more}; known are {', '.join(known)}"
+
+
+def shown(value: object) -> str:
+    """What came, cut short: an error does not hand back a client's megabytes."""
+    return _SHORT.repr(value)

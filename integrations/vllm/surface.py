@@ -30,7 +30,7 @@ _CONFIGURATION = (
             "enable_prompt_embeds", "hf_text_config", "max_model_len", "model",
             "skip_tokenizer_init", "tokenizer", "tokenizer_revision", "trust_remote_code",
         ),
-        may_have=("supports_multimodal_inputs",),
+        may_have=("logits_processors", "supports_multimodal_inputs"),
     ),
     Name("vllm.config.ModelConfig.get_vocab_size", _BUILD, takes=called()),
     Name("vllm.config.ModelConfig.try_get_generation_config", _BUILD, takes=called()),

@@ -189,7 +189,8 @@ def test_json_and_processors_of_the_user_are_kept():
     assert dry.config == {"scorer": "tiny-tulu-value", "top_k": 4, "beta": 4.0, "gate": 0.9,
                           "bos": "drop"}  # fmt: skip
     at = dry.command.index("--logits-processors")
-    assert dry.command[at + 1 : at + 4] == [PROCESSOR, "a:B", "c:D"]
+    # What they forbid is never a candidate.
+    assert dry.command[at + 1 : at + 4] == ["a:B", "c:D", PROCESSOR]
     assert dry.command.count("--logits-processors") == 1
     assert dry.after("--seed") == "3"
     assert Dry(f"--additional_config={json.dumps(given)}").config["beta"] == 3.0

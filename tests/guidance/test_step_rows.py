@@ -90,6 +90,8 @@ def test_a_candidate_that_the_critic_does_not_know_passes_its_row_through():
     others = [0, 2, 3, 5]
     torch.testing.assert_close(guided[others, : models.VOCAB], expected[others], rtol=0, atol=1e-4)
     assert scorer.stats.passthroughs == 1
+    with pytest.raises(ValueError, match=r"rows \[1\]: the likeliest token is outside"):
+        guide_rows(critic(), wider, prefixes, CONFIGS)
 
 
 @pytest.mark.parametrize(
@@ -173,3 +175,23 @@ def test_a_row_that_is_not_guided_may_come_without_a_token():
     configs[1] = configs[3] = GuidanceConfig(beta=0.0, tail="keep")
     guided = guide_rows(critic(), logits, prefixes, configs)
     assert torch.equal(guided[[1, 3]], logits[[1, 3]])
+
+
+def test_ids_beyond_the_scorers_vocabulary_are_as_if_forbidden():
+    """A policy may be padded further than its scorer, whose whole vocabulary is asked for."""
+    scorer = load_scorer(
+        models.saved("llama", "lm", seed=2), "implicit", reference=models.saved("llama", "lm")
+    )
+    configs = [GuidanceConfig(top_k=None), GuidanceConfig(top_k=None, top_p=0.9, tail="keep"),
+               GuidanceConfig(top_k=5), GuidanceConfig(top_k=9, gate=0.4),
+               GuidanceConfig(top_k=3, rule="prune", margin=0.5, tail="keep"),
+               GuidanceConfig(beta=0.0, tail="keep")]  # fmt: skip
+    prefixes, logits = step()
+    padded = torch.cat([logits, torch.linspace(-30, -3, 27).expand(len(logits), -1)], -1)
+    guided = guide_rows(scorer, padded, prefixes, configs)
+    expected = guide_rows(scorer, logits, prefixes, configs)
+    torch.testing.assert_close(guided[:, : models.VOCAB], expected, rtol=0, atol=1e-4)
+    for config, row, own in zip(configs, guided[:, models.VOCAB :], padded, strict=True):
+        beyond = own[models.VOCAB :]
+        assert torch.equal(row, beyond if config.tail == "keep" else beyond - torch.inf)
+    assert scorer.stats.passthroughs == 0

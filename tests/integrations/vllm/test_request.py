@@ -240,3 +240,41 @@ def test_stop_tokens_of_guided_requests_are_bounded():
     assert len(request.terminals) == 128
     assert request.terminals[0] == 2
     assert clamps == ["1000 stop tokens became 128"]
+
+
+@pytest.mark.parametrize("ends", [[2], [2, 3, 4]])
+def test_as_many_stop_tokens_as_documented_are_kept_beside_what_always_ends(ends):
+    own = list(range(10, 138))
+    check_request(Params({"guide": 1}, stop_token_ids=own), config())
+    # vLLM adds the generation config's end tokens once the front end has seen the request.
+    params = Params({"guide": 1}, stop_token_ids=[*own, *ends])
+    request, clamps = admit(params, config(), ends, groups=True)
+    assert set(request.terminals) == {*own, *ends}
+    assert clamps == []
+
+
+MANY = {f"guide_{'x' * 300}{i}": 1.0 for i in range(20_000)}
+
+
+@pytest.mark.parametrize(
+    ("extra", "start"),
+    [
+        (MANY, "unknown key 'guide_xxx"),
+        ({"guide_rule": "z" * 10**6}, "guide_rule='zzz"),
+        ({"guide_beta": [1.5] * 10**5}, "guide_beta=[1.5, 1.5, 1.5"),
+        ({"guide_top_k": 10**4000}, "guide_top_k=1000"),
+        (GROUP | {"guide_group_size": 10**4000}, "guide_group_size=1000"),
+        (GROUP | {"guide_group": "z" * 10**6}, "guide_group='zzz"),
+        (GROUP | {"guide_prune_token": 10**4000}, "guide_prune_token=1000"),
+    ],
+)
+def test_a_refusal_repeats_only_the_first_of_what_came(extra, start):
+    with pytest.raises(ValueError, match=re.escape(start)) as caught:
+        check_request(Params(extra), config())
+    assert len(str(caught.value)) < 700
+    assert len("".join(granted(extra)[1])) < 700
+
+
+def test_of_many_unknown_keys_the_first_three_are_named():
+    with pytest.raises(ValueError, match="unknown key 'guide_a', 'guide_b', 'guide_c' and 2 more;"):
+        check_request(Params({f"guide_{letter}": 1 for letter in "abcde"}), None)

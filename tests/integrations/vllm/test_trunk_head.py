@@ -135,9 +135,35 @@ def test_guidance_is_refused():
     from guided_decode.integrations.vllm.request import check_request
 
     config = parse_config({"scorer": "the head", "kind": "trunk-head"}, "the test")
-    check_request(params(4, {"guide": 1}), config)
+    logged = parse_config(
+        {"scorer": "the head", "kind": "trunk-head", "value_log": "values.jsonl"}, "the test"
+    )
+    for own, reason in (({"guide": 1}, "guide=1"), ({"guide_beta": 1.0}, "guide_beta")):
+        with pytest.raises(ValueError, match=f"{reason}, but the server's value head sits on"):
+            check_request(params(4, own), config)
+    # It asks to be written to the log there.
+    check_request(params(4, {"guide": 1}), logged)
     with pytest.raises(ValueError, match="guide_beta, but the server's value head sits on"):
-        check_request(params(4, {"guide_beta": 1.0}), config)
+        check_request(params(4, {"guide_beta": 1.0}), logged)
+
+
+def test_the_worker_counts_what_a_front_end_did_not_refuse_and_keeps_the_group():
+    from guided_decode.integrations.vllm.request import admit
+
+    config = parse_config({"scorer": "the head", "kind": "trunk-head"}, "the test")
+    assert admit(params(4, {"guide": 1}), config, [], groups=True).request is None
+    group = {
+        "guide_group": "a-group-name",
+        "guide_group_size": 4,
+        "guide_keep": 2,
+        "guide_every": 2,
+    }
+    request, clamps = admit(
+        params(4, {"guide": 1} | group, stop_token_ids=[77]), config, [], groups=True
+    )
+    assert request.pruning is not None
+    assert not request.is_guided
+    assert "guides no one" in clamps[0]
     with pytest.raises(ValueError, match="guide_by_default was given with kind"):
         parse_config({"scorer": "x", "kind": "trunk-head", "guide_by_default": True}, "the test")
 
