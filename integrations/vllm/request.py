@@ -172,9 +172,14 @@ def admit(
     return Admitted(Request(guidance or UNGUIDED, terminals, pruning), clamps)
 
 
+def is_own_key(name: str) -> bool:
+    """Whether a key of `vllm_xargs` is ours."""
+    return name == "guide" or name.startswith("guide_")
+
+
 def _keys(extra_args: Mapping[str, Any] | None) -> Keys | None:
     """The request's own keys; None where it has none."""
-    given = {k: v for k, v in (extra_args or {}).items() if k == "guide" or k.startswith("guide_")}
+    given = {name: value for name, value in (extra_args or {}).items() if is_own_key(name)}
     if not given:
         return None
     unknown = [name for name in given if name not in _KNOWN]
