@@ -119,19 +119,24 @@ def load_scorer(
             stacklevel=3,
         )
     if not family.heads:
-        _refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
+        refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
         return _load_implicit(model, source, reference, options)
-    if reward is not None and terminal not in (None, "reward"):
-        raise ValueError(
-            f'a reward model was given with terminal={terminal!r}: expected terminal="reward", or '
-            "no reward model"
-        )
-    terminal = "reward" if reward is not None else terminal
+    terminal = settled_terminal(reward, terminal)
     if head is not None:
         family = choose_family(source, family.kind, bos=bos, terminal=terminal)
         return load_trunk_scorer(source, family, head, transform, reward, reference, options)
     given = {"bos": bos, "terminal": terminal, "transform": transform}
     return load_critic(source, model, kind, options, reward, reference, **given)
+
+
+def settled_terminal(reward: object, terminal: TerminalRule | None) -> TerminalRule | None:
+    """The rule that was given, or that a reward model implies. Raises ValueError: they differ."""
+    if reward is not None and terminal not in (None, "reward"):
+        raise ValueError(
+            f'a reward model was given with terminal={terminal!r}: expected terminal="reward", or '
+            "no reward model"
+        )
+    return "reward" if reward is not None else terminal
 
 
 def _kind(kind: str, head: object, name: str) -> str:
@@ -157,17 +162,11 @@ def _load_implicit(
     reference: "ModelLike | LogProbs | None",
     options: LoadingOptions,
 ) -> ImplicitScorer:
-    if reference is None and source.record is not None:
-        reference = source.record.reference
-    if reference is None or not isinstance(reference, ModelLike):
-        raise ValueError(
-            f"{source.name} is scored as an implicit reward, log π* − log π_ref, but no reference "
-            "came with it: pass reference=, the model that its training started from"
-        )
+    start = reference_of(source, reference)
     tuned = load_causal_lm(model, **options.of_weights)
     base_options = replace(options, revision=None)
-    base = load_causal_lm(reference, **base_options.of_weights)
-    base_source = open_source(reference, **base_options.of_files)
+    base = load_causal_lm(start, **base_options.of_weights)
+    base_source = open_source(start, **base_options.of_files)
     tokenizer = load_tokenizer(source)
     check_tokenizer(options, tokenizer, tuned, source)
     own = options_of_companions(options, tokenizer, "the reference")
@@ -182,7 +181,23 @@ def _load_implicit(
     )
 
 
-def _refuse_for_implicit(**given: object) -> None:
+def reference_of(source: Source, reference: "ModelLike | LogProbs | None") -> ModelLike:
+    """The model that an implicit reward's policy started from: the given one, or the registry's.
+
+    Raises ValueError: neither is there.
+    """
+    if reference is None and source.record is not None:
+        reference = source.record.reference
+    if reference is None or not isinstance(reference, ModelLike):
+        raise ValueError(
+            f"{source.name} is scored as an implicit reward, log π* − log π_ref, but no reference "
+            "came with it: pass reference=, the model that its training started from"
+        )
+    return reference
+
+
+def refuse_for_implicit(**given: object) -> None:
+    """Raises ValueError: an option that only a value head has a use for."""
     names = [f"{name}=" for name, value in given.items() if value is not None]
     if names:
         raise ValueError(

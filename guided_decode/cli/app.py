@@ -21,6 +21,6 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(grouped(generate))
-app.command(cls=PassingOn)(serve)
+app.command(cls=PassingOn)(grouped(serve))
 app.command()(grouped(score))
 app.command()(models)

@@ -5,19 +5,28 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
-from guided_decode.cli.checkpoints import DEFAULT_SCORER, location, pair
+from guided_decode.cli.checkpoints import DEFAULT_POLICY, DEFAULT_SCORER, location, pair
 from guided_decode.cli.errors import Refusal
 from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.integrations.vllm.server_config import parse_config, shown
 from guided_decode.lab.demo import chosen
 
 
-def paired(policy: str | None, scorer: str | None) -> tuple[str, str]:
+def paired(policy: str | None, scorer: object) -> tuple[str, str]:
     """Policy and scorer, each found through the registry where only the other is given.
+
+    A scorer that is a file is a head on the policy's own hidden states.
 
     Raises Refusal: no model is called so, or the registry knows no partner of it.
     """
+    if scorer is not None and not isinstance(scorer, str):
+        raise Refusal(f"scorer={shown(scorer)}: expected a name, in quotes")
+    if scorer is not None and Path(scorer).is_file():
+        location(policy or DEFAULT_POLICY)
+        return policy or DEFAULT_POLICY, scorer
     try:
         return pair(policy, scorer)
     except Refusal as error:
@@ -38,8 +47,6 @@ def guided_config(
 
     Raises Refusal: a model that is not there. ValueError: a setting that is wrong.
     """
-    from guided_decode.integrations.vllm.server_config import parse_config
-
     given = {name: value for name, value in options.items() if value is not None}
     if given.get("top_k") == 0:
         given["top_k"] = None

@@ -15,6 +15,7 @@ from guided_decode.cli.errors import Refusal
 from guided_decode.cli.vllm_options import VllmOptions
 
 PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
+MIDDLEWARE = "guided_decode.integrations.vllm.beam_refusal.RefuseGuidedBeams"
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
@@ -107,13 +108,22 @@ def additional_config(options: VllmOptions) -> dict[str, Any]:
 
 def engines(options: VllmOptions) -> int:
     """How many engines share the requests. Raises Refusal: it is no number."""
-    given = options.values("--data-parallel-size", "-dp")
+    return _number(options, 1, "--data-parallel-size", "-dp")
+
+
+def drain_seconds(options: VllmOptions) -> int:
+    """How long vLLM lets requests finish when it is told to end. Raises Refusal: no number."""
+    return _number(options, 0, "--shutdown-timeout")
+
+
+def _number(options: VllmOptions, default: int, *names: str) -> int:
+    given = options.values(*names)
     if not given:
-        return 1
+        return default
     try:
         return int(given[0])
     except ValueError:
-        raise Refusal(f"--data-parallel-size {given[0]}: expected a number") from None
+        raise Refusal(f"{names[0]} {given[0]}: expected a number") from None
 
 
 def launch(
@@ -154,6 +164,8 @@ def launch(
         if not os.environ.get(_CACHE_VARIABLE) and not options.has("--kv-cache-memory-bytes"):
             environment[_CACHE_VARIABLE] = str(cpu_cache_gib)
     command += options.tokens
+    if MIDDLEWARE not in options.values("--middleware"):
+        command += ["--middleware", MIDDLEWARE]
     command += ["--logits-processors", *processors]
     command += ["--additional-config", json.dumps({**other_config, CONFIG_KEY: config})]
     return Launch(command, environment)
@@ -162,6 +174,11 @@ def launch(
 def _cpu_options(options: VllmOptions) -> list[str]:
     """What works on a CPU, unless something else was asked for."""
     own = [] if options.has("--dtype") else ["--dtype", "float32"]
+    chunks = ("--enable-chunked-prefill", "--no-enable-chunked-prefill", "--max-num-batched-tokens")
+    if not options.has(*chunks):
+        # A request with a seed whose prompt comes in pieces ends vllm-cpu 0.32: it takes back a
+        # number of torch's generator, which a CPU's does not know how to ("does not use offset").
+        own.append("--no-enable-chunked-prefill")
     compiles = ("--enforce-eager", "--no-enforce-eager", "--compilation-config", "-cc", "-O",
                 "--optimization-level")  # fmt: skip
     return own if options.has(*compiles) else [*own, "--enforce-eager"]

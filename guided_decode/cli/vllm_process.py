@@ -6,7 +6,6 @@ import contextlib
 import ctypes
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -14,38 +13,49 @@ import threading
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from types import FrameType
 
-from guided_decode.cli.errors import Refusal
 from guided_decode.cli.vllm_command import METRICS_VARIABLE, Launch
 
-_POLL_SECONDS, _LOADING_GRACE_SECONDS = 0.5, 5.0
+_POLL_SECONDS = 0.5
+# From the first signal on: while it loads, and once it serves.
+_LOADING_GRACE_SECONDS, _SERVING_GRACE_SECONDS = 5.0, 12.0
 _PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG
 # Loaded before the fork, after which nothing may be.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
-def require_free(host: str, port: int) -> None:
-    """Raises Refusal: the address cannot be listened on; vLLM would say so much later."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        socket.create_server((host, port), family=family).close()
-    except OSError as error:
-        raise Refusal(
-            f"--host {host} --port {port} cannot be listened on ({error.strerror}): "
-            "pass another --port"
-        ) from None
+@dataclass(slots=True)
+class _State:
+    """ready: it serves; ended: it is gone; asked: it was told to end; overdue: it was ended."""
+
+    ready: threading.Event = field(default_factory=threading.Event)
+    ended: threading.Event = field(default_factory=threading.Event)
+    asked: bool = False
+    overdue: bool = False
+
+    def exit_code(self, code: int) -> int:
+        """Ours, for the server's: 0 only where it ended because it was asked to, and in order."""
+        if not self.asked and code == 0:
+            # vLLM's front end ends in order when its engine dies.
+            print("error: the server ended by itself: its log has the reason", file=sys.stderr)
+            return 1
+        if self.overdue:
+            return 0
+        return code if code >= 0 else 128 - code
 
 
-def run(launch: Launch, health: str | None, greeting: str) -> int:
-    """Runs the server until it ends; returns its exit code.
+def run(launch: Launch, health: str | None, greeting: str, drain_seconds: float = 0.0) -> int:
+    """Runs the server until it ends; returns its exit code, 1 where it ended without being asked.
 
     Args:
         launch: what is run.
         health: the URL that answers once it is ready, or None.
         greeting: printed then.
+        drain_seconds: for how long vLLM lets requests finish that run when it is asked to end.
     """
-    ready, ended = threading.Event(), threading.Event()
+    state = _State()
     with _metrics_folder() as metrics:
         # Its own session: Ctrl-C at a terminal reaches us only, and is handed on once.
         server = subprocess.Popen(
@@ -55,16 +65,16 @@ def run(launch: Launch, health: str | None, greeting: str) -> int:
             preexec_fn=None if _LIBC is None else _end_with_parent,
         )
         try:
-            _forward_signals(server, ready, ended)
+            _forward_signals(server, state, drain_seconds + _SERVING_GRACE_SECONDS)
             if health is None:
-                ready.set()
+                state.ready.set()
             else:
-                _aside(_greet, health, greeting, ready, ended)
+                _aside(_greet, health, greeting, state)
             code = server.wait()
         finally:
-            ended.set()
+            state.ended.set()
             _end_session(server.pid)
-    return code if code >= 0 else 128 - code
+    return state.exit_code(code)
 
 
 @contextlib.contextmanager
@@ -83,29 +93,30 @@ def _end_with_parent() -> None:
     _LIBC.prctl(_PARENT_DEATH_SIGNAL, signal.SIGTERM)
 
 
-def _forward_signals(
-    server: subprocess.Popen[bytes], ready: threading.Event, ended: threading.Event
-) -> None:
-    """The first signal asks the server to end, the next one ends it."""
-    asked = False
+def _forward_signals(server: subprocess.Popen[bytes], state: _State, serving_grace: float) -> None:
+    """The first signal asks the server to end, the next one ends it, as does the end of a grace."""
 
     def forward(number: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+        if state.asked:
             _end_session(server.pid)
             return
-        asked = True
+        state.asked = True
         server.send_signal(number)
-        if not ready.is_set():
-            _aside(_end_loading, server.pid, ended)
+        _aside(_end_overdue, server.pid, state, serving_grace)
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
 
 
-def _end_loading(leader: int, ended: threading.Event) -> None:
-    """vLLM 0.32 may wait for its engine for ever when it is asked to end while it loads."""
-    if not ended.wait(_LOADING_GRACE_SECONDS):
+def _end_overdue(leader: int, state: _State, serving_grace: float) -> None:
+    """Ends what was asked to end and does not.
+
+    vLLM 0.32 may wait for ever: for its engine when it is asked while it loads, and once the engine
+    has gone for clients whose streams are open.
+    """
+    served = state.ready.is_set()
+    if not state.ended.wait(serving_grace if served else _LOADING_GRACE_SECONDS):
+        state.overdue = served
         _end_session(leader)
 
 
@@ -119,12 +130,12 @@ def _end_session(leader: int) -> None:
         os.killpg(leader, signal.SIGKILL)
 
 
-def _greet(health: str, greeting: str, ready: threading.Event, ended: threading.Event) -> None:
+def _greet(health: str, greeting: str, state: _State) -> None:
     # Not through a proxy: the server is here.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-    while not ended.wait(_POLL_SECONDS):
+    while not state.ended.wait(_POLL_SECONDS):
         with contextlib.suppress(urllib.error.URLError, OSError):
             opener.open(health, timeout=5).close()
-            ready.set()
+            state.ready.set()
             print(greeting, flush=True)
             return

@@ -12,7 +12,7 @@ from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
 from guided_decode.guidance.step import guide_rows
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
-from guided_decode.integrations.vllm.trunk_tap import TrunkTap
+from guided_decode.integrations.vllm.trunk_tap import TrunkTap, check_fits
 from guided_decode.scorer import Scorer
 
 if TYPE_CHECKING:
@@ -107,21 +107,7 @@ def _tap(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) 
         )
     model = vllm_config.model_config
     head = read_trunk_head(config.scorer, revision=config.revision)
-    text = model.hf_text_config
-    sizes = {
-        "hidden_size": (head.hidden_size, text.hidden_size),
-        "num_hidden_layers": (
-            head.trunk and head.trunk.num_hidden_layers,
-            getattr(text, "num_hidden_layers", None),
-        ),
-        "vocab_size": (head.trunk and head.trunk.vocab_size, text.vocab_size),
-    }
-    for name, (theirs, ours) in sizes.items():
-        if theirs is not None and theirs != ours:
-            raise ValueError(
-                f"the head {config.scorer} was trained on a trunk with {name}={theirs}, but "
-                f"{model.model} has {ours}: pass the head of this policy"
-            )
+    check_fits(head, config.scorer, model.hf_text_config, model.model)
     tap = TrunkTap(head.to(device))
     tap.watch(get_model_architecture(model)[0])
     logger.info("the head %s on the policy's own trunk compares siblings", config.scorer)

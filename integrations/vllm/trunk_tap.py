@@ -13,9 +13,35 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guided_decode.scoring.trunk_head import TrunkHead
 from guided_decode.stats import ScorerStats
 
 _ORIGINAL = "_guided_decode_original"
+
+
+def check_fits(head: TrunkHead, name: str, text: Any, policy: str) -> None:
+    """Raises ValueError: a head that was not trained on this policy's trunk.
+
+    Args:
+        head: as `read_trunk_head` gives it.
+        name: its own, for the error.
+        text: the policy's text config.
+        policy: its name, for the error.
+    """
+    sizes = {
+        "hidden_size": (head.hidden_size, text.hidden_size),
+        "num_hidden_layers": (
+            head.trunk and head.trunk.num_hidden_layers,
+            getattr(text, "num_hidden_layers", None),
+        ),
+        "vocab_size": (head.trunk and head.trunk.vocab_size, text.vocab_size),
+    }
+    for field, (theirs, ours) in sizes.items():
+        if theirs is not None and theirs != ours:
+            raise ValueError(
+                f"the head {name} was trained on a trunk with {field}={theirs}, but "
+                f"{policy} has {ours}: pass the head of this policy"
+            )
 
 
 class TrunkTap:

@@ -1,8 +1,10 @@
 """`guided-decode serve --dry-run`: the command and environment that it would run, and refusals."""
 
+import importlib
 import json
 import re
 import shlex
+import shutil
 import socket
 import subprocess
 import sys
@@ -10,10 +12,13 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from guided_decode.cli.app import app
+from guided_decode.cli.port_lock import held
 from guided_decode.lab.demo import chosen
+from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from guided_decode.tiny_tulu import model_path
 from tests import ROOT
 
@@ -120,6 +125,10 @@ def test_a_cpu_build_gets_what_works_there(distribution, monkeypatch, name, numb
     assert dry.environment["VLLM_CPU_KVCACHE_SPACE"] == "1"
     other = Dry("own/er", "--scorer", "tiny-tulu-value")
     assert other.environment["VLLM_CPU_KVCACHE_SPACE"] == "4"
+    # vllm-cpu 0.32 ends where a request with a seed is prefilled in pieces.
+    assert "--no-enable-chunked-prefill" in dry.command
+    for chunks in ("--enable-chunked-prefill", "--max-num-batched-tokens=64"):
+        assert "--no-enable-chunked-prefill" not in Dry(chunks).command
     own = Dry("--dtype=bfloat16", "--no-enforce-eager")
     assert not {"--dtype", "float32", "--enforce-eager"} & set(own.command)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "2")
@@ -165,19 +174,34 @@ def test_a_policy_takes_its_scorer_from_the_registry():
 
 
 @needs_vllm
-def test_every_setting_reaches_the_configuration():
+def test_every_setting_reaches_the_configuration(tmp_path):
     settings = {
         "kind": "ppo-critic", "reward": "tiny-tulu-value", "reference": "tiny-tulu-sft",
         "scorer-revision": "main", "scorer-device": "cpu", "scorer-dtype": "bfloat16",
         "cache-tokens": 512, "max-forward-tokens": 64, "beta": 2.5, "top-k": 6, "top-p": 0.9,
         "rule": "prune", "margin": 0.1, "tail": "keep", "gate": 0.8, "baseline": "mean",
-        "kl-coef": 0.5, "max-top-k": 8, "max-beta": 4.0, "max-group-size": 16,
+        "kl-coef": 0.5, "terminal": "reward", "transform": "clip:0,1", "rope-theta": 500.0,
+        "bos": "keep", "value-log": str(tmp_path / "values.jsonl"), "value-log-every": 4,
+        "max-top-k": 8, "max-beta": 4.0, "max-group-size": 16,
         "on-error": "raise", "log-every": 0.0,
     }  # fmt: skip
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
     expected = {name.removeprefix("scorer-").replace("-", "_"): v for name, v in settings.items()}
-    expected |= {"scorer": "tiny-tulu-value", "guide_by_default": True}
-    assert Dry(*flags, "--guide-by-default").config == expected
+    flags += ["--guide-by-default", "--allow-pickle", "--scorer-trust-remote-code"]
+    expected |= dict.fromkeys(("guide_by_default", "allow_pickle", "trust_remote_code"), True)
+    expected |= {"scorer": "tiny-tulu-value"}
+    assert Dry(*flags).config == expected
+    from guided_decode.integrations.vllm.server_config import ServerConfig
+
+    assert set(expected) == set(ServerConfig.model_fields)
+
+
+@needs_vllm
+def test_beams_that_ask_for_guidance_are_refused_by_a_middleware():
+    assert Dry("--middleware", "a.B").command.count("--middleware") == 2
+    dry = Dry()
+    module, name = dry.after("--middleware").rsplit(".", 1)
+    assert callable(getattr(importlib.import_module(module), name))
 
 
 @needs_vllm
@@ -240,11 +264,124 @@ def test_it_refuses_before_anything_starts(args, message):
     refused(run(*args, "--dry-run"), message)
 
 
+def other_tokenizer(data):
+    content = json.loads(data)
+    vocab = content["model"]["vocab"]
+    first, second = sorted(vocab, key=vocab.get)[10:12]
+    vocab[first], vocab[second] = vocab[second], vocab[first]
+    return json.dumps(content).encode()
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--kind", "reward-modle"], r"kind.*'reward-modle'.*expected one of"),
+        (["--kind", "reward-model"], r"reward-model expects a class that ends in"),
+        (["--transform", "sofmax"], r"sofmax"),
+        (["--transform", "softmax:1"], r"softmax:1 cannot read the 1 labels"),
+        (["--bos", "drop", "--terminal", "reward"], r"without a reward model"),
+        (["--scorer-device", "gpu"], r"device='gpu' is none"),
+        (["--scorer-device", "cuda:77"], r"device='cuda:77' cannot be used: torch sees \d+ GPUs"),
+        (["--value-log", "/no/such/values.jsonl"], r"value_log=.* cannot be written: there is no"),
+        (["--value-log", "/"], r"value_log='/' cannot be written: it is a folder"),
+        (["--top-k", "0"], r"top_k=null was given with a ppo-critic"),
+        (["--reference", "tiny-tulu-value", "--kl-coef", "0.1"], r"ends in ForCausalLM"),
+        (["--additional-config", '{"guided_decode": {"scorer": 3}}'], r"scorer=3: expected a name"),
+        (["--shutdown-timeout", "long"], r"--shutdown-timeout long: expected a number"),
+    ],
+)  # fmt: skip
+def test_what_the_scorer_would_be_refused_for_is_known_before_vllm_loads(args, message):
+    refused(run(*args, "--dry-run"), message)
+
+
+@needs_vllm
+@pytest.mark.parametrize("given", ["scorer", "policy"])
+@pytest.mark.parametrize(
+    ("file", "change", "message"),
+    [
+        ("model.safetensors", lambda data: data[:2000], r"model.safetensors|header"),
+        ("model.safetensors", lambda data: data[:-5], r"model.safetensors|incomplete"),
+        ("model.safetensors", lambda data: b"", r"model.safetensors|header"),
+        ("config.json", lambda data: b"{", r"config"),
+        ("config.json", lambda data: data.replace(b'"hidden_size": 1', b'"hidden_size": "a1"'),
+         r"hidden_size|config"),
+        ("tokenizer.json", lambda data: b'{"version": 1}', r"tokenizer"),
+        ("tokenizer.json", other_tokenizer, r"different tokenizers"),
+    ],
+    ids=["cut in the header", "cut at the end", "empty", "no json", "wrong type", "no tokenizer",
+         "another tokenizer"],
+)  # fmt: skip
+def test_a_folder_that_is_not_right_is_refused(tmp_path, given, file, change, message):
+    name = "value" if given == "scorer" else "sft"
+    shutil.copytree(model_path(name), tmp_path / name)
+    path = tmp_path / name / file
+    path.write_bytes(change(path.read_bytes()))
+    own = ["--scorer", path.parent, "--kind", "ppo-critic"] if given == "scorer" else [
+        path.parent, "--scorer", "tiny-tulu-value"]  # fmt: skip
+    if given == "scorer":
+        own = ["tiny-tulu-sft", *own]
+    refused(run(*own, "--dry-run"), message)
+
+
+@needs_vllm
+def test_an_empty_folder_is_refused(tmp_path):
+    refused(run("tiny-tulu-sft", "--scorer", tmp_path, "--dry-run"), str(tmp_path))
+
+
+@needs_vllm
+def test_an_implicit_scorers_kind_reaches_the_front_end(tmp_path):
+    folder = tmp_path / "tuned"
+    shutil.copytree(model_path("ppo"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps(config | {"guided_decode": {"kind": "implicit"}})
+    )
+    dry = Dry("tiny-tulu-sft", "--scorer", folder, "--reference", "tiny-tulu-sft")
+    assert dry.config["kind"] == "implicit"
+    assert Dry("allenai/tulu-2-dpo-70b", "--scorer", "allenai/tulu-2-dpo-70b").config["kind"] == (
+        "implicit"
+    )
+
+
+@needs_vllm
+def test_a_head_on_the_policys_trunk_is_a_file(tmp_path):
+    hidden = json.loads((model_path("sft") / "config.json").read_text())["hidden_size"]
+    file = tmp_path / "trunk_head.safetensors"
+    save_trunk_head(file, TrunkHead(torch.zeros(1, hidden)))
+    assert Dry("--scorer", file, "--kind", "trunk-head").config["kind"] == "trunk-head"
+    refused(run("--scorer", file, "--dry-run"), r"is a file: .*--kind trunk-head")
+    save_trunk_head(file, TrunkHead(torch.zeros(1, hidden + 1)))
+    refused(run("--scorer", file, "--kind", "trunk-head", "--dry-run"), r"hidden_size=\d+")
+
+
 @needs_vllm
 def test_a_port_in_use_is_refused():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         refused(run("--port", port), rf"--port {port} cannot be listened on .*another --port")
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("127.0.0.1", "localhost"), ("127.0.0.1", "0.0.0.0"), ("0.0.0.0", "127.0.0.1")],
+)
+def test_a_port_whose_server_does_not_listen_yet_is_refused(first, second):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    with held(first, port):
+        refused(
+            run("--port", port, "--host", second),
+            rf"--port {port} cannot be listened on \(another guided-decode serve .*another --port",
+        )
+    with held(second, port):
+        pass
+
+
+def test_addresses_of_their_own_have_a_port_each():
+    with held("127.0.0.1", 8123), held("127.0.0.2", 8123):
+        pass
 
 
 @needs_vllm

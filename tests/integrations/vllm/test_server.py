@@ -148,6 +148,24 @@ def test_a_bad_value_is_refused_with_its_reason(server, keys, reason):
     assert reason in response.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize("keys", [GUIDE, {"guide_beta": 1e9}])
+def test_beams_that_ask_for_guidance_are_refused(server, path, keys):
+    body = chat(MESSAGES[0]) if "chat" in path else {"prompt": MESSAGES[0], "max_tokens": 8}
+    beams = body | {"use_beam_search": True, "n": 2}
+    response = server.post(path, **beams, vllm_xargs=keys)
+    assert response.status_code == 400, response.text
+    assert "vLLM's beam search drops vllm_xargs" in response.json()["error"]["message"]
+    assert server.post(path, **beams).status_code == 200
+
+
+def test_a_refusal_does_not_repeat_megabytes(server):
+    keys = {f"guide_{'x' * 300}{i}": 1.0 for i in range(20_000)}
+    response = server.post("/v1/chat/completions", **chat(MESSAGES[0], vllm_xargs=keys))
+    assert response.status_code == 400
+    assert len(response.content) < 1500
+
+
 @pytest.mark.parametrize(
     ("more", "reason"),
     [

@@ -1,0 +1,186 @@
+"""What would keep a scorer from being served, found before vLLM loads anything."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from guided_decode.cli.checkpoints import location
+from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.cli.vllm_options import VllmOptions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from guided_decode.integrations.vllm.server_config import ServerConfig
+
+
+def examined(
+    policy: str, given: Mapping[str, Any], options: VllmOptions, *, only_here: bool
+) -> dict[str, Any]:
+    """The server's configuration; with the scorer's kind where "auto" hides what requests are
+    refused by: the front end sees no checkpoint.
+
+    Args:
+        policy: its name.
+        given: the value of additional_config["guided_decode"], which `parse_config` takes.
+        options: vLLM's.
+        only_here: look at folders on this machine alone, and download nothing.
+
+    Raises Refusal or ValueError: what the worker would refuse once all is loaded, but for what only
+    shows in the weights.
+    """
+    from guided_decode.integrations.vllm.server_config import parse_config
+
+    config = parse_config(given, "the configuration")
+    _check_device(config.device)
+    _check_value_log(config.value_log)
+    known = _is_known(policy, only_here=only_here)
+    vocab = _check_policy(policy, config, options) if known else None
+    if not config.guides:
+        return dict(given)
+    if Path(config.scorer).is_file():
+        raise Refusal(
+            f"{config.scorer} is a file: expected a folder, a registered name or a Hub id; a head "
+            "on the policy's own hidden states is served with --kind trunk-head"
+        )
+    names = (config.scorer, config.reward, config.reference)
+    if not all(_is_known(name, only_here=only_here) for name in names if name is not None):
+        kind = _recorded_kind(config)
+    else:
+        tokenizer = _policy_tokenizer(policy, options) if known else None
+        kind = _check_scorer(config, vocab, tokenizer)
+    return {**given, "kind": kind} if kind == "implicit" else dict(given)
+
+
+def _is_known(name: str, *, only_here: bool) -> bool:
+    return not only_here or Path(location(name)).is_dir()
+
+
+def _recorded_kind(config: ServerConfig) -> str:
+    """The kind that was given, or that the registry knows of a scorer that is not here."""
+    from guided_decode.checkpoints.registry import find
+
+    record = find(config.scorer)
+    return config.kind if config.kind != "auto" or record is None else record.kind or "auto"
+
+
+def _check_scorer(
+    config: ServerConfig, vocab: int | None, tokenizer: PreTrainedTokenizerBase | None
+) -> str:
+    """The scorer's kind."""
+    from guided_decode.checkpoints.examination import examine_scorer
+
+    names = ("kind", "reward", "reference", "bos", "terminal", "transform", "rope_theta",
+             "revision", "allow_pickle", "trust_remote_code")  # fmt: skip
+    how = {name: getattr(config, name) for name in names}
+    found = _in_one_line(
+        f"scorer {config.scorer}",
+        lambda: examine_scorer(config.scorer, policy_tokenizer=tokenizer, **how),
+    )
+    if config.top_k is None and found.kind != "implicit":
+        raise Refusal(
+            f"top_k=null was given with a {found.kind}, which forwards every candidate: set top_k "
+            "(the whole vocabulary is for implicit rewards only)"
+        )
+    if found.vocab_size < config.max_top_k:
+        raise Refusal(
+            f"max_top_k={config.max_top_k} is larger than the scorer's vocabulary of "
+            f"{found.vocab_size} tokens: set a smaller one"
+        )
+    if vocab is not None and config.top_k is not None and config.top_k > vocab:
+        raise Refusal(
+            f"top_k={config.top_k} is larger than the policy's vocabulary of {vocab} tokens"
+        )
+    kind: str = found.kind
+    return kind
+
+
+def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> int:
+    """The policy's vocabulary; with a head on its hidden states, that the head belongs to it."""
+    from guided_decode.checkpoints.examination import check_whole, read_config
+    from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
+    from guided_decode.integrations.vllm.trunk_tap import check_fits
+
+    where = location(policy)
+    if Path(where).is_dir():
+        for file in sorted(Path(where).glob("*.safetensors")):
+            check_whole(file)
+    text = read_config(where, **_of_policy(options)).get_text_config()
+    if not config.guides:
+        head = _in_one_line(
+            f"head {config.scorer}",
+            lambda: read_trunk_head(config.scorer, revision=config.revision),
+        )
+        check_fits(head, config.scorer, text, policy)
+    return int(text.vocab_size)
+
+
+def _policy_tokenizer(policy: str, options: VllmOptions) -> PreTrainedTokenizerBase | None:
+    """The tokenizer that vLLM will take; None where it is told to take none."""
+    from transformers import AutoTokenizer
+
+    if options.has("--skip-tokenizer-init"):
+        return None
+    own = options.values("--tokenizer")
+    revision = options.values("--tokenizer-revision") or options.values("--revision")
+    return _in_one_line(
+        f"tokenizer of the policy {policy}",
+        lambda: AutoTokenizer.from_pretrained(
+            own[0] if own else location(policy),
+            **_of_policy(options) | ({"revision": revision[0]} if revision else {}),
+        ),
+    )
+
+
+def _of_policy(options: VllmOptions) -> dict[str, Any]:
+    revision = options.values("--revision")
+    return {
+        "revision": revision[0] if revision else None,
+        "trust_remote_code": options.has("--trust-remote-code"),
+    }
+
+
+def _in_one_line(what: str, read: Any) -> Any:
+    """What is read; libraries raise what they like of files that are wrong."""
+    try:
+        return read()
+    except (ValueError, Refusal, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        raise Refusal(f"the {what} cannot be read: {one_line(error)}") from error
+
+
+def _check_device(device: str | None) -> None:
+    import torch
+
+    if device is None:
+        return
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise Refusal(f"device={device!r} is none: {one_line(error)}") from None
+    # Counted by the driver: a context of ours would take memory of the GPU while vLLM serves.
+    if chosen.type == "cuda" and (chosen.index or 0) >= torch.cuda.device_count():
+        raise Refusal(
+            f"device={device!r} cannot be used: torch sees {torch.cuda.device_count()} GPUs"
+        )
+    if chosen.type == "meta":
+        raise Refusal(f"device={device!r} cannot be used: it holds no weights")
+
+
+def _check_value_log(given: str | None) -> None:
+    if given is None:
+        return
+    path = Path(given)
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "no permission"
+    else:
+        return
+    raise Refusal(f"value_log={given!r} cannot be written: {reason}")
