@@ -102,6 +102,7 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
     """The policy's vocabulary; with a head on its hidden states, that the head belongs to it."""
     from guided_decode.checkpoints.examination import check_whole, read_config
     from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
+    from guided_decode.integrations.vllm.server_config import head_options
     from guided_decode.integrations.vllm.trunk_tap import check_fits
 
     where = location(policy)
@@ -112,7 +113,7 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
     if not config.guides:
         head = _in_one_line(
             f"head {config.scorer}",
-            lambda: read_trunk_head(config.scorer, revision=config.revision),
+            lambda: read_trunk_head(config.scorer, **head_options(config)),
         )
         check_fits(head, config.scorer, text, policy)
     return int(text.vocab_size)

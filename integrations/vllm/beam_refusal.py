@@ -10,8 +10,8 @@ import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
+from fastapi import HTTPException
 from pydantic import TypeAdapter, ValidationError
-from starlette.exceptions import HTTPException
 
 from guided_decode.integrations.vllm.request import is_own_key
 from guided_decode.integrations.vllm.server_config import front_end_config, shown

@@ -11,7 +11,7 @@ from guided_decode.checkpoints.loading import load_scorer
 from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
 from guided_decode.guidance.step import guide_rows
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
-from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
+from guided_decode.integrations.vllm.server_config import ServerConfig, config_of, head_options
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap, check_fits
 from guided_decode.scorer import Scorer
 
@@ -106,7 +106,7 @@ def _tap(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) 
             "changes: start the server without --enable-lora, or with a critic of its own"
         )
     model = vllm_config.model_config
-    head = read_trunk_head(config.scorer, revision=config.revision)
+    head = read_trunk_head(config.scorer, **head_options(config))
     check_fits(head, config.scorer, model.hf_text_config, model.model)
     tap = TrunkTap(head.to(device))
     tap.watch(get_model_architecture(model)[0])

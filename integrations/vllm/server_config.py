@@ -122,6 +122,12 @@ class ServerConfig(BaseModel):
         return GuidanceConfig(**{name: getattr(self, name) for name in _GUIDANCE})
 
 
+def head_options(config: ServerConfig) -> dict[str, Any]:
+    """How a head on the policy's trunk is read, as `read_trunk_head` takes it."""
+    names = ("transform", "revision", "allow_pickle", "trust_remote_code")
+    return {name: getattr(config, name) for name in names}
+
+
 def parse_config(given: object, where: str) -> ServerConfig:
     """The configuration; `where` it was found goes into errors.
 

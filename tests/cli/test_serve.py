@@ -351,6 +351,8 @@ def test_a_head_on_the_policys_trunk_is_a_file(tmp_path):
     save_trunk_head(file, TrunkHead(torch.zeros(1, hidden)))
     assert Dry("--scorer", file, "--kind", "trunk-head").config["kind"] == "trunk-head"
     refused(run("--scorer", file, "--dry-run"), r"is a file: .*--kind trunk-head")
+    two = ("--scorer", file, "--kind", "trunk-head", "--transform", "softmax:1", "--dry-run")
+    refused(run(*two), r"1 labels, which softmax:1 cannot read")
     save_trunk_head(file, TrunkHead(torch.zeros(1, hidden + 1)))
     refused(run("--scorer", file, "--kind", "trunk-head", "--dry-run"), r"hidden_size=\d+")
 

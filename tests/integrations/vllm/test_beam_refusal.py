@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-pytest.importorskip("starlette", reason="needs starlette, which comes with vLLM")
+pytest.importorskip("fastapi", reason="needs fastapi, which comes with vLLM")
 
 import httpx
 from starlette.applications import Starlette
