@@ -114,3 +114,13 @@ def test_nobody_asks_for_more_candidates_than_there_are_tokens():
     assert built(max_top_k=10_000).config.max_top_k == models.VOCAB
     with pytest.raises(ValueError, match="top_k=102 is larger than the policy's vocabulary of 101"):
         built(top_k=102, max_top_k=200)
+
+
+@pytest.mark.parametrize(
+    ("own", "is_said"),
+    [([vllm_parts.FLAG, "mine:Whitelist"], True), (["mine:Whitelist", vllm_parts.FLAG], False)],
+)
+def test_a_processor_that_comes_after_guidance_is_said_at_start(own, is_said, caplog):
+    config = vllm_parts.vllm_config(vllm_parts.scorer_config(), logits_processors=own)
+    build_engine(config, CPU)
+    assert ("mine:Whitelist comes after guidance" in caplog.text) == is_said
