@@ -34,6 +34,24 @@ def test_speculation_is_refused():
         pytest.fail("the engine started")
 
 
+@is_chosen
+def test_what_a_users_processor_forbids_is_never_a_candidate():
+    own = ["tests.integrations.vllm.whitelist_v2:Whitelist", vllm_parts.FLAG]
+    with vllm_parts.engine(vllm_parts.scorer_config(), logits_processors=own) as llm:
+        lists = ("40,41,42", "")
+        asked = [
+            vllm_parts.params(4, {"only": only, "guide": 1, "guide_top_k": 4}, ignore_eos=True)
+            for only in lists
+        ]
+        some, none = vllm_parts.generate(llm, [[5, 6, 7]] * 2, asked)
+        counts = llm.collective_rpc(vllm_parts.report)[0]
+    assert set(some) <= {40, 41, 42}
+    # vLLM samples a row without a token all the same: it is said and counted.
+    assert none == [0, 0, 0, 0]
+    assert counts["forbidden_rows"] == 4
+    assert counts["passthroughs"] == 0
+
+
 def run(*tests: str) -> None:
     """pytest on these files' tests, in a process whose engines are V2's."""
     run = subprocess.run(
