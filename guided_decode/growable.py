@@ -18,6 +18,9 @@ class GrowableInts:
     def __len__(self) -> int:
         return self.length
 
+    def __copy__(self) -> "GrowableInts":
+        return GrowableInts(self.view)
+
     @property
     def view(self) -> Ints:
         """The values, int64 [length], without a copy."""

@@ -1,24 +1,63 @@
 """Prefix handles: append-only token histories that a scorer looks up by their new tokens only."""
 
+import copy
+import operator
+import threading
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 from torch import Tensor
 
 from guided_decode.growable import GrowableInts, Ints
 
+_HIGHEST = np.iinfo(np.int64).max
+_EXPECTED = "expected one dimension of integer token ids, without padding"
+
 
 def as_ints(tokens: "Sequence[int] | Ints | Tensor") -> Ints:
-    """Token ids as int64 [n]; a tensor may live on any device."""
+    """Token ids as int64 [n]; a tensor may live on any device.
+
+    Raises ValueError: anything but integers in one dimension.
+    """
     if isinstance(tokens, Tensor):
-        tokens = tokens.detach().cpu().numpy()
-    array = np.asarray(tokens)
+        # numpy has no bfloat16, and its own words for that.
+        floats = tokens.is_floating_point() or tokens.is_complex()
+        tokens = (tokens.double() if floats else tokens).detach().cpu().numpy()
+    try:
+        array = np.asarray(tokens)
+    except (ValueError, OverflowError, TypeError) as error:
+        raise ValueError(f"a prefix came as {type(tokens).__name__}: {_EXPECTED}") from error
     if array.ndim != 1 or (array.size and not np.issubdtype(array.dtype, np.integer)):
         raise ValueError(
-            f"a prefix came as {array.dtype} with shape {list(array.shape)}: expected one "
-            "dimension of integer token ids, without padding"
+            f"a prefix came as {array.dtype} with shape {list(array.shape)}: {_EXPECTED}"
         )
+    if array.dtype == np.uint64 and array.size and int(array.max()) > _HIGHEST:
+        raise ValueError(f"token id {int(array.max())} is beyond int64: {_EXPECTED}")
     return array.astype(np.int64, copy=False)
+
+
+def _as_int(token: int) -> int:
+    """One token id; numpy's integers and tensors of one are integers too."""
+    try:
+        index = operator.index(token)
+    except TypeError:
+        raise ValueError(f"token id {token!r} is no integer: expected one token id") from None
+    if not -_HIGHEST - 1 <= index <= _HIGHEST:
+        raise ValueError(f"a token id of {index.bit_length()} bits is beyond int64: expected one")
+    return index
+
+
+class HandleState(NamedTuple):
+    """What a handle held at one moment: tokens, int64 [n], stay so whatever is appended since.
+
+    lowest, highest: bounds of the ids, 0 among them. version: grows with each `reset`.
+    """
+
+    tokens: Ints
+    lowest: int
+    highest: int
+    version: int
 
 
 class PrefixHandle:
@@ -26,15 +65,17 @@ class PrefixHandle:
 
     A scorer remembers where the handle stood in its cache, so that a look-up verifies only the
     tokens appended since. Handing over a list that shrank or changed (`sync`) resets the handle:
-    the answer stays right, the next look-up is a full one.
+    the answer stays right, the next look-up is a full one. Threads may share one: each change is
+    whole, and a scorer reads the history as it is at one moment. A copy has a history of its own.
     """
 
-    __slots__ = ("__weakref__", "_ids", "highest", "lowest", "version")
+    __slots__ = ("__weakref__", "_ids", "_lock", "highest", "lowest", "version")
 
     def __init__(self, tokens: "Sequence[int] | Ints | Tensor" = ()) -> None:
         self.version = 0
         self.lowest = self.highest = 0
         self._ids = GrowableInts()
+        self._lock = threading.RLock()
         self.extend(tokens)
 
     def __len__(self) -> int:
@@ -43,36 +84,62 @@ class PrefixHandle:
     def __repr__(self) -> str:
         return f"PrefixHandle({len(self)} tokens)"
 
+    def __copy__(self) -> "PrefixHandle":
+        return type(self)(self.tokens)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrefixHandle":
+        return memo.setdefault(id(self), copy.copy(self))
+
+    def __reduce__(self) -> tuple[type["PrefixHandle"], tuple[Ints]]:
+        return type(self), (self.tokens.copy(),)
+
     @property
     def tokens(self) -> Ints:
         """The ids, int64 [n]; a view that is valid until the next append."""
         return self._ids.view
 
+    def state(self) -> HandleState:
+        """The history and what is known of it, at one moment."""
+        with self._lock:
+            return HandleState(self._ids.view, self.lowest, self.highest, self.version)
+
     def append(self, token: int) -> None:
-        """Adds one token id."""
-        self._ids.append(token)
-        self.lowest, self.highest = min(self.lowest, token), max(self.highest, token)
+        """Adds one token id.
+
+        Raises ValueError: it is no integer, or beyond int64.
+        """
+        if type(token) is not int or not -_HIGHEST <= token <= _HIGHEST:
+            token = _as_int(token)
+        with self._lock:
+            self.lowest, self.highest = min(self.lowest, token), max(self.highest, token)
+            self._ids.append(token)
 
     def extend(self, tokens: "Sequence[int] | Ints | Tensor") -> None:
         """Adds token ids, [n]."""
         ids = as_ints(tokens)
-        self._ids.extend(ids)
-        if len(ids):
-            # Kept up to date so that a scorer can check the range of a long prefix at once.
-            self.lowest = min(self.lowest, int(ids.min()))
-            self.highest = max(self.highest, int(ids.max()))
+        with self._lock:
+            if len(ids):
+                # Kept up to date so that a scorer can check the range of a long prefix at once;
+                # first, so that an interruption leaves no id outside of them.
+                self.lowest = min(self.lowest, int(ids.min()))
+                self.highest = max(self.highest, int(ids.max()))
+            self._ids.extend(ids)
 
     def sync(self, tokens: "Sequence[int] | Ints | Tensor") -> None:
         """Makes the handle equal to `tokens`: appends what is new, resets on any other change."""
-        ids, known = as_ints(tokens), len(self)
-        if len(ids) < known or not np.array_equal(ids[:known], self.tokens):
-            self.reset(ids)
-        else:
-            self.extend(ids[known:])
+        ids = as_ints(tokens)
+        with self._lock:
+            known = len(self)
+            if len(ids) < known or not np.array_equal(ids[:known], self.tokens):
+                self.reset(ids)
+            else:
+                self.extend(ids[known:])
 
     def reset(self, tokens: "Sequence[int] | Ints | Tensor" = ()) -> None:
         """Forgets the history and starts again from `tokens`."""
-        self._ids = GrowableInts()
-        self.lowest = self.highest = 0
-        self.version += 1
-        self.extend(tokens)
+        ids = as_ints(tokens)
+        with self._lock:
+            self._ids = GrowableInts()
+            self.lowest = self.highest = 0
+            self.version += 1
+            self.extend(ids)

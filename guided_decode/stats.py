@@ -1,11 +1,15 @@
 """What a scorer has done so far, in numbers that tests can assert on."""
 
+import threading
 from dataclasses import dataclass, fields
+
+# Counts are added in moments: one lock for all counters, so that they stay plain records.
+_LOCK = threading.Lock()
 
 
 @dataclass(slots=True)
 class ScorerStats:
-    """Counters of one scorer, from its creation or the last `reset`.
+    """Counters of one scorer, from its creation or the last `reset`; any thread may `add`.
 
     rows_scored, rows_gated: rows whose candidates were scored; rows that the gate let pass.
     prefix_tokens, candidate_tokens: tokens that went through the model, by what they were.
@@ -32,11 +36,19 @@ class ScorerStats:
         """Tokens that went through the model."""
         return self.prefix_tokens + self.candidate_tokens
 
+    def add(self, **counts: float) -> None:
+        """Adds to counters by name, without losing what another thread adds."""
+        with _LOCK:
+            for name, count in counts.items():
+                setattr(self, name, getattr(self, name) + count)
+
     def reset(self) -> None:
         """Sets every counter to zero."""
-        for field in fields(self):
-            setattr(self, field.name, field.default)
+        with _LOCK:
+            for field in fields(self):
+                setattr(self, field.name, field.default)
 
     def as_dict(self) -> dict[str, float]:
         """The counters by name, for logs and JSON."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        with _LOCK:
+            return {field.name: getattr(self, field.name) for field in fields(self)}

@@ -17,10 +17,11 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from guided_decode.cache.pool import SlotPool, SlotTables
+    from guided_decode.cache.pool import SlotPool
     from guided_decode.cache.prefix_cache import Placement, PrefixCache
     from guided_decode.cache.radix import RadixTree
     from guided_decode.cache.row_work import RowWork
+    from guided_decode.cache.slot_tables import SlotTables
 else:
     __getattr__, __dir__ = handed_on(
         __name__,
@@ -30,6 +31,6 @@ else:
             "RadixTree": "radix",
             "RowWork": "row_work",
             "SlotPool": "pool",
-            "SlotTables": "pool",
+            "SlotTables": "slot_tables",
         },
     )

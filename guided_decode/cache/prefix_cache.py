@@ -1,23 +1,35 @@
 """The prefix cache of one model: where each row stands, what it still has to forward."""
 
+import threading
 import weakref
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
-from guided_decode.cache.pool import SlotPool, SlotTables
+from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.radix import RadixTree
 from guided_decode.cache.radix_node import NO_INTS, Node
 from guided_decode.cache.row_work import RowWork
+from guided_decode.cache.slot_tables import SlotTables
+from guided_decode.copying import OneProcess
 from guided_decode.growable import Ints
-from guided_decode.prefix import PrefixHandle
+from guided_decode.prefix import HandleState, PrefixHandle
+
+# Slot tables take no more than this share of the pool's bytes, or than a small pool's would need.
+TABLE_SHARE = 1 / 8
+_SMALL_TABLES = 1 << 20
 
 
 @dataclass(slots=True)
 class _Anchor:
-    """Where a handle stood after its last look-up; `row` is its slot table, filled to `depth`."""
+    """Where a handle stood after its last look-up; `row` is its slot table, filled to `depth`.
+
+    closes: hands the row back when the handle is gone.
+    """
 
     row: int
+    closes: "weakref.finalize[[int], PrefixHandle]"
     node: Node
     depth: int
     epoch: int
@@ -36,22 +48,38 @@ class Placement:
     hits: int
 
 
-class PrefixCache:
+class PrefixCache(OneProcess):
     """A radix tree over a slot pool, and a slot table for each live row.
 
     Rows are placed between `begin_batch` and `end_batch`; what a batch placed is pinned until then.
+    Whoever places rows, or reads what was written for them, holds `lock` from first to last.
     """
 
     def __init__(self, pool: SlotPool) -> None:
+        self.lock = threading.RLock()
         self.pool = pool
         self.tree = RadixTree(pool)
-        self.tables = SlotTables(pool.device)
+        self.tables = self._new_tables()
         self._anchors: weakref.WeakKeyDictionary[PrefixHandle, _Anchor] = (
             weakref.WeakKeyDictionary()
         )
         # Slot tables of this batch's plain prefixes, and of handles that are not placed yet.
         self._scratch: set[int] = set()
         self._pieces: list[tuple[int, int, Ints]] = []
+        self._placed = 0
+
+    def __copy__(self) -> "PrefixCache":
+        """An empty one: what is cached belongs to handles and forwards of the original."""
+        return PrefixCache(self.pool.like(self.capacity))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PrefixCache":
+        copied: PrefixCache = memo.setdefault(id(self), self.__copy__())
+        return copied
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory: the pool, and the slot tables beside it."""
+        return self.pool.nbytes + self.tables.nbytes
 
     @property
     def capacity(self) -> int:
@@ -65,12 +93,14 @@ class PrefixCache:
     @property
     def cached_tokens(self) -> int:
         """Tokens in the cache: prefixes and scored candidates."""
-        return sum(len(slots) for slots in self._owned())
+        with self.lock:
+            return sum(len(slots) for slots in self._owned())
 
     @property
     def pinned(self) -> int:
         """Nodes that the batch in progress holds; 0 between calls."""
-        return sum(node.stamp == self.tree.clock for node in self.tree.nodes())
+        with self.lock:
+            return sum(node.stamp == self.tree.clock for node in self.tree.nodes())
 
     @property
     def operations(self) -> int:
@@ -79,22 +109,27 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Empties the cache. Changes cost, never an answer."""
-        self.tree.clear()
-        self.end_batch()
+        with self.lock:
+            self.tree.clear()
+            self.end_batch()
 
     def drop_candidates(self) -> None:
         """Frees the scored candidates that no prefix has taken since, between batches."""
-        self.tree.drop_candidates()
+        with self.lock:
+            self.tree.drop_candidates()
 
     def check(self) -> None:
         """Asserts that every slot is either free or owned by exactly one token."""
-        slots = np.concatenate([self.pool.free_ids, *self._owned()])
-        assert len(slots) == self.capacity, f"{len(slots)} of {self.capacity} slots accounted for"
-        assert len(np.unique(slots)) == self.capacity, "a slot is owned twice"
-        handles = len(self._anchors)
-        assert self.tables.open_rows == handles, "a slot table outlived its row"
+        with self.lock:
+            slots = np.concatenate([self.pool.free_ids, *self._owned()])
+            known = f"{len(slots)} of {self.capacity} slots accounted for"
+            assert len(slots) == self.capacity, known
+            assert len(np.unique(slots)) == self.capacity, "a slot is owned twice"
+            handles = len(self._anchors)
+            assert self.tables.open_rows == handles, "a slot table outlived its row"
 
     def begin_batch(self) -> None:
+        self._placed = 0
         self.tree.begin_batch()
 
     def end_batch(self) -> None:
@@ -115,6 +150,7 @@ class PrefixCache:
         skip: int,
         candidates: Ints = NO_INTS,
         *,
+        state: HandleState | None = None,
         reread_last: bool = False,
     ) -> Placement | None:
         """Finds or makes room for a row; None where the pinned rows leave too little.
@@ -123,11 +159,19 @@ class PrefixCache:
             prefix: handle or int64 [n].
             skip: leading tokens that the model does not see.
             candidates: distinct token ids, int64 [k].
+            state: the handle's history as it was checked; None is what it holds now.
             reread_last: forward the last token even if it is cached, to read the model there.
         """
-        handle = prefix if isinstance(prefix, PrefixHandle) else None
-        tokens = (prefix.tokens if isinstance(prefix, PrefixHandle) else prefix)[skip:]
-        node, start, row = self._position(handle, skip)
+        handle = None
+        if isinstance(prefix, PrefixHandle):
+            handle, state = prefix, prefix.state() if state is None else state
+            tokens = state.tokens[skip:]
+        else:
+            tokens = prefix[skip:]
+        found = self._position(handle, state, len(tokens), skip)
+        if found is None:
+            return None
+        node, start, row = found
         node, depth, pieces = self.tree.match(tokens, node, start)
         if depth == len(tokens) and len(candidates):
             slots = self.tree.candidate_slots(node, depth, candidates)
@@ -153,7 +197,8 @@ class PrefixCache:
         last_slot = self._last_slot(node, len(tokens))
         if len(path):
             self._pieces.append((row, start, path))
-        self._remember(handle, row, node, len(tokens), skip)
+        self._remember(handle, state, row, node, len(tokens), skip)
+        self._placed += 1
         return Placement(
             work=RowWork(
                 table_row=row,
@@ -181,33 +226,72 @@ class PrefixCache:
     def _last_slot(self, node: Node, length: int) -> int:
         return int(node.slots.view[length - node.start - 1])
 
-    def _position(self, handle: PrefixHandle | None, skip: int) -> tuple[Node, int, int]:
-        """Where to look up from, and the slot table to write to."""
+    def _position(
+        self, handle: PrefixHandle | None, state: HandleState | None, length: int, skip: int
+    ) -> tuple[Node, int, int] | None:
+        """Where to look up from, and the slot table to write to; None where tables are full."""
         anchor = None if handle is None else self._anchors.get(handle)
-        if handle is None or anchor is None:
-            row = self.tables.open_row()
-            self._scratch.add(row)
-            return self.tree.root, 0, row
+        if anchor is None or state is None:
+            row = self._open_row(length)
+            return None if row is None else (self.tree.root, 0, row)
+        if not self.tables.widen(length):
+            if self._placed:
+                return None
+            self._forget_tables()
+            return self._position(handle, state, length, skip)
         valid = (
             anchor.generation == self.tree.generation
             and anchor.epoch == anchor.node.epoch
-            and anchor.version == handle.version
+            and anchor.version == state.version
             and anchor.skip == skip
         )
         return (anchor.node, anchor.depth, anchor.row) if valid else (self.tree.root, 0, anchor.row)
 
+    def _open_row(self, length: int) -> int | None:
+        row = self.tables.open_row(length)
+        if row is None and not self._placed:
+            # Handles of other batches hold them; each is looked up in full the next time.
+            self._forget_tables()
+            row = self.tables.open_row(length)
+        if row is not None:
+            self._scratch.add(row)
+        return row
+
+    def _new_tables(self) -> SlotTables:
+        most = max(int(self.pool.nbytes * TABLE_SHARE), _SMALL_TABLES)
+        return SlotTables(self.pool.device, most)
+
+    def _forget_tables(self) -> None:
+        """Starts again with small tables; nothing of the batch may have been placed."""
+        old, forgotten = self.tables, list(self._anchors.values())
+        # In this order: an interruption on the way leaves no anchor to a row of other tables.
+        self._anchors.clear()
+        self._scratch.clear()
+        self.tables = self._new_tables()
+        for anchor in forgotten:
+            anchor.closes.detach()
+        # A handle that is going just now may still hand its row back, to the old ones.
+        old.retire()
+
     def _remember(
-        self, handle: PrefixHandle | None, row: int, node: Node, depth: int, skip: int
+        self,
+        handle: PrefixHandle | None,
+        state: HandleState | None,
+        row: int,
+        node: Node,
+        depth: int,
+        skip: int,
     ) -> None:
-        if handle is None:
+        if handle is None or state is None:
             return
         known = self._anchors.get(handle)
         if known is None:
             self._scratch.discard(row)
-            weakref.finalize(handle, self.tables.close_row, row).atexit = False
-            known = self._anchors[handle] = _Anchor(row, node, 0, 0, 0, 0, 0)
+            closes = weakref.finalize(handle, self.tables.close_row, row)
+            closes.atexit = False
+            known = self._anchors[handle] = _Anchor(row, closes, node, 0, 0, 0, 0, 0)
         known.node, known.depth, known.epoch = node, depth, node.epoch
-        known.generation, known.version, known.skip = self.tree.generation, handle.version, skip
+        known.generation, known.version, known.skip = self.tree.generation, state.version, skip
 
     def _owned(self) -> list[Ints]:
         """The slots that the tree owns, by node and block."""

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode.checkpoints.checkpoint import (
     load_causal_lm,
@@ -11,6 +11,7 @@ from guided_decode.checkpoints.checkpoint import (
     load_policy_trunk,
 )
 from guided_decode.checkpoints.families import Family
+from guided_decode.checkpoints.following import critic_head_origin, trunk_head_origin
 from guided_decode.checkpoints.loading_options import (
     LoadingOptions,
     check_tokenizer,
@@ -28,6 +29,7 @@ from guided_decode.scorer import LogProbs, Scorer
 from guided_decode.scoring.critic import CriticScorer, ValueHead
 from guided_decode.scoring.implicit import LanguageModel
 from guided_decode.scoring.transforms import Transform
+from guided_decode.scoring.trunk_head import TrunkHead
 from guided_decode.scoring.trunk_scorer import TrunkScorer
 
 
@@ -49,6 +51,7 @@ def load_critic(
     return CriticScorer(
         packed_model(checkpoint.trunk, checkpoint.name, options),
         ValueHead(checkpoint.head_weight, checkpoint.head_bias, checkpoint.transform),
+        head_origin=critic_head_origin(source, checkpoint.family, checkpoint.transform),
         **_companions(reward, reference, checkpoint.tokenizer, options),
         **conventions(
             checkpoint.family, checkpoint.tokenizer, checkpoint.trunk, options.policy_tokenizer
@@ -67,17 +70,21 @@ def load_trunk_scorer(
 ) -> TrunkScorer:
     """A head on the policy's own hidden states; arguments as of `loading.load_scorer`."""
     trunk = load_policy_trunk(source, family, options.dtype, options.device, options.rope_theta)
-    found = load_trunk_head(
-        head, trunk, source.name, transform=transform, **options.of_files | {"revision": None}
-    )
+    of_head = options.of_files | {"revision": None, "transform": transform}
+
+    def read(trunk: PreTrainedModel) -> TrunkHead:
+        found = load_trunk_head(head, trunk, source.name, **of_head)
+        return replace(found, norm=take_final_norm(trunk))
+
+    found = read(trunk)
     tokenizer = load_tokenizer(source)
     check_tokenizer(options, tokenizer, trunk, source)
-    norm = take_final_norm(trunk)
     # A loop that reads next tokens off this trunk keeps each token's hidden state.
     hidden_bytes = trunk.config.get_text_config().hidden_size * trunk.dtype.itemsize
     return TrunkScorer(
         packed_model(trunk, source.name, options, hidden_bytes),
-        replace(found, norm=norm),
+        found,
+        head_origin=trunk_head_origin(head, read),
         **_companions(reward, reference, tokenizer, options),
         **conventions(family, tokenizer, trunk, options.policy_tokenizer),
     )

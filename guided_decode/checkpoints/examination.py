@@ -1,10 +1,8 @@
 """What `load_scorer` would refuse, found without reading weights: before an engine loads, say."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
 from guided_decode.checkpoints.checkpoint import load_tokenizer
@@ -84,10 +82,6 @@ def _examine(
 ) -> None:
     check_config(source.name, source.config)
     settle_rope(source.name, source.config, family, rope_theta)
-    weights = source.weights
-    if weights is not None and not weights.pickle and Path(weights.location).is_dir():
-        for file in sorted(set(weights.files.values())):
-            check_whole(Path(weights.location) / file)
     tokenizer = _tokenizer(source)
     if policy_tokenizer is not None and tokenizer is not None:
         check_tokenizers(policy_tokenizer, tokenizer)
@@ -106,17 +100,6 @@ def _examine_language_model(source: Source, family: Family) -> None:
             f"{source.name} is a {source.architecture}: a reference or implicit reward expects a "
             "class that ends in ForCausalLM; pass a language model"
         )
-
-
-def check_whole(path: Path) -> None:
-    """Raises ValueError: a safetensors file that did not arrive whole; reads its header alone."""
-    try:
-        with safe_open(path, framework="pt"):
-            return
-    except (SafetensorError, OSError) as error:
-        raise ValueError(
-            f"{path} is no whole safetensors file ({error}): expected all of it; download it again"
-        ) from None
 
 
 def read_config(model: str, **options: Any) -> PreTrainedConfig:

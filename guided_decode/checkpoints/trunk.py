@@ -5,6 +5,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from guided_decode.checkpoints.source import Source
+from guided_decode.forward.weights import Origin, comes_from
 
 _SHOWN = 5
 
@@ -25,7 +27,7 @@ def load_trunk(
     Raises ValueError: weights are missing, of another shape, or left over.
     """
     if source.instance is not None:
-        return _finish(_own_copy(source.instance.base_model), dtype, device)
+        return _copy(source.instance, dtype, device, trunk=True)
     return _finish(_load(source, AutoModel, dtype), None, device)
 
 
@@ -42,8 +44,21 @@ def load_language_model(
                 f"{source.name} is a {source.architecture}, which has no language-model head: "
                 "expected a causal LM; pass one"
             )
-        return _finish(_own_copy(source.instance), dtype, device)
+        return _copy(source.instance, dtype, device)
     return _finish(_load(source, AutoModelForCausalLM, dtype), None, device)
+
+
+def _copy(
+    instance: PreTrainedModel,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    *,
+    trunk: bool = False,
+) -> PreTrainedModel:
+    """A copy of a model in memory, or of its trunk; made anew when the model has changed."""
+    read = partial(_copy, instance, dtype, device, trunk=trunk)
+    copied = _finish(_own_copy(instance.base_model if trunk else instance), dtype, device)
+    return comes_from(copied, Origin((instance,), read))
 
 
 def _finish(

@@ -100,7 +100,8 @@ def _check_scorer(
 
 def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> int:
     """The policy's vocabulary; with a head on its hidden states, that the head belongs to it."""
-    from guided_decode.checkpoints.examination import check_whole, read_config
+    from guided_decode.checkpoints.arrival import opened_safetensors
+    from guided_decode.checkpoints.examination import read_config
     from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
     from guided_decode.integrations.vllm.server_config import head_options
     from guided_decode.integrations.vllm.trunk_tap import check_fits
@@ -108,7 +109,9 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
     where = location(policy)
     if Path(where).is_dir():
         for file in sorted(Path(where).glob("*.safetensors")):
-            check_whole(file)
+            with opened_safetensors(file):
+                # Its header says whether it arrived whole.
+                pass
     text = read_config(where, **_of_policy(options)).get_text_config()
     if not config.guides:
         head = _in_one_line(

@@ -44,7 +44,7 @@ def _onednn(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 @functools.cache
 def _is_there() -> bool:
     """Whether this torch has the operation, which is not of its public interface, as it was."""
-    x, weight = torch.ones(2, 3), torch.ones(4, 3)
+    x, weight = (torch.ones(n, 3, dtype=torch.float32) for n in (2, 4))
     try:
         return torch.equal(_onednn(x, weight, None), F.linear(x, weight))
     except (AttributeError, RuntimeError, TypeError):

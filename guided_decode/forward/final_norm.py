@@ -12,6 +12,14 @@ _ALLOWED = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 _OFFSETS = (0.0, 1.0)
 
 
+class TakenNorm(nn.Identity):
+    """What stands where the norm was; `norm` is what was taken."""
+
+    def __init__(self, norm: Norm) -> None:
+        super().__init__()
+        self.norm = norm
+
+
 def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
     """Takes the final norm off a trunk, which then answers hidden states before it.
 
@@ -19,15 +27,18 @@ def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
     stays where it is.
 
     Args:
-        trunk: a copy of one's own: the module is replaced.
+        trunk: a copy of one's own: the module is replaced. From one whose norm was taken before
+            comes the same again.
 
     Returns:
         The norm, or None where the trunk keeps its own.
     """
     module = getattr(trunk, "norm", None)
+    if isinstance(module, TakenNorm):
+        return module.norm
     norm = None if module is None else _as_record(module)
     if norm is not None:
-        trunk.norm = nn.Identity()
+        trunk.norm = TakenNorm(norm)
     return norm
 
 
@@ -39,7 +50,9 @@ def _as_record(module: nn.Module) -> Norm | None:
     if weight.dtype not in _ALLOWED or weight.ndim != 1:
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(8, len(weight), generator=generator).to(weight.device, weight.dtype)
+    x = torch.randn(8, len(weight), generator=generator, dtype=torch.float32).to(
+        weight.device, weight.dtype
+    )
     expected = module(x).float()
     for offset in _OFFSETS:
         norm = Norm(weight.detach(), eps, offset)

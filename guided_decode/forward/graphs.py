@@ -5,6 +5,7 @@ copied in and the rest is padding: position -1, which attention leaves out, and 
 slot, which is nobody's. Shapes beyond the buckets run as they are.
 """
 
+import copy
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
@@ -18,7 +19,8 @@ from torch import Tensor
 
 from guided_decode.forward.capture import captured, no_waiting
 from guided_decode.forward.packed import PackedBatch
-from guided_decode.forward.packed_model import MOST_GRAPH_TOKENS, PackedModel
+from guided_decode.forward.packed_model import PackedModel
+from guided_decode.forward.pool_size import MOST_GRAPH_TOKENS
 from guided_decode.kernels.jit import next_power_of_two
 
 logger = logging.getLogger("guided_decode")
@@ -102,6 +104,14 @@ class GraphedForward:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "GraphedForward":
+        """One without graphs: what was captured writes to the original's pool."""
+        copied = object.__new__(GraphedForward)
+        memo[id(self)] = copied
+        vars(copied).update(vars(self) | {"_graphs": OrderedDict(), "_memory": None})
+        copied._forward = copy.deepcopy(self._forward, memo)
+        return copied
 
     def run(self, batch: PackedBatch) -> bool:
         """Runs the batch, if a bucket takes it; False where the caller has to run it."""

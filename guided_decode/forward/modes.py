@@ -1,7 +1,6 @@
 """The mode that models run in here: the caller's autograd, inference and autocast modes end."""
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
@@ -20,11 +19,16 @@ def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
 
     @wraps(function)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
-        with ExitStack() as modes:
-            modes.enter_context(torch.inference_mode(False))
-            modes.enter_context(torch.no_grad())
-            for device in ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",):
-                modes.enter_context(torch.autocast(device, enabled=False))
-            return function(*args, **kwargs)
+        grad = torch.is_grad_enabled()
+        try:
+            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
+                if not torch.cuda.is_available():
+                    return function(*args, **kwargs)
+                with torch.autocast("cuda", enabled=False):
+                    return function(*args, **kwargs)
+        finally:
+            # An interruption while torch enters or leaves a mode leaves it as it then is.
+            if torch.is_grad_enabled() is not grad:
+                torch._C._set_grad_enabled(grad)
 
     return run

@@ -2,47 +2,48 @@
 
 import logging
 from collections.abc import Sequence
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
 from guided_decode.cache.radix_node import NO_INTS
+from guided_decode.copying import OneProcess
 from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
-from guided_decode.forward.cache_argument import cache_argument, returned_cache
+from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
+from guided_decode.forward.pool_size import default_capacity, layer_shapes
+from guided_decode.forward.weights import WeightWatch, origin_of
 from guided_decode.growable import Ints
 from guided_decode.kernels.lookahead_tiles import has_tile
-from guided_decode.prefix import PrefixHandle, as_ints
+from guided_decode.prefix import HandleState, PrefixHandle, as_ints
 from guided_decode.scorer import Prefix
 
 logger = logging.getLogger("guided_decode")
 
-# The default pool takes at most this share of free memory, and no more than this many bytes.
-_MEMORY_SHARE = 0.25
-# Tokens of the longest forward that is a CUDA graph.
-MOST_GRAPH_TOKENS = 512
-# 32 MiB for cuBLAS on Hopper, and 1 MiB for each of 64 graphs.
-_WORKSPACE_BYTES = 96 << 20
-_MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
-
 
 class Row(NamedTuple):
-    """A row that was checked: its prefix, and how many leading tokens the model does not see."""
+    """A row that was checked: its prefix, and how many leading tokens the model does not see.
+
+    state: what was checked of a handle, which others may go on appending to.
+    """
 
     prefix: PrefixHandle | Ints
     skip: int
+    state: HandleState | None
 
 
-class PackedModel:
+class PackedModel(OneProcess):
     """An unmodified transformers module, its prefix cache, and the packed forward.
 
-    The model must sit on a config of its own: its attention implementation is switched.
+    The model must sit on a config of its own: its attention implementation is switched. Whoever
+    uses it holds `cache.lock` meanwhile.
     """
 
     def __init__(
@@ -79,13 +80,14 @@ class PackedModel:
             if given is not None and (not isinstance(given, int) or given < 1):
                 raise ValueError(f"{bound}={given!r}: expected an integer of at least 1")
         self.model = model
+        self.origin = origin_of(model)
         self.name = name
         self.max_forward_tokens = max_forward_tokens
         self.fused = model.device.type != "cpu" if fused is None else fused
         config = model.config.get_text_config()
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        shapes = _layer_shapes(model)
+        shapes = layer_shapes(model)
         self.has_kernel = _has_kernel(config.num_attention_heads, shapes, model.dtype)
         if self.fused and model.device.type == "cuda" and not self.has_kernel:
             logger.warning(
@@ -93,11 +95,57 @@ class PackedModel:
                 "slowly and without CUDA graphs", name, model.dtype,
             )  # fmt: skip
         capacity = cache_tokens or min(
-            live_tokens or 1 << 17, _default_capacity(shapes, model, bytes_beside)
+            live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside)
         )
         self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
-        model.set_attn_implementation(ATTENTION_NAME)
-        use_onednn(model)
+        self._prepare()
+
+    def _prepare(self) -> None:
+        self.model.set_attn_implementation(ATTENTION_NAME)
+        use_onednn(self.model)
+        self._watch = WeightWatch(self._watched)
+
+    @property
+    def _watched(self) -> Sequence[nn.Module | Tensor]:
+        return (self.model,) if self.origin is None else self.origin.watched
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
+        watch = self._watch
+        memo[id(watch)] = watch
+        copied = super().__deepcopy__(memo)
+        copied._watch = WeightWatch(copied._watched)
+        return copied
+
+    def follow(self) -> bool:
+        """Whether the weights, or the adapters in them, changed since the last call.
+
+        The cache is then empty, and what was a copy of the caller's model is a new one.
+
+        Raises:
+            ValueError: the model has another dtype, device or vocabulary now.
+        """
+        if not self._watch.changed():
+            return False
+        # Whatever comes of it, no answer may come from what was cached before.
+        self.cache.clear()
+        model = self.model if self.origin is None else self.origin.read()
+        self._check_like(model)
+        self.model = model
+        self._prepare()
+        return True
+
+    def _check_like(self, model: PreTrainedModel) -> None:
+        pool, vocab = self.cache.pool, len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+        given = [str(model.dtype), str(model.device), vocab]
+        wanted = [str(pool.keys[0].dtype), str(pool.device), self.vocab_size]
+        if given != wanted:
+            now, before = (
+                f"{kind} on {place} with {n} tokens" for kind, place, n in (given, wanted)
+            )
+            raise ValueError(
+                f"the model that {self.name} was loaded from has become {now}, where it was "
+                f"{before}: a scorer follows its weights and adapters only; call load_scorer again"
+            )
 
     @property
     def device(self) -> torch.device:
@@ -117,19 +165,20 @@ class PackedModel:
             ValueError: an empty prefix, a token outside the vocabulary, more tokens than the model
                 has positions, or than the cache has slots.
         """
-        if not len(given):
-            raise ValueError(f"row {index} has an empty prefix: expected at least one token id")
         prefix: PrefixHandle | Ints
+        state = None
         if isinstance(given, PrefixHandle):
-            prefix, tokens = given, given.tokens
-            lowest, highest = given.lowest, given.highest
+            prefix, state = given, given.state()
+            tokens, lowest, highest, _ = state
         else:
             prefix = tokens = as_ints(given)
-            lowest, highest = int(tokens.min()), int(tokens.max())
+            lowest, highest = (int(tokens.min()), int(tokens.max())) if len(tokens) else (0, 0)
+        if not len(tokens):
+            raise ValueError(f"row {index} has an empty prefix: expected at least one token id")
         self.check_vocabulary(lowest, highest, f"row {index}: prefix token")
         skip = int(skip_token is not None and len(tokens) > 1 and tokens[0] == skip_token)
         self._check_fits(len(tokens) - skip, candidates, index)
-        return Row(prefix, skip)
+        return Row(prefix, skip, state)
 
     def refusal(self, given: Prefix, skip_token: int | None, candidates: int) -> str | None:
         """What `row` would raise, or None."""
@@ -170,10 +219,12 @@ class PackedModel:
 
         alone: no other row of the batch was placed, so what the cache holds may go.
         """
-        placement = self.cache.place(row.prefix, row.skip, candidates, reread_last=reread_last)
+        place = partial(self.cache.place, row.prefix, row.skip, candidates, state=row.state,
+                        reread_last=reread_last)  # fmt: skip
+        placement = place()
         if placement is None and alone:
             self.cache.clear()
-            placement = self.cache.place(row.prefix, row.skip, candidates, reread_last=reread_last)
+            placement = place()
             assert placement is not None
         return placement
 
@@ -206,49 +257,6 @@ class PackedModel:
         return self.model(**inputs).last_hidden_state[0]
 
 
-def _layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """(kv_heads, key_dim, value_dim) of each layer, read off a forward of one token."""
-    model.set_attn_implementation("eager")
-    with torch.no_grad():
-        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
-        layers = returned_cache(model(input_ids=token, use_cache=True)).layers
-    shapes = []
-    for layer in layers:
-        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
-        if keys is None or values is None:
-            raise ValueError(
-                f"{type(model).__name__} has layers that keep no keys and values (recurrent or "
-                "shared): expected attention with its own keys and values in every layer"
-            )
-        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
-    return shapes
-
-
 def _has_kernel(heads: int, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> bool:
     """Whether `kernels.lookahead_attention` has a kernel for every layer."""
     return all(has_tile(dtype, heads // kv_heads, max(k, v)) for kv_heads, k, v in shapes)
-
-
-def _default_capacity(
-    shapes: list[tuple[int, int, int]], model: PreTrainedModel, bytes_beside: int
-) -> int:
-    numbers = sum(heads * (k + v) for heads, k, v in shapes)
-    token_bytes = numbers * model.dtype.itemsize + 4 + bytes_beside
-    budget = _MOST_BYTES.get(model.device.type, 2 << 30)
-    if model.device.type == "cuda":
-        budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
-        budget -= graph_bytes(model)
-    return max(1, min(1 << 17, budget // token_bytes))
-
-
-def graph_bytes(model: PreTrainedModel) -> int:
-    """What the CUDA graphs of the forward hold, about: the activations of their longest one.
-
-    All graphs share one memory pool, in which a layer's activations take the place of the last
-    layer's: a few rows of the hidden size, and of the feed-forward's, a token. Beside them cuBLAS
-    keeps a workspace for the stream of the captures, and the driver its nodes of each graph.
-    """
-    config = model.config.get_text_config()
-    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations = MOST_GRAPH_TOKENS * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize
-    return activations + _WORKSPACE_BYTES

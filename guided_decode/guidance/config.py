@@ -1,7 +1,9 @@
 """The guidance rule's settings: one frozen record, validated once, passed on whole."""
 
 import math
+import operator
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from typing import Any, Literal
 
 Rule = Literal["reweight", "prune"]
@@ -11,6 +13,7 @@ Baseline = Literal["prefix", "mean"]
 OnError = Literal["raise", "passthrough"]
 
 _FLOAT32_MAX = 3.4028234e38
+_INT64_MAX = 2**63 - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +33,8 @@ class GuidanceConfig:
     gate: rows whose top token has at least this probability are not scored; None scores every row.
     kl_coef: weight of log pi - log pi_ref that is subtracted from the advantage.
 
-    Raises ValueError where a field, or a combination of fields, has no meaning.
+    numpy's numbers are numbers, and are kept as Python's. Raises ValueError where a field, or a
+    combination of fields, has no meaning.
     """
 
     beta: float = 1.0
@@ -52,11 +56,11 @@ class GuidanceConfig:
         _check_number("kl_coef", self.kl_coef, least=0.0)
         if self.gate is not None:
             _check_number("gate", self.gate, above=0.0, most=1.0)
-        if self.top_k is not None and (
-            isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 1
-        ):
-            raise ValueError(f"top_k={self.top_k!r}: expected an integer of at least 1, or None")
+        if self.top_k is not None:
+            _check_count("top_k", self.top_k)
         self._check_margin()
+        for name in ("beta", "top_k", "top_p", "margin", "gate", "kl_coef"):
+            object.__setattr__(self, name, _plain(getattr(self, name)))
 
     def _check_margin(self) -> None:
         if self.rule == "prune":
@@ -68,8 +72,8 @@ class GuidanceConfig:
             _check_number("margin", self.margin, least=0.0)
         elif self.margin is not None:
             raise ValueError(
-                f'margin={self.margin!r} was given with rule="reweight", which has no margin: '
-                'drop it, or pass rule="prune"'
+                f'margin={_shown(self.margin)} was given with rule="reweight", which has no '
+                'margin: drop it, or pass rule="prune"'
             )
 
     def changed(self, **settings: Any) -> "GuidanceConfig":
@@ -85,8 +89,8 @@ class GuidanceConfig:
 
 
 def _check_choice(name: str, given: object, choices: tuple[str, ...]) -> None:
-    if given not in choices:
-        raise ValueError(f"{name}={given!r}: expected one of {', '.join(map(repr, choices))}")
+    if not isinstance(given, str) or given not in choices:
+        raise ValueError(f"{name}={_shown(given)}: expected one of {', '.join(map(repr, choices))}")
 
 
 def _check_number(
@@ -101,14 +105,43 @@ def _check_number(
     bounds += [f"above {above:g}" if above is not None else ""]
     bounds += [f"at most {most:g}" if most is not None else ""]
     wanted = " and ".join(["a finite number (float32)", *filter(None, bounds)])
+    number = _as_float(given)
     fits = (
-        isinstance(given, int | float)
-        and not isinstance(given, bool)
-        and math.isfinite(given)
-        and abs(given) <= _FLOAT32_MAX
-        and (least is None or given >= least)
-        and (above is None or given > above)
-        and (most is None or given <= most)
+        abs(number) <= _FLOAT32_MAX
+        and (least is None or number >= least)
+        and (above is None or number > above)
+        and (most is None or number <= most)
     )
     if not fits:
-        raise ValueError(f"{name}={given!r}: expected {wanted}")
+        raise ValueError(f"{name}={_shown(given)}: expected {wanted}")
+
+
+def _as_float(given: object) -> float:
+    """The number that was given; NaN where it is none, or too large for a float."""
+    if not isinstance(given, Real) or isinstance(given, bool):
+        return math.nan
+    try:
+        return float(given)
+    except OverflowError:
+        return math.nan
+
+
+def _check_count(name: str, given: object) -> None:
+    is_integer = isinstance(given, Integral) and not isinstance(given, bool)
+    if not is_integer or not 1 <= operator.index(given) <= _INT64_MAX:  # type: ignore[arg-type]
+        raise ValueError(f"{name}={_shown(given)}: expected an integer of at least 1, or None")
+
+
+def _plain(given: Any) -> Any:
+    """numpy's numbers as Python's, which other libraries and JSON take too."""
+    if given is None or type(given) in (int, float):
+        return given
+    return int(given) if isinstance(given, Integral) else float(given)
+
+
+def _shown(given: object) -> str:
+    """A setting as an error shows it, however long it is."""
+    if isinstance(given, int) and not isinstance(given, bool) and given.bit_length() > 200:
+        return f"an integer of {given.bit_length()} bits"
+    text = repr(given)
+    return text if len(text) <= 100 else f"{text[:100]}…"

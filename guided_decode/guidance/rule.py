@@ -54,6 +54,8 @@ def guide(
     Raises:
         ValueError: shapes differ; kl_coef without log_ratio; a score that is used is not finite.
     """
+    check_tensors(logits=logits, candidates=candidates, values=scores[0], baseline=scores[1])
+    scores = Scores(*scores)
     configs = per_row(config, len(logits))
     _check_shapes(logits, candidates, scores)
     scored = scored_candidates(candidates, exempt, active)
@@ -154,9 +156,11 @@ def _rules_of_all(config: GuidanceConfig, rows: int, device: torch.device) -> _R
 def _rules(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules:
     rows = len(configs)
     # Each begins at a multiple of 16 bytes, whatever the rows: kernels are compiled for that.
-    weights = torch.zeros(3, -(-rows // 16) * 16)
+    # float32, whatever the caller's default dtype is.
+    weights = torch.zeros(3, -(-rows // 16) * 16, dtype=torch.float32)
     weights[:, :rows] = torch.tensor(
-        [[c.beta * (c.rule == "reweight"), _margin(c), c.kl_coef] for c in configs]
+        [[c.beta * (c.rule == "reweight"), _margin(c), c.kl_coef] for c in configs],
+        dtype=torch.float32,
     ).T
     flags = torch.zeros(2, weights.shape[1], dtype=torch.bool)
     flags[:, :rows] = torch.tensor([[c.tail == "keep", c.baseline == "mean"] for c in configs]).T
@@ -171,12 +175,30 @@ def _rows_of(reason: int, why: list[int]) -> list[int]:
 
 
 def per_row(config: Configs, rows: int) -> Sequence[GuidanceConfig]:
-    """One config for each row."""
+    """One config for each row.
+
+    Raises ValueError: anything but one GuidanceConfig, or one a row.
+    """
     if isinstance(config, GuidanceConfig):
         return [config] * rows
+    odd = [each for each in config if not isinstance(each, GuidanceConfig)] if isinstance(
+        config, Sequence) else [config]  # fmt: skip
+    if odd:
+        raise ValueError(
+            f"a {type(odd[0]).__name__} came as a config: expected a GuidanceConfig, or one a row"
+        )
     if len(config) != rows:
         raise ValueError(f"{len(config)} configs came for {rows} rows: pass one, or one a row")
     return config
+
+
+def check_tensors(**given: object) -> None:
+    """Raises ValueError: one of them is no tensor."""
+    for name, each in given.items():
+        if not isinstance(each, Tensor):
+            raise ValueError(
+                f"{name} came as {type(each).__name__}: expected a tensor; wrap it in torch.tensor"
+            )
 
 
 def _margin(config: GuidanceConfig) -> float:

@@ -13,6 +13,7 @@ from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.rule import (
     Configs,
     apply_guidance,
+    check_tensors,
     distinct,
     per_row,
     scored_candidates,
@@ -70,6 +71,7 @@ def guide_rows(
             reference, another number of prefixes than rows; with on_error="raise" also a score
             that is NaN or infinite, and a guided row that comes with every logit at −inf.
     """
+    check_tensors(logits=logits)
     configs = per_row(config, len(logits))
     _check_call(logits, prefixes, on_error)
     for each in distinct(configs):
@@ -209,7 +211,7 @@ def _rows_to_score(
     if gated is None:
         return wanted
     rows = [i for i in wanted if not gated[i]]
-    scorer.stats.rows_gated += len(wanted) - len(rows)
+    scorer.stats.add(rows_gated=len(wanted) - len(rows))
     return rows
 
 
@@ -287,7 +289,7 @@ def _spoiled(step: _StepScores, candidates: Tensor, rows: list[int]) -> _StepSco
 def _count_failure(scorer: Scorer, rows: int, reason: object) -> None:
     if scorer.stats.passthroughs == 0:
         logger.warning("rows go on unguided because scoring failed: %s", reason)
-    scorer.stats.passthroughs += rows
+    scorer.stats.add(passthroughs=rows)
 
 
 def is_device_error(error: Exception) -> bool:

@@ -1,24 +1,28 @@
 """The critic as a scorer: V of every candidate, one packed forward a step."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
+from guided_decode.copying import OneProcess
 from guided_decode.forward.graphs import GraphedForward
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch
 from guided_decode.forward.packed_model import PackedModel, Row
+from guided_decode.forward.weights import Origin, WeightWatch
 from guided_decode.growable import Ints
 from guided_decode.kernels import value_head
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
+from guided_decode.scoring.asked import check_asked
 from guided_decode.stats import ScorerStats
 
-_INTEGERS = (torch.int64, torch.int32, torch.int16)
+Head = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +38,12 @@ class ValueHead:
         return self.transform(value_head(hidden, self.weight, self.bias))
 
 
-class CriticScorer:
+class CriticScorer(OneProcess):
     """Scores candidates with a token-level critic, or a reward model read at the last token.
 
-    The answer of `score` depends on its arguments alone; the cache changes what it costs.
+    The answer of `score` depends on its arguments alone; the cache changes what it costs. Threads
+    may share a scorer: a lock (`cache.lock`, one a model) lets one call in at a time. A model in
+    memory is followed: an optimizer step, another adapter, or other weights empty the cache.
     """
 
     scores_vocabulary = False
@@ -45,7 +51,7 @@ class CriticScorer:
     def __init__(
         self,
         model: PackedModel,
-        head: Callable[[Tensor], Tensor],
+        head: Head,
         *,
         terminal: TerminalRule = "baseline",
         skip_token: int | None = None,
@@ -54,6 +60,7 @@ class CriticScorer:
         reward: Scorer | None = None,
         reference: LogProbs | None = None,
         graphs: bool | None = None,
+        head_origin: Origin | None = None,
     ) -> None:
         """
         Args:
@@ -66,6 +73,7 @@ class CriticScorer:
             reward: the reward model of the "reward" terminal rule.
             reference: the model of kl_coef.
             graphs: steps of the usual shapes replay CUDA graphs; None: on a CUDA device.
+            head_origin: where the head is, in memory; it is followed as the trunk is.
         """
         if terminal == "reward" and reward is None:
             raise ValueError(
@@ -81,17 +89,27 @@ class CriticScorer:
         self.reward = reward
         self.reference = reference
         self.stats = ScorerStats()
+        self._head_origin = head_origin
+        self._head_watch = WeightWatch(() if head_origin is None else head_origin.watched)
         self._evicted = 0
         self._graphs: GraphedForward | None = None
         if graphs if graphs is not None else model.device.type == "cuda":
-            capture = model.device.type == "cuda"
-            self._graphs = GraphedForward(model, self._write_values, capture=capture)
+            self._graphs = self._new_graphs()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        watch = self._head_watch
+        memo[id(watch)] = watch
+        return super().__deepcopy__(memo)
+
+    def _new_graphs(self) -> GraphedForward:
+        capture = self.model.device.type == "cuda"
+        return GraphedForward(self.model, self._write_values, capture=capture)
 
     def __repr__(self) -> str:
         cache = self.cache
         return (
             f"{type(self).__name__}({self.model.name!r}, terminal={self.terminal!r}, cache_tokens="
-            f"{cache.capacity}, {cache.pool.nbytes / 2**20:.0f} MiB, {self.model.device})"
+            f"{cache.capacity}, {cache.nbytes / 2**20:.0f} MiB, {self.model.device})"
         )
 
     @property
@@ -123,19 +141,22 @@ class CriticScorer:
             ValueError: an empty prefix, a token outside the vocabulary, more positions than the
                 critic has, or a row that does not fit the cache.
         """
-        begun = time.perf_counter()
-        rows, chosen = self._read(prefixes, candidates)
-        parts: list[Scores] = []
-        done = 0
-        try:
-            while done < len(rows):
-                parts.append(self._score_part(rows[done:], chosen[done:]))
-                done += len(parts[-1].baseline)
-        except BaseException:
-            # Slots that were handed out may not have been written.
-            self.cache.clear()
-            raise
-        self._count(begun, len(rows))
+        check_asked(prefixes, candidates, self.vocab_size)
+        with self.cache.lock:
+            begun = time.perf_counter()
+            self._follow()
+            rows, chosen = self._read(prefixes, candidates)
+            parts: list[Scores] = []
+            done = 0
+            try:
+                while done < len(rows):
+                    parts.append(self._score_part(rows[done:], chosen[done:]))
+                    done += len(parts[-1].baseline)
+            except BaseException:
+                # Slots that were handed out may not have been written.
+                self.cache.clear()
+                raise
+            self._count(begun, len(rows))
         if not parts:
             empty = torch.empty(candidates.shape, dtype=torch.float32, device=self.model.device)
             return Scores(empty, empty.new_empty(len(empty)))
@@ -145,6 +166,17 @@ class CriticScorer:
             torch.cat([part.values for part in parts]),
             torch.cat([part.baseline for part in parts]),
         )
+
+    def _follow(self) -> None:
+        """Reads a model in memory again that is not what it was."""
+        if not self.model.follow() and not self._head_watch.changed():
+            return
+        self.cache.clear()
+        if self._head_origin is not None:
+            self.head = self._head_origin.read(self.model.model)
+            self._head_watch = WeightWatch(self._head_origin.watched)
+        if self._graphs is not None:
+            self._graphs = self._new_graphs()
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:
         """Why `score` would refuse this prefix with so many candidates, or None."""
@@ -157,17 +189,6 @@ class CriticScorer:
 
     def _read(self, prefixes: Sequence[Prefix], candidates: Tensor) -> tuple[list[Row], Ints]:
         """Rows that were checked, and candidates on the host: the step's one blocking copy."""
-        shape = candidates.shape
-        if len(shape) != 2 or shape[0] != len(prefixes) or candidates.dtype not in _INTEGERS:
-            raise ValueError(
-                f"candidates came as {candidates.dtype} {list(shape)} for "
-                f"{len(prefixes)} prefixes: expected int64 [{len(prefixes)}, k], padded with -1"
-            )
-        if shape[1] > self.vocab_size:
-            raise ValueError(
-                f"k={shape[1]} candidates a row are more than the vocabulary of "
-                f"{self.vocab_size} tokens"
-            )
         chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)
         if chosen.size:
             # -1 is padding.
@@ -177,7 +198,7 @@ class CriticScorer:
         counts = (chosen >= 0).sum(-1).tolist()
         for i, (given, count) in enumerate(zip(prefixes, counts, strict=True)):
             # Repeated candidates take one slot; they are rare enough to count only near the limit.
-            if len(given) + count > self.cache.capacity:
+            if isinstance(given, Sized) and len(given) + count > self.cache.capacity:
                 count = len(_distinct(chosen[i])[0])
             rows.append(self.model.row(given, i, self.skip_token, count))
         return rows, chosen
@@ -208,12 +229,12 @@ class CriticScorer:
             begun = time.perf_counter()
             if self._graphs is None or not self._graphs.run(batch):
                 self._write_values(batch)
-            self.stats.forwards += 1
-            self.stats.forward_seconds += time.perf_counter() - begun
-        for placement in placements:
-            self.stats.prefix_tokens += len(placement.work.prefix)
-            self.stats.candidate_tokens += len(placement.work.candidates)
-            self.stats.cache_hits += placement.hits
+            self.stats.add(forwards=1, forward_seconds=time.perf_counter() - begun)
+        self.stats.add(
+            prefix_tokens=sum(len(placement.work.prefix) for placement in placements),
+            candidate_tokens=sum(len(placement.work.candidates) for placement in placements),
+            cache_hits=sum(placement.hits for placement in placements),
+        )
 
     def _write_values(self, batch: PackedBatch) -> None:
         """One forward; each token's value goes to its slot."""
@@ -234,10 +255,12 @@ class CriticScorer:
 
     def _count(self, begun: float, rows: int) -> None:
         evicted = self.cache.tree.evicted
-        self.stats.evictions += evicted - self._evicted
+        self.stats.add(
+            evictions=evicted - self._evicted,
+            rows_scored=rows,
+            seconds=time.perf_counter() - begun,
+        )
         self._evicted = evicted
-        self.stats.rows_scored += rows
-        self.stats.seconds += time.perf_counter() - begun
 
 
 def _repeats(candidates: Ints) -> list[bool]:

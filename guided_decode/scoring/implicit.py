@@ -7,14 +7,19 @@ import torch
 from torch import Tensor
 
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
+from guided_decode.copying import OneProcess
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed_model import PackedModel, Row
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
+from guided_decode.scoring.asked import check_asked
 from guided_decode.stats import ScorerStats
 
 
-class LanguageModel:
-    """A causal LM read for log-probabilities after prefixes, with a prefix cache of its own."""
+class LanguageModel(OneProcess):
+    """A causal LM read for log-probabilities after prefixes, with a prefix cache of its own.
+
+    Threads may share it, and a model in memory is followed, as by `CriticScorer`.
+    """
 
     def __init__(self, model: PackedModel, stats: ScorerStats | None = None) -> None:
         self.model = model
@@ -39,22 +44,25 @@ class LanguageModel:
         Raises:
             ValueError: as `CriticScorer.score`.
         """
-        rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
-        chosen = candidates.to(self.model.device)
-        if chosen.numel():
-            lowest, highest = (int(bound) for bound in chosen.aminmax())
-            self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
-        done, parts = 0, []
-        try:
-            while done < len(rows):
-                logits = self._part(rows[done:])
-                parts.append(self._read(logits, chosen[done : done + len(logits)]))
-                done += len(logits)
-        except BaseException:
-            self.cache.clear()
-            raise
-        self.stats.evictions += self.cache.tree.evicted - self._evicted
-        self._evicted = self.cache.tree.evicted
+        check_asked(prefixes, candidates, self.model.vocab_size)
+        with self.cache.lock:
+            self.model.follow()
+            rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
+            chosen = candidates.to(self.model.device, torch.int64)
+            if chosen.numel():
+                lowest, highest = (int(bound) for bound in chosen.aminmax())
+                self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
+            done, parts = 0, []
+            try:
+                while done < len(rows):
+                    logits = self._part(rows[done:])
+                    parts.append(self._read(logits, chosen[done : done + len(logits)]))
+                    done += len(logits)
+            except BaseException:
+                self.cache.clear()
+                raise
+            self.stats.add(evictions=self.cache.tree.evicted - self._evicted)
+            self._evicted = self.cache.tree.evicted
         return torch.cat(parts) if parts else torch.empty(candidates.shape, dtype=torch.float32)
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:
@@ -89,11 +97,11 @@ class LanguageModel:
             read = torch.tensor(last, dtype=torch.int64).to(self.model.device, non_blocking=True)
             begun = time.perf_counter()
             outputs.append(self.model.forward(batch, read).float())
-            self.stats.forwards += 1
-            self.stats.forward_seconds += time.perf_counter() - begun
-        for placement in placements:
-            self.stats.prefix_tokens += len(placement.work.prefix)
-            self.stats.cache_hits += placement.hits
+            self.stats.add(forwards=1, forward_seconds=time.perf_counter() - begun)
+        self.stats.add(
+            prefix_tokens=sum(len(placement.work.prefix) for placement in placements),
+            cache_hits=sum(placement.hits for placement in placements),
+        )
         return torch.cat(outputs)
 
     @staticmethod
@@ -102,11 +110,12 @@ class LanguageModel:
         return log_probs.masked_fill(candidates < 0, torch.nan)
 
 
-class ImplicitScorer:
+class ImplicitScorer(OneProcess):
     """A(s,a) = log π*(a|s) − log π_ref(a|s): values with baseline 0, terminals included.
 
     DPO and KTO train π* so that beta · this is its reward up to a term of the prompt
-    (Rafailov et al., arXiv 2305.18290, equation 5).
+    (Rafailov et al., arXiv 2305.18290, equation 5). Threads may share it: each of its two models
+    lets one call in at a time.
     """
 
     terminal: TerminalRule = "included"
@@ -154,8 +163,7 @@ class ImplicitScorer:
         begun = time.perf_counter()
         values = self._tuned.log_probs(prefixes, candidates)
         values = values - self._reference.log_probs(prefixes, candidates).to(values.device)
-        self.stats.rows_scored += len(prefixes)
-        self.stats.seconds += time.perf_counter() - begun
+        self.stats.add(rows_scored=len(prefixes), seconds=time.perf_counter() - begun)
         return Scores(values, values.new_zeros(len(values)))
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:

@@ -1,5 +1,6 @@
 """The logits processor for Hugging Face `generate`: each live row's logits, guided by a scorer."""
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -38,6 +39,25 @@ class WatchedCriteria(StoppingCriteriaList):
         return done
 
 
+class _Generation(threading.local):
+    """The generation in progress on this thread.
+
+    handles, configs: its rows' histories and settings. ids: int64 [rows, length], as they came
+    last. width: tokens of its prompts, padding included.
+    """
+
+    def __init__(self) -> None:
+        self.begin(torch.empty(0, 0, dtype=torch.int64), [], ())
+
+    def begin(
+        self, ids: Tensor, handles: list[PrefixHandle], configs: Sequence[GuidanceConfig]
+    ) -> None:
+        self.handles = handles
+        self.configs = configs
+        self.ids = ids
+        self.width = ids.shape[1]
+
+
 class ValueGuidedLogitsProcessor(LogitsProcessor):
     """Guides each live row's next-token logits by a scorer.
 
@@ -45,7 +65,8 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
     not seen here.
 
     One object serves one `generate` call after another; it takes a call whose ids do not continue
-    the last ones as a new generation, whose prompt is what it is given. An attention mask belongs
+    the last ones as a new generation, whose prompt is what it is given; threads that share it have
+    a generation each. An attention mask belongs
     to one batch of prompts: assign `attention_mask` before the next. Finished rows (a terminal
     among the generated tokens) are neither scored nor changed; rows that another stopping
     criterion finished are known on the `custom_generate` route only.
@@ -97,14 +118,11 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
             _beam_candidates(each, num_beams, len(self.terminals))
             for each in all_configs(self.config)
         )
-        self.reset()
+        self._now = _Generation()
 
     def reset(self) -> None:
         """Forgets the generation in progress."""
-        self._handles: list[PrefixHandle] = []
-        self._configs: Sequence[GuidanceConfig] = ()
-        self._ids = torch.empty(0, 0, dtype=torch.int64)
-        self._width = 0
+        self._now = _Generation()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Guided scores, [rows, vocab]; input_ids: int64 [rows, length], prompts left-padded.
@@ -127,8 +145,8 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         return guide_rows(
             self.scorer,
             scores,
-            [self._handles[i] for i in rows],
-            [self._configs[i] for i in rows],
+            [self._now.handles[i] for i in rows],
+            [self._now.configs[i] for i in rows],
             terminals=self.terminals,
             on_error=self.on_error,
             min_keep=self.min_keep,
@@ -138,10 +156,10 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         if self.stopped is not None and self.stopped.finished is not None:
             return (~self.stopped.finished).nonzero().flatten().tolist()
         every = list(range(len(input_ids)))
-        if not self.terminals or input_ids.shape[1] == self._width:
+        if not self.terminals or input_ids.shape[1] == self._now.width:
             return every
         ends = torch.tensor(self.terminals, device=input_ids.device)
-        ended = torch.isin(input_ids[:, self._width :], ends)
+        ended = torch.isin(input_ids[:, self._now.width :], ends)
         if self._is_next_turn(input_ids, ended):
             self._begin(input_ids)
             return every
@@ -168,27 +186,27 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
             self._begin(input_ids)
         else:
             self._reorder(parents)
-            for handle, token in zip(self._handles, input_ids[:, -1].tolist(), strict=True):
+            for handle, token in zip(self._now.handles, input_ids[:, -1].tolist(), strict=True):
                 handle.append(token)
-        self._ids = input_ids.clone()
+        self._now.ids = input_ids.clone()
 
     def _continues(self, input_ids: Tensor) -> bool:
-        rows, length = self._ids.shape
+        rows, length = self._now.ids.shape
         return (
             rows > 0
             and input_ids.shape == (rows, length + 1)
-            and torch.equal(input_ids[:, : self._width], self._ids[:, : self._width])
+            and torch.equal(input_ids[:, : self._now.width], self._now.ids[:, : self._now.width])
         )
 
     def _parents(self, input_ids: Tensor) -> list[int] | None:
         """For each row the last step's row that it continues; None where there is none."""
         rows = len(input_ids)
-        if torch.equal(input_ids[:, :-1], self._ids):
+        if torch.equal(input_ids[:, :-1], self._now.ids):
             return list(range(rows))
         # Beams are reordered within their prompt.
         group = self.num_beams if rows % self.num_beams == 0 and self.num_beams > 1 else rows
         now = input_ids[:, :-1].reshape(rows // group, group, -1)
-        before = self._ids.view(rows // group, group, -1)
+        before = self._now.ids.view(rows // group, group, -1)
         same = (now[:, :, None] == before[:, None]).all(-1)
         if not bool(same.any(-1).all()):
             return None
@@ -196,7 +214,9 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         return (same.int().argmax(-1) + first).flatten().tolist()
 
     def _reorder(self, parents: list[int]) -> None:
-        moved = any(self._configs[i] != self._configs[parent] for i, parent in enumerate(parents))
+        moved = any(
+            self._now.configs[i] != self._now.configs[parent] for i, parent in enumerate(parents)
+        )
         if moved:
             raise ValueError(
                 "rows that continue each other came with different configs, as in beam search: "
@@ -205,10 +225,10 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         taken: set[int] = set()
         handles = []
         for parent in parents:
-            handle = self._handles[parent]
+            handle = self._now.handles[parent]
             handles.append(PrefixHandle(handle.tokens) if parent in taken else handle)
             taken.add(parent)
-        self._handles = handles
+        self._now.handles = handles
 
     def _begin(self, input_ids: Tensor) -> None:
         width = input_ids.shape[1]
@@ -219,11 +239,11 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
             )
         pads = [width - length for length in self._prompt_lengths(input_ids)]
         rows = input_ids.tolist()
-        self._configs = row_configs(
+        configs = row_configs(
             self.config, len(rows), self._prompts(len(rows)), beams=self.num_beams
         )
-        self._handles = [PrefixHandle(row[n:]) for row, n in zip(rows, pads, strict=True)]
-        self._width = width
+        handles = [PrefixHandle(row[n:]) for row, n in zip(rows, pads, strict=True)]
+        self._now.begin(input_ids, handles, configs)
 
     def _prompts(self, rows: int) -> int:
         """How many prompts the rows belong to, as far as that is known."""

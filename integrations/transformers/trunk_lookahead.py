@@ -55,8 +55,9 @@ class TrunkLookahead:
     are refused. Its `tokenizer` is lost: give stop strings as
     `stopping_criteria=[StopStringCriteria(tokenizer, strings)]`.
 
-    The cache outlives a call, so that prompts that come again are not forwarded again: after a
-    change of the policy's weights call `scorer.cache.clear()`.
+    The cache outlives a call, so that prompts that come again are not forwarded again. The policy
+    is followed from call to call: other weights or another adapter empty the cache. Threads may
+    share one.
     """
 
     def __init__(
@@ -93,7 +94,8 @@ class TrunkLookahead:
         self.scorer = scorer
         self.on_error: OnError = on_error
         self.streamer = streamer
-        self._logits_of: tuple[PreTrainedModel, NextLogits] | None = None
+        # What the next tokens are read with, and what that was made of.
+        self._logits_of: tuple[tuple[object, ...], NextLogits] | None = None
 
     def __call__(
         self,
@@ -121,8 +123,8 @@ class TrunkLookahead:
         refuse_positions(model_kwargs.get("position_ids"), width, lengths)
         prompts = rows // (generation_config.num_return_sequences or 1)
         configs = row_configs(self.config, rows, prompts)
-        logits_of = self._policy_head(model)
         self.scorer.keep_hidden()
+        logits_of = self._policy_head(model)
         if self.streamer is not None:
             # To its own, `generate` has given the prompt.
             self.streamer.put(input_ids.cpu())
@@ -144,9 +146,11 @@ class TrunkLookahead:
 
     def _policy_head(self, model: PreTrainedModel) -> NextLogits:
         self._check_weights(model)
-        if self._logits_of is None or self._logits_of[0] is not model:
-            self._logits_of = (model, NextLogits(model, self.scorer.trunk_head))
-        return self._logits_of[1]
+        made_of = (model, model.get_output_embeddings(), self.scorer.trunk_head)
+        known = self._logits_of
+        if known is None or any(a is not b for a, b in zip(known[0], made_of, strict=True)):
+            known = self._logits_of = (made_of, NextLogits(model, self.scorer.trunk_head))
+        return known[1]
 
     def _check_weights(self, model: PreTrainedModel) -> None:
         theirs = dict(model.base_model.named_parameters())

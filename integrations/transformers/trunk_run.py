@@ -68,7 +68,7 @@ class TrunkRun:
         ]
         self.live = list(range(len(input_ids)))
         # Of finished rows, the last ones that they had.
-        self.logits = torch.empty(0)
+        self.logits = torch.empty(0, dtype=torch.float32)
         self.scores: list[Tensor] = []
         self.raw: list[Tensor] = []
         self.values: list[Tensor] = []
@@ -152,7 +152,7 @@ class TrunkRun:
             return []
         hits = gated_rows(scores[self.live], gates).tolist()
         gated = [i for i, hit in zip(self.live, hits, strict=True) if hit]
-        self.scorer.stats.rows_gated += len(gated)
+        self.scorer.stats.add(rows_gated=len(gated))
         return gated
 
     def _guided(self, scores: Tensor, rows: list[int], configs: Sequence[GuidanceConfig]) -> Tensor:

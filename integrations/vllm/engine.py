@@ -273,7 +273,7 @@ class GuidedEngine:
     def _count_failure(self, rows: int, reason: object) -> None:
         if not self._stats.passthroughs:
             logger.warning("rows go on unguided because scoring failed: %s", reason)
-        self._stats.passthroughs += rows
+        self._stats.add(passthroughs=rows)
 
     def _publish(self, live: int) -> None:
         if self._metrics is not None:

@@ -79,6 +79,6 @@ class TrunkTap:
                 f"of the policy's hidden states {seen} were seen, for logits of {of} rows: "
                 "expected one a row; this model computes its logits in another way"
             )
-        self.stats.rows_scored += len(rows)
+        self.stats.add(rows_scored=len(rows))
         index = torch.tensor(list(rows)).to(hidden.device)
         return self._head(hidden[index]).tolist()

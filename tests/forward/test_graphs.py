@@ -10,7 +10,8 @@ import torch
 
 from guided_decode import GuidanceConfig, load_scorer
 from guided_decode.forward import graphs
-from guided_decode.forward.packed_model import PackedModel, graph_bytes
+from guided_decode.forward.packed_model import PackedModel
+from guided_decode.forward.pool_size import graph_bytes
 from guided_decode.forward.self_check import check_packed
 from guided_decode.guidance.step import guide_rows
 from guided_decode.prefix import PrefixHandle

@@ -1,11 +1,15 @@
 """What must not leak into answers: interruptions, the caller's modes, scores that overflow."""
 
+import itertools
+import sys
+
 import pytest
 import torch
 import transformers
 
 from guided_decode import GuidanceConfig, PrefixHandle, Scores, guide, load_scorer
-from guided_decode.cache.pool import SlotTables
+from guided_decode.cache.slot_tables import SlotTables
+from guided_decode.forward.modes import without_autograd
 from guided_decode.guidance.step import guide_rows
 from tests import models
 
@@ -46,6 +50,41 @@ def test_a_handle_whose_row_was_interrupted_leaves_no_table_behind(monkeypatch):
         scorer.score([PrefixHandle([5, 6])], torch.tensor([[3]]))
     monkeypatch.undo()
     scorer.cache.check()
+
+
+def modes():
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled(), torch.is_autocast_enabled()
+
+
+def test_an_interruption_at_any_call_leaves_the_callers_modes():
+    kept = []  # As a notebook keeps the last traceback, with all that its frames hold.
+
+    def interrupted(at):
+        """Raises at the at-th call or return inside; whether there was one."""
+        counted = itertools.count(1)
+
+        def interrupt(frame, event, argument):
+            if frame.f_code is not interrupted.__code__ and next(counted) == at:
+                sys.setprofile(None)
+                raise KeyboardInterrupt
+
+        sys.setprofile(interrupt)
+        try:
+            asked()
+        except KeyboardInterrupt as error:
+            kept.append(error)
+            return True
+        finally:
+            sys.setprofile(None)
+        return False
+
+    asked = without_autograd(modes)
+    with torch.enable_grad():
+        before = modes()
+        asked()
+        at = next(n for n in itertools.count(1) if not interrupted(n) or modes() != before)
+        assert modes() == before, f"lost at call {at}"
+    assert at > 50
 
 
 def test_autocast_of_the_caller_changes_no_score():

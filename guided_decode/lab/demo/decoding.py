@@ -92,7 +92,7 @@ def pick(
     return Answers(
         responses=chosen,
         texts=texts(models, chosen),
-        kl=torch.full((len(chosen),), best_of_kl(n)),
+        kl=torch.full((len(chosen),), best_of_kl(n), dtype=torch.float32),
         policy_tokens=sum(
             policy_tokens([prompt], own) for prompt, own in zip(prompts, samples, strict=True)
         ),
@@ -147,7 +147,7 @@ def _responses(models: Models, sequences: Tensor, width: int) -> list[list[int]]
 
 def _kl(output: Any, responses: Sequence[list[int]], method: Method) -> Tensor:
     """KL from the policy, step by step, summed over each response."""
-    total = torch.zeros(len(responses))
+    total = torch.zeros(len(responses), dtype=torch.float32)
     lengths = torch.tensor([len(response) for response in responses])
     for step, (plain, guided) in enumerate(zip(output.logits, output.scores, strict=True)):
         chosen = guided.argmax(-1)

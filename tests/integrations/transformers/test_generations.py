@@ -32,7 +32,7 @@ def logits(rows):
 
 
 def histories(processor):
-    return [handle.tokens.tolist() for handle in processor._handles]
+    return [handle.tokens.tolist() for handle in processor._now.handles]
 
 
 def test_a_single_padded_row_is_guided_as_in_a_batch(scorer):

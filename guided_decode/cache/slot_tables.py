@@ -1,0 +1,81 @@
+"""Slot tables: where on the device each row of a forward finds the slots of its tokens."""
+
+import numpy as np
+import torch
+
+from guided_decode.growable import Ints
+
+_ROWS, _WIDTH = 8, 64
+
+
+class SlotTables:
+    """A row of slot ids for each live prefix: entry p holds the slot of its token p.
+
+    `table`: int32 [rows, width] on the device; it grows by doubling, up to `most_bytes`.
+    """
+
+    def __init__(self, device: torch.device, most_bytes: int) -> None:
+        self.table = torch.zeros(_ROWS, _WIDTH, dtype=torch.int32, device=device)
+        self._most_entries = most_bytes // self.table.itemsize
+        self._free = set(range(_ROWS))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of device memory that the tables hold."""
+        return self.table.nbytes
+
+    @property
+    def open_rows(self) -> int:
+        return len(self.table) - len(self._free)
+
+    def open_row(self, width: int) -> int | None:
+        """A row that nobody else uses, for `width` tokens; None where there is no room for it."""
+        if not self.widen(width):
+            return None
+        if not self._free:
+            rows = len(self.table)
+            more = min(rows, self._most_entries // self.table.shape[1] - rows)
+            if more < 1:
+                return None
+            self.table = torch.cat([self.table, torch.zeros_like(self.table[:more])])
+            self._free.update(range(rows, rows + more))
+        return self._free.pop()
+
+    def close_row(self, row: int) -> None:
+        """Hands a row back."""
+        self._free.add(row)
+
+    def widen(self, width: int) -> bool:
+        """Makes rows at least so wide; False where there is no room for that.
+
+        The few rows that every table has are always as wide as they need.
+        """
+        rows, have = self.table.shape
+        if width <= have:
+            return True
+        most = max(self._most_entries // rows, width if rows == _ROWS else 0)
+        if width > most:
+            return False
+        new = min(max(width, 2 * have), most)
+        wider = torch.zeros(rows, new, dtype=torch.int32, device=self.table.device)
+        wider[:, :have] = self.table
+        self.table = wider
+        return True
+
+    def write(self, pieces: list[tuple[int, int, Ints]]) -> None:
+        """Writes (row, first position, slots) pieces, in one copy to the device."""
+        if not pieces:
+            return
+        sizes = np.array([len(slots) for _, _, slots in pieces])
+        starts = np.array([start for _, start, _ in pieces])
+        packed = np.empty((3, int(sizes.sum())), np.int64)
+        packed[0] = np.repeat(np.array([row for row, _, _ in pieces]), sizes)
+        offsets = np.repeat(starts - np.concatenate([[0], sizes.cumsum()[:-1]]), sizes)
+        packed[1] = np.arange(packed.shape[1]) + offsets
+        packed[2] = np.concatenate([slots for _, _, slots in pieces])
+        rows, positions, slots = torch.from_numpy(packed).to(self.table.device, non_blocking=True)
+        self.table[rows, positions] = slots.int()
+
+    def retire(self) -> None:
+        """Lets go of the memory, whoever still holds the tables."""
+        self.table = self.table.new_zeros(0, 0)

@@ -1,0 +1,60 @@
+"""How large a model's slot pool is: the shapes of its layers, and the memory that is free."""
+
+import torch
+from transformers import PreTrainedModel
+
+from guided_decode.cache.prefix_cache import TABLE_SHARE
+from guided_decode.forward.cache_argument import returned_cache
+
+# The default pool takes at most this share of free memory, and no more than this many bytes.
+_MEMORY_SHARE = 0.25
+# Tokens of the longest forward that is a CUDA graph.
+MOST_GRAPH_TOKENS = 512
+# 32 MiB for cuBLAS on Hopper, and 1 MiB for each of 64 graphs.
+_WORKSPACE_BYTES = 96 << 20
+_MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
+
+
+def layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
+    """(kv_heads, key_dim, value_dim) of each layer, read off a forward of one token."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+        layers = returned_cache(model(input_ids=token, use_cache=True)).layers
+    shapes = []
+    for layer in layers:
+        keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
+        if keys is None or values is None:
+            raise ValueError(
+                f"{type(model).__name__} has layers that keep no keys and values (recurrent or "
+                "shared): expected attention with its own keys and values in every layer"
+            )
+        shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
+    return shapes
+
+
+def default_capacity(
+    shapes: list[tuple[int, int, int]], model: PreTrainedModel, bytes_beside: int
+) -> int:
+    """Slots of the pool where the caller asks for no number: what a share of memory holds."""
+    numbers = sum(heads * (k + v) for heads, k, v in shapes)
+    token_bytes = numbers * model.dtype.itemsize + 4 + bytes_beside
+    budget = _MOST_BYTES.get(model.device.type, 2 << 30)
+    if model.device.type == "cuda":
+        budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
+        budget -= graph_bytes(model)
+    # Slot tables may take their share beside the pool.
+    return max(1, min(1 << 17, int(budget / (1 + TABLE_SHARE)) // token_bytes))
+
+
+def graph_bytes(model: PreTrainedModel) -> int:
+    """What the CUDA graphs of the forward hold, about: the activations of their longest one.
+
+    All graphs share one memory pool, in which a layer's activations take the place of the last
+    layer's: a few rows of the hidden size, and of the feed-forward's, a token. Beside them cuBLAS
+    keeps a workspace for the stream of the captures, and the driver its nodes of each graph.
+    """
+    config = model.config.get_text_config()
+    inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
+    activations = MOST_GRAPH_TOKENS * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize
+    return activations + _WORKSPACE_BYTES
