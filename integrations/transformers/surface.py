@@ -8,6 +8,7 @@ _CONFIG_CHECKS = "guided_decode/checkpoints/config_checks.py"
 _LOADING = "guided_decode/checkpoints/trunk.py"
 _NEXT_LOGITS = "guided_decode/scoring/next_logits.py"
 _PACKED = "guided_decode/forward/packed_model.py"
+_POOL_SIZE = "guided_decode/forward/pool_size.py"
 _GUIDED = "integrations/transformers/custom_generate.py"
 _POLICY = "integrations/transformers/policy_match.py"
 _PROCESSOR = "integrations/transformers/logits_processor.py"
@@ -159,8 +160,8 @@ _FORWARD = (
          takes=overridden("key_states", "value_states", "layer_idx"),
          why="the slot pool takes its place"),
     Name("transformers.Cache.get_seq_length", _ATTENTION, takes=overridden("layer_idx")),
-    Name("transformers.DynamicCache", _PACKED, has=("layers",)),
-    Name("transformers.cache_utils.DynamicLayer", _PACKED, has=("keys", "values")),
+    Name("transformers.DynamicCache", _POOL_SIZE, has=("layers",)),
+    Name("transformers.cache_utils.DynamicLayer", _POOL_SIZE, has=("keys", "values")),
     Name(f"{_LLAMA}.LlamaModel", "guided_decode/forward/final_norm.py", may_have=("norm",)),
     Name(f"{_LLAMA}.LlamaRMSNorm", "guided_decode/forward/final_norm.py",
          may_have=("variance_epsilon", "weight")),
@@ -197,8 +198,8 @@ _CONFIGS = (
          has=("architectures", "name_or_path")),
     Name("transformers.PreTrainedConfig", "guided_decode/checkpoints/head.py", has=("num_labels",)),
     Name("transformers.PreTrainedConfig.get_text_config", _PACKED, takes=called()),
-    Name(_LLAMA_CONFIG, _PACKED,
-         has=("hidden_size",), may_have=("intermediate_size", "max_position_embeddings")),
+    Name(_LLAMA_CONFIG, _PACKED, may_have=("max_position_embeddings",)),
+    Name(_LLAMA_CONFIG, _POOL_SIZE, has=("hidden_size",), may_have=("intermediate_size",)),
     Name(_LLAMA_CONFIG, "guided_decode/checkpoints/trunk_head_identity.py",
          has=("num_hidden_layers", "vocab_size")),
     Name(_LLAMA_CONFIG, _CONFIG_CHECKS, may_have=("rope_parameters",)),
