@@ -3,7 +3,6 @@
 import torch
 from transformers import PreTrainedModel
 
-from guided_decode.cache.prefix_cache import TABLE_SHARE
 from guided_decode.forward.cache_argument import returned_cache
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.
@@ -43,8 +42,7 @@ def default_capacity(
     if model.device.type == "cuda":
         budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
         budget -= graph_bytes(model)
-    # Slot tables may take their share beside the pool.
-    return max(1, min(1 << 17, int(budget / (1 + TABLE_SHARE)) // token_bytes))
+    return max(1, min(1 << 17, budget // token_bytes))
 
 
 def graph_bytes(model: PreTrainedModel) -> int:

@@ -14,7 +14,7 @@ from guided_decode.checkpoints.checkpoint import load_checkpoint
 from guided_decode.checkpoints.families import find_family
 from guided_decode.checkpoints.trunk_head_identity import fingerprint, record_trunk
 from guided_decode.checkpoints.trunk_head_loading import load_trunk_head, read_trunk_head
-from guided_decode.forward import packed_model
+from guided_decode.forward import pool_size
 from guided_decode.forward.final_norm import take_final_norm
 from guided_decode.kernels.norm import rms_norm
 from guided_decode.scoring.critic import CriticScorer
@@ -321,7 +321,7 @@ def test_a_loaded_head_is_on_the_trunks_device_in_float32():
 
 def test_hidden_states_count_in_the_caches_default_budget(monkeypatch):
     budget = 1 << 18
-    monkeypatch.setitem(packed_model._MOST_BYTES, "cpu", budget)
+    monkeypatch.setitem(pool_size._MOST_BYTES, "cpu", budget)
     scorer = load_scorer(trunk_heads.policy(), kind="trunk-head", head=trunk_heads.linear())
     scorer.keep_hidden()
     token = scorer.cache.pool.nbytes // (scorer.cache.capacity + 1) + scorer._hidden[0].nbytes
