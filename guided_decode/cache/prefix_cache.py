@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
+from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.radix import RadixTree
 from guided_decode.cache.radix_node import NO_INTS, Node
 from guided_decode.cache.row_work import RowWork
 from guided_decode.cache.slot_tables import SlotTables
-from guided_decode.copying import OneProcess
 from guided_decode.growable import Ints
 from guided_decode.prefix import HandleState, PrefixHandle
 

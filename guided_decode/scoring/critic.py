@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
-from guided_decode.copying import OneProcess
 from guided_decode.forward.graphs import GraphedForward
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch

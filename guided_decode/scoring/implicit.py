@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
-from guided_decode.copying import OneProcess
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed_model import PackedModel, Row
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
