@@ -215,6 +215,8 @@ _FILES = (
          "guided_decode/checkpoints/tokenizer_match.py", takes=called()),
     Name("transformers.utils.cached_file", "guided_decode/checkpoints/weight_files.py",
          takes=called("path_or_repo_id", "filename", any_name=True)),
+    Name("transformers.utils.hub.extract_commit_hash", "guided_decode/cli/run_identity.py",
+         takes=called("resolved_file", "commit_hash")),
     Name("transformers.utils.hub.cached_files", "guided_decode/checkpoints/weight_files.py",
          takes=called("path_or_repo_id", "filenames",
                       by_name=("revision", "_raise_exceptions_for_missing_entries")),

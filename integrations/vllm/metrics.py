@@ -18,7 +18,6 @@ _HELP = {
     "guided_rows": "rows handed to guidance",
     "wasted_rows": "rows guided whose sample was dropped (prompts still being prefilled)",
     "unguided_rows": "rows that asked but whose tokens vLLM did not hand over",
-    "forbidden_rows": "guided rows that came with every token forbidden",
     "clamps": "wishes of requests that were not granted in full",
     "pruned_siblings": "samples ended by their siblings",
     "seconds": "seconds in the processor",
@@ -28,7 +27,7 @@ _HELP = {
     "candidate_tokens": "candidates that went through the scorer",
     "cache_hits": "tokens found in the scorer's cache",
     "evictions": "tokens dropped from the scorer's cache",
-    "passthroughs": "rows that went on unguided because scoring failed",
+    "passthroughs": "rows that went on unguided: scoring failed, or no token was left",
     "forwards": "forwards of the scorer",
     "forward_seconds": "seconds in the scorer's forwards",
     "scorer_seconds": "seconds in the scorer",
@@ -46,7 +45,6 @@ class StepCounts:
     guided_rows: int = 0
     wasted_rows: int = 0
     unguided_rows: int = 0
-    forbidden_rows: int = 0
     clamps: int = 0
     pruned_siblings: int = 0
     seconds: float = 0.0

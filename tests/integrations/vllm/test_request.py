@@ -262,7 +262,7 @@ MANY = {f"guide_{'x' * 300}{i}": 1.0 for i in range(20_000)}
         (MANY, "unknown key 'guide_xxx"),
         ({"guide_rule": "z" * 10**6}, "guide_rule='zzz"),
         ({"guide_beta": [1.5] * 10**5}, "guide_beta=[1.5, 1.5, 1.5"),
-        ({"guide_top_k": 10**4000}, "guide_top_k=1000"),
+        ({"guide_top_k": 10**4000}, "top_k=an integer of 13288 bits"),
         (GROUP | {"guide_group_size": 10**4000}, "guide_group_size=1000"),
         (GROUP | {"guide_group": "z" * 10**6}, "guide_group='zzz"),
         (GROUP | {"guide_prune_token": 10**4000}, "guide_prune_token=1000"),
