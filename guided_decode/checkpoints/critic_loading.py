@@ -24,7 +24,7 @@ from guided_decode.checkpoints.special_ids import conventions
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.checkpoints.tokenizer_match import check_rows
 from guided_decode.checkpoints.trunk_head_loading import HeadLike, load_trunk_head
-from guided_decode.forward.final_norm import take_final_norm
+from guided_decode.forward.final_norm import put_back_final_norm, take_final_norm
 from guided_decode.scorer import LogProbs, Scorer
 from guided_decode.scoring.critic import CriticScorer, ValueHead
 from guided_decode.scoring.implicit import LanguageModel
@@ -73,6 +73,8 @@ def load_trunk_scorer(
     of_head = options.of_files | {"revision": None, "transform": transform}
 
     def read(trunk: PreTrainedModel) -> TrunkHead:
+        # A head may know its trunk by its weights, the norm's among them.
+        put_back_final_norm(trunk)
         found = load_trunk_head(head, trunk, source.name, **of_head)
         return replace(found, norm=take_final_norm(trunk))
 

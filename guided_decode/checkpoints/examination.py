@@ -62,7 +62,7 @@ def examine_scorer(
         _examine_language_model(base, family)
         return Examined(family.kind, vocab)
     settled_terminal(reward, terminal)
-    head = read_head(source, family)
+    head = read_head(source, family, wanted)
     choose_transform(source, family, wanted, len(head.weight))
     if reward is not None:
         examine_scorer(reward, policy_tokenizer=policy_tokenizer, **of_files)

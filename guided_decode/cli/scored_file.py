@@ -49,6 +49,7 @@ class ScoredFile:
         self.failed = 0
         try:
             self._lock()
+            self._refuse_removed()
             if not overwrite:
                 self._file.seek(0)
                 with open(self._file.fileno(), "rb", closefd=False) as lines:
@@ -114,6 +115,15 @@ class ScoredFile:
                 text = text[self._file.write(text) :]
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from error
+
+    def _refuse_removed(self) -> None:
+        """Raises Refusal: between opening and locking, another run took its empty file away."""
+        try:
+            same = os.path.samestat(os.fstat(self._file.fileno()), os.stat(self.path))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            raise Refusal(f"{self.path} was removed by another run just now: run it again")
 
     def __enter__(self) -> ScoredFile:
         return self

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from typing import Annotated
 
@@ -71,9 +72,11 @@ def serve(
     base = f"http://{_reachable(host)}:{port}"
     greeting = _greeting(names, base, example_request(config, model[0]), options)
     # Nothing answers plain HTTP there otherwise.
-    plain_http = not options.has("--uds", "--ssl-keyfile", "--ssl-certfile")
-    require_free(host, port)
-    with held(host, port):
+    plain_http = not options.has("--uds", "--headless", "--ssl-keyfile", "--ssl-certfile")
+    listens_there = not options.has("--uds", "--headless")
+    if listens_there:
+        require_free(host, port)
+    with held(host, port) if listens_there else contextlib.nullcontext():
         code = run(ready, f"{base}/health" if plain_http else None, greeting, drain)
     raise typer.Exit(code)
 

@@ -85,9 +85,10 @@ def _check_scorer(
             f"top_k=null was given with a {found.kind}, which forwards every candidate: set top_k "
             "(the whole vocabulary is for implicit rewards only)"
         )
-    if found.vocab_size < config.max_top_k:
+    most = config.max_top_k if vocab is None else min(config.max_top_k, vocab)
+    if found.vocab_size < most:
         raise Refusal(
-            f"max_top_k={config.max_top_k} is larger than the scorer's vocabulary of "
+            f"max_top_k={most} is larger than the scorer's vocabulary of "
             f"{found.vocab_size} tokens: set a smaller one"
         )
     if vocab is not None and config.top_k is not None and config.top_k > vocab:
@@ -98,8 +99,11 @@ def _check_scorer(
     return kind
 
 
-def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> int:
-    """The policy's vocabulary; with a head on its hidden states, that the head belongs to it."""
+def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> int | None:
+    """The policy's vocabulary; None where vLLM reads its config from elsewhere.
+
+    Raises Refusal: a file that did not arrive whole, or a head of another policy.
+    """
     from guided_decode.checkpoints.arrival import opened_safetensors
     from guided_decode.checkpoints.examination import read_config
     from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
@@ -112,6 +116,8 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
             with opened_safetensors(file):
                 # Its header says whether it arrived whole.
                 pass
+    if config.guides and options.has("--hf-config-path", "--config-format"):
+        return None
     text = read_config(where, **_of_policy(options)).get_text_config()
     if not config.guides:
         head = _in_one_line(

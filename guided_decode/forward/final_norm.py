@@ -15,9 +15,23 @@ _OFFSETS = (0.0, 1.0)
 class TakenNorm(nn.Identity):
     """What stands where the norm was; `norm` is what was taken."""
 
-    def __init__(self, norm: Norm) -> None:
+    def __init__(self, norm: Norm, module: nn.Module) -> None:
         super().__init__()
         self.norm = norm
+        # Not as a part of the trunk, whose weights it would be again.
+        self._taken = (module,)
+
+    @property
+    def module(self) -> nn.Module:
+        """The trunk's own norm."""
+        return self._taken[0]
+
+
+def put_back_final_norm(trunk: PreTrainedModel) -> None:
+    """Undoes `take_final_norm`, for who reads the trunk's weights."""
+    taken = getattr(trunk, "norm", None)
+    if isinstance(taken, TakenNorm):
+        trunk.norm = taken.module
 
 
 def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
@@ -36,9 +50,11 @@ def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
     module = getattr(trunk, "norm", None)
     if isinstance(module, TakenNorm):
         return module.norm
-    norm = None if module is None else _as_record(module)
+    if not isinstance(module, nn.Module):
+        return None
+    norm = _as_record(module)
     if norm is not None:
-        trunk.norm = TakenNorm(norm)
+        trunk.norm = TakenNorm(norm, module)
     return norm
 
 

@@ -113,6 +113,10 @@ class GraphedForward:
         copied._forward = copy.deepcopy(self._forward, memo)
         return copied
 
+    def forget(self) -> None:
+        """Drops what was captured: the forward is another one from now on."""
+        self._graphs.clear()
+
     def run(self, batch: PackedBatch) -> bool:
         """Runs the batch, if a bucket takes it; False where the caller has to run it."""
         bucket = bucket_of(batch) if self.works else None

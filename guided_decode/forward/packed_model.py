@@ -98,6 +98,8 @@ class PackedModel(OneProcess):
             live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside)
         )
         self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
+        # How often the model was not what it was, for those who keep something made of it.
+        self.changes = 0
         self._prepare()
 
     def _prepare(self) -> None:
@@ -113,26 +115,29 @@ class PackedModel(OneProcess):
         watch = self._watch
         memo[id(watch)] = watch
         copied = super().__deepcopy__(memo)
-        copied._watch = WeightWatch(copied._watched)
+        if self.origin is None:
+            copied._watch = WeightWatch(copied._watched)
+        # Else it has seen the caller's model as often as this one has.
         return copied
 
-    def follow(self) -> bool:
-        """Whether the weights, or the adapters in them, changed since the last call.
+    def follow(self) -> None:
+        """Follows the weights, and the adapters in them, if they changed since the last call.
 
-        The cache is then empty, and what was a copy of the caller's model is a new one.
+        The cache is then empty, what was a copy of the caller's model is a new one, and `changes`
+        is one more.
 
         Raises:
             ValueError: the model has another dtype, device or vocabulary now.
         """
         if not self._watch.changed():
-            return False
+            return
         # Whatever comes of it, no answer may come from what was cached before.
         self.cache.clear()
         model = self.model if self.origin is None else self.origin.read()
         self._check_like(model)
+        self.changes += 1
         self.model = model
         self._prepare()
-        return True
 
     def _check_like(self, model: PreTrainedModel) -> None:
         pool, vocab = self.cache.pool, len(model.get_input_embeddings().weight)  # type: ignore[arg-type]

@@ -85,7 +85,9 @@ def guide_rows(
     known, gated = _on_host(chosen, vocabulary=scorer.scores_vocabulary)
     active = _rows_to_score(scorer, configs, gated)
     if lost:
-        active = _without(lost, active, scorer, on_error)
+        guided_and_lost = [i for i in lost if _is_guided(configs[i])]
+        _refuse_lost(guided_and_lost, scorer, on_error)
+        active = [i for i in active if i not in guided_and_lost]
     reason: object = "NaN or infinite scores"
     refused: dict[int, str] = {}
     try:
@@ -95,8 +97,8 @@ def guide_rows(
             refused = _refused_rows(scorer, prefixes, known, active)
             if on_error == "raise" or not refused:
                 raise
-            active = [i for i in active if i not in refused]
-            step = _score(scorer, logits, chosen.candidates, known, prefixes, configs, active, ends)
+            rest = [i for i in active if i not in refused]
+            step = _score(scorer, logits, chosen.candidates, known, prefixes, configs, rest, ends)
             step = _spoiled(step, chosen.candidates, list(refused))
             reason = next(iter(refused.values()))
     except Exception as error:
@@ -132,18 +134,17 @@ def check_on_error(given: object) -> None:
         raise ValueError(f"on_error={given!r}: expected 'raise' or 'passthrough'")
 
 
-def _without(lost: list[int], active: list[int], scorer: Scorer, on_error: OnError) -> list[int]:
-    """The rows to score but for those whose likeliest token the scorer does not know."""
-    kept = [i for i in active if i not in lost]
-    if len(kept) < len(active):
-        reason = f"the likeliest token is outside the scorer's vocabulary of {scorer.vocab_size}"
-        if on_error == "raise":
-            raise ValueError(
-                f"rows {sorted(set(active) - set(kept))}: {reason}: expected a scorer with the "
-                'policy\'s vocabulary, or on_error="passthrough"'
-            )
-        _count_failure(scorer, len(active) - len(kept), reason)
-    return kept
+def _refuse_lost(lost: list[int], scorer: Scorer, on_error: OnError) -> None:
+    """Counts guided rows whose likeliest token the scorer does not know, or raises ValueError."""
+    if not lost:
+        return
+    reason = f"the likeliest token is outside the scorer's vocabulary of {scorer.vocab_size}"
+    if on_error == "raise":
+        raise ValueError(
+            f"rows {lost}: {reason}: expected a scorer with the policy's vocabulary, or "
+            'on_error="passthrough"'
+        )
+    _count_failure(scorer, len(lost), reason)
 
 
 def _check_call(logits: Tensor, prefixes: Sequence[Prefix], on_error: OnError) -> None:

@@ -91,19 +91,21 @@ class CriticScorer(OneProcess):
         self.stats = ScorerStats()
         self._head_origin = head_origin
         self._head_watch = WeightWatch(() if head_origin is None else head_origin.watched)
+        # Of the model's changes, those that the head and the graphs have followed.
+        self._followed = model.changes
         self._evicted = 0
         self._graphs: GraphedForward | None = None
         if graphs if graphs is not None else model.device.type == "cuda":
-            self._graphs = self._new_graphs()
+            capture = model.device.type == "cuda"
+            self._graphs = GraphedForward(model, self._write_values, capture=capture)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         watch = self._head_watch
         memo[id(watch)] = watch
-        return super().__deepcopy__(memo)
-
-    def _new_graphs(self) -> GraphedForward:
-        capture = self.model.device.type == "cuda"
-        return GraphedForward(self.model, self._write_values, capture=capture)
+        copied = super().__deepcopy__(memo)
+        # A copy's cache starts empty.
+        copied._evicted = 0
+        return copied
 
     def __repr__(self) -> str:
         cache = self.cache
@@ -169,14 +171,18 @@ class CriticScorer(OneProcess):
 
     def _follow(self) -> None:
         """Reads a model in memory again that is not what it was."""
-        if not self.model.follow() and not self._head_watch.changed():
+        self.model.follow()
+        if self._followed == self.model.changes and not self._head_watch.changed():
             return
+        # Whatever comes of it, no answer may come from what was cached before.
         self.cache.clear()
         if self._head_origin is not None:
+            watch = WeightWatch(self._head_origin.watched)
             self.head = self._head_origin.read(self.model.model)
-            self._head_watch = WeightWatch(self._head_origin.watched)
+            self._head_watch = watch
         if self._graphs is not None:
-            self._graphs = self._new_graphs()
+            self._graphs.forget()
+        self._followed = self.model.changes
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:
         """Why `score` would refuse this prefix with so many candidates, or None."""

@@ -86,7 +86,7 @@ class TrunkScorer(CriticScorer):
             )
             if self._graphs is not None:
                 # What was captured does not write them.
-                self._graphs = self._new_graphs()
+                self._graphs.forget()
 
     def ride(self, prefix: Prefix, token: int) -> None:
         """Forwards a token that is chosen already with the candidates of the next `score`.

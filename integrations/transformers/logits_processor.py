@@ -47,6 +47,12 @@ class _Generation(threading.local):
     """
 
     def __init__(self) -> None:
+        self.clear()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Generation":
+        return _Generation()
+
+    def clear(self) -> None:
         self.begin(torch.empty(0, 0, dtype=torch.int64), [], ())
 
     def begin(
@@ -121,8 +127,8 @@ class ValueGuidedLogitsProcessor(LogitsProcessor):
         self._now = _Generation()
 
     def reset(self) -> None:
-        """Forgets the generation in progress."""
-        self._now = _Generation()
+        """Forgets the generation in progress on this thread."""
+        self._now.clear()
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         """Guided scores, [rows, vocab]; input_ids: int64 [rows, length], prompts left-padded.

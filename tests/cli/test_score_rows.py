@@ -259,6 +259,21 @@ def test_the_second_run_on_one_output_is_refused(tmp_path):
     assert len(read(output)) == 1
 
 
+def test_an_output_that_another_run_took_away_is_not_written_to(tmp_path, monkeypatch):
+    """It had created it, ended with nothing, and removed it while this one opened it."""
+    source, output = write(tmp_path / "in.jsonl", CHAT), tmp_path / "out.jsonl"
+    output.touch()
+    lock = fcntl.flock
+
+    def too_late(file, how):
+        output.unlink(missing_ok=True)
+        return lock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", too_late)
+    result = scored(source, output, code=2)
+    assert f"{output} was removed by another run just now" in result.stderr
+
+
 def test_the_prompt_format_can_be_chosen(tmp_path):
     source = write(tmp_path / "in.jsonl", CHAT)
     by_format = {}

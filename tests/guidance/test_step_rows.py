@@ -195,3 +195,42 @@ def test_ids_beyond_the_scorers_vocabulary_are_as_if_forbidden():
         beyond = own[models.VOCAB :]
         assert torch.equal(row, beyond if config.tail == "keep" else beyond - torch.inf)
     assert scorer.stats.passthroughs == 0
+
+
+class Breaking:
+    """A scorer that refuses one row, and breaks on the others."""
+
+    def __init__(self, scorer):
+        self._scorer = scorer
+
+    def __getattr__(self, name):
+        return getattr(self._scorer, name)
+
+    def score(self, prefixes, candidates):
+        if len(prefixes) == 6:
+            raise ValueError("row 2 is refused")
+        raise RuntimeError("the scorer broke")
+
+    def refusal(self, prefix, candidates):
+        return "it is refused" if len(prefix) == len(step()[0][2]) else None
+
+
+def test_rows_pass_through_whole_where_one_is_refused_and_the_others_break():
+    prefixes, logits = step()
+    scorer = Breaking(critic())
+    guided = guide_rows(scorer, logits, prefixes, GuidanceConfig(top_k=5), on_error="passthrough")
+    assert torch.equal(guided, logits)
+    assert scorer.stats.passthroughs == 6
+
+
+def test_a_row_whose_likeliest_token_is_not_the_scorers_is_counted_though_nothing_scores_it():
+    prefixes, logits = step()
+    wider = torch.cat([logits, torch.full((len(logits), 5), -50.0)], -1)
+    wider[1, -1] = 80.0
+    config = GuidanceConfig(beta=0.0, top_k=5)
+    scorer = critic()
+    guided = guide_rows(scorer, wider, prefixes, config, on_error="passthrough")
+    assert torch.equal(guided[1], wider[1])
+    assert scorer.stats.passthroughs == 1
+    with pytest.raises(ValueError, match=r"rows \[1\]: the likeliest token is outside"):
+        guide_rows(critic(), wider, prefixes, config)

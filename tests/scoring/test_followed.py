@@ -6,8 +6,10 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from guided_decode import GuidanceConfig, PrefixHandle, load_scorer
+from guided_decode import GuidanceConfig, PrefixHandle, load_scorer, tiny_tulu
+from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
 from guided_decode.forward.weights import WeightWatch
 from guided_decode.integrations.transformers import TrunkLookahead
 from tests import models
@@ -225,3 +227,67 @@ def test_a_pickled_scorer_is_refused_in_words(kind):
     copy.copy(scorer).score(ROWS, CANDIDATES)
     with pytest.raises(TypeError, match="cannot be pickled.*call load_scorer in each process"):
         pickle.dumps(scorer)
+
+
+def test_a_head_that_cannot_be_read_again_answers_nothing_old():
+    """The trunk was read anew by then: the next call may not go on with the head of before."""
+    model = own("token")
+    scorer = load_scorer(model, kind="verl-critic")
+    scorer.score(ROWS, CANDIDATES)
+    step(model)
+    with torch.no_grad():
+        model.score.weight[0, 0] = torch.nan
+    for _ in range(2):
+        with pytest.raises(ValueError, match="NaN"):
+            scorer.score(ROWS, CANDIDATES)
+    with torch.no_grad():
+        model.score.weight[0, 0] = 2.0
+    expected = scored(model).values
+    torch.testing.assert_close(scorer.score(ROWS, CANDIDATES).values, expected)
+
+
+def test_a_transform_of_the_callers_holds_when_the_model_is_read_again():
+    config = copy.deepcopy(models.tiny("llama", "token").config)
+    config.num_labels = 5
+    torch.manual_seed(0)
+    model = type(models.tiny("llama", "token"))(config).eval()
+    scorer = load_scorer(model, kind="classifier", transform="softmax:2")
+    scorer.score(ROWS, CANDIDATES)
+    _scaled(model.score)
+    expected = scored(model, "classifier", transform="softmax:2").values
+    torch.testing.assert_close(scorer.score(ROWS, CANDIDATES).values, expected)
+
+
+def test_a_copy_made_after_a_change_follows_it():
+    model = own("token")
+    scorer = load_scorer(model, kind="verl-critic", dtype=torch.bfloat16)
+    scorer.score(ROWS, CANDIDATES)
+    CHANGES["data swapped"](model)
+    copied = copy.deepcopy(scorer)
+    expected = scored(model, dtype=torch.bfloat16).values
+    torch.testing.assert_close(copied.score(ROWS, CANDIDATES).values, expected)
+    torch.testing.assert_close(scorer.score(ROWS, CANDIDATES).values, expected)
+
+
+def test_scorers_that_share_a_model_follow_it_both():
+    model = own("token")
+    first = load_scorer(model, kind="verl-critic")
+    second = copy.copy(first)
+    for scorer in (first, second):
+        scorer.score(ROWS, CANDIDATES)
+    CHANGES["load_state_dict"](model)
+    expected = scored(model).values
+    for scorer in (first, second, first):
+        torch.testing.assert_close(scorer.score(ROWS, CANDIDATES).values, expected)
+
+
+def test_a_head_that_knows_its_trunk_by_its_weights_is_followed():
+    policy = AutoModelForCausalLM.from_pretrained(tiny_tulu.model_path("sft"), dtype=torch.float32)
+    head = read_trunk_head(str(tiny_tulu.trunk_head_path("sft")))
+    scorer = load_scorer(policy, head=head)
+    before = scorer.score(ROWS, CANDIDATES).values
+    with torch.no_grad():
+        head.weight.mul_(2)
+        if head.bias is not None:
+            head.bias.mul_(2)
+    torch.testing.assert_close(scorer.score(ROWS, CANDIDATES).values, 2 * before)

@@ -1,5 +1,8 @@
 """Which tokens are a row's prompt, its answer, or padding: one processor, call after call."""
 
+import copy
+import threading
+
 import pytest
 import torch
 
@@ -116,3 +119,15 @@ def test_a_streamer_with_beams_is_refused(scorer, policy):
     with pytest.raises(ValueError, match="streamer"):
         policy.generate(torch.tensor([[5, 6]]), num_beams=2, max_new_tokens=2, pad_token_id=PAD,
                         custom_generate=guided)  # fmt: skip
+
+
+def test_a_reset_and_a_copy_leave_another_threads_generation_alone(scorer):
+    shared = processor(scorer)
+    shared(torch.tensor([[5, 6, 7]]), logits(1))
+    other = threading.Thread(target=shared.reset)
+    other.start()
+    other.join()
+    assert shared._now.width == 3
+    assert copy.deepcopy(shared)._now.width == 0
+    shared.reset()
+    assert shared._now.width == 0
