@@ -85,3 +85,12 @@ def test_wheel_holds_every_source_file_and_asset_under_its_installed_name(wheel_
 def test_wheel_claims_one_top_level_name(wheel_names):
     top = {name.split("/")[0] for name in wheel_names}
     assert {name for name in top if not name.endswith(".dist-info")} == {"guided_decode"}
+
+
+def test_the_embedded_models_are_files_not_links_of_an_editable_install(tmp_path):
+    """Who copies a folder of links and writes to the copy would write to the checkout."""
+    code = (
+        "from guided_decode.tiny_tulu import model_path; "
+        "print([p.name for p in model_path('value').iterdir() if p.is_symlink()])"
+    )
+    assert run_python(code, tmp_path) == "[]"
