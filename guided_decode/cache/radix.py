@@ -31,6 +31,11 @@ class RadixTree:
         self._order = count()
         self.clear()
 
+    def take_evicted(self) -> int:
+        """How many slots were evicted since this was last asked."""
+        evicted, self.evicted = self.evicted, 0
+        return evicted
+
     def clear(self) -> None:
         """Forgets everything; positions that were remembered are no longer valid."""
         self.generation += 1

@@ -93,7 +93,6 @@ class CriticScorer(OneProcess):
         self._head_watch = WeightWatch(() if head_origin is None else head_origin.watched)
         # Of the model's changes, those that the head and the graphs have followed.
         self._followed = model.changes
-        self._evicted = 0
         self._graphs: GraphedForward | None = None
         if graphs if graphs is not None else model.device.type == "cuda":
             capture = model.device.type == "cuda"
@@ -102,10 +101,7 @@ class CriticScorer(OneProcess):
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         watch = self._head_watch
         memo[id(watch)] = watch
-        copied = super().__deepcopy__(memo)
-        # A copy's cache starts empty.
-        copied._evicted = 0
-        return copied
+        return super().__deepcopy__(memo)
 
     def __repr__(self) -> str:
         cache = self.cache
@@ -260,13 +256,11 @@ class CriticScorer(OneProcess):
         return Scores(values[:size].view(slots.shape), values[start:])
 
     def _count(self, begun: float, rows: int) -> None:
-        evicted = self.cache.tree.evicted
         self.stats.add(
-            evictions=evicted - self._evicted,
+            evictions=self.cache.tree.take_evicted(),
             rows_scored=rows,
             seconds=time.perf_counter() - begun,
         )
-        self._evicted = evicted
 
 
 def _repeats(candidates: Ints) -> list[bool]:

@@ -24,7 +24,6 @@ class LanguageModel(OneProcess):
     def __init__(self, model: PackedModel, stats: ScorerStats | None = None) -> None:
         self.model = model
         self.stats = ScorerStats() if stats is None else stats
-        self._evicted = 0
 
     @property
     def cache(self) -> PrefixCache:
@@ -61,8 +60,7 @@ class LanguageModel(OneProcess):
             except BaseException:
                 self.cache.clear()
                 raise
-            self.stats.add(evictions=self.cache.tree.evicted - self._evicted)
-            self._evicted = self.cache.tree.evicted
+            self.stats.add(evictions=self.cache.tree.take_evicted())
         return torch.cat(parts) if parts else torch.empty(candidates.shape, dtype=torch.float32)
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:

@@ -1,6 +1,7 @@
 """What a step costs: tokens forwarded, counted where they enter the model, and host work."""
 
 import contextlib
+import copy
 import sys
 from dataclasses import dataclass, field
 
@@ -244,6 +245,25 @@ def test_of_the_prefixes_the_least_recently_used_is_evicted():
     with spending(scorer) as spent:
         scorer.score([young], torch.tensor([[9]]))
     assert spent.prefix == 0
+
+
+@pytest.mark.parametrize("kind", ["verl-critic", "implicit"])
+def test_a_copy_counts_its_own_evictions(kind):
+    if kind == "implicit":
+        scorer = load_scorer(
+            models.tiny("llama", "lm"), kind, reference=models.tiny("llama", "lm"), cache_tokens=64
+        )
+    else:
+        scorer = critic(cache_tokens=64)
+    for row in models.prompts([40, 40]):
+        scorer.score([row], torch.tensor([[9]]))
+    before = scorer.stats.evictions
+    assert before > 0
+    copied = copy.deepcopy(scorer)
+    for row in models.prompts([40, 40]):
+        copied.score([row], torch.tensor([[9]]))
+    assert copied.stats.evictions == 2 * before
+    assert scorer.stats.evictions == before
 
 
 def test_the_counters_start_again_at_zero():
