@@ -6,6 +6,7 @@ import contextlib
 import errno
 import sys
 from collections.abc import Mapping
+from contextvars import ContextVar
 from types import MappingProxyType
 from typing import Any, cast
 
@@ -25,6 +26,10 @@ _UNWRITABLE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EBADF)
 _UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 
 
+# The flags of the command that runs, by Python's name of each.
+_flags: ContextVar[Mapping[str, str]] = ContextVar("flags", default=MappingProxyType({}))
+
+
 class Refusal(Exception):
     """Input that a command cannot use; its text is the whole message."""
 
@@ -35,6 +40,11 @@ def one_line(error: BaseException) -> str:
     return text or type(error).__name__
 
 
+def typed(error: BaseException) -> str:
+    """The same in the words of the command that runs: its flags for Python's arguments."""
+    return in_flags(one_line(error), _flags.get())
+
+
 class OneLineErrors(TyperGroup):
     """Ends the process with the right exit code, and with one line instead of a traceback.
 
@@ -42,17 +52,15 @@ class OneLineErrors(TyperGroup):
     cannot be written is an error as any other; only a reader that left is not told of it.
     """
 
-    _flags: Mapping[str, str] = MappingProxyType({})
-
     def resolve_command(self, ctx: Any, args: list[str]) -> Any:
         """As click does; its flags are what errors speak of from here on."""
         found = super().resolve_command(ctx, args)
-        self._flags = flags_of(found[1])
+        _flags.set(flags_of(found[1]))
         return found
 
     def main(self, *args: Any, **kwargs: Any) -> Any:
         kwargs["standalone_mode"] = False
-        self._flags = MappingProxyType({})
+        _flags.set(MappingProxyType({}))
         open_closed()
         try:
             code = super().main(*args, **kwargs)
@@ -64,7 +72,7 @@ class OneLineErrors(TyperGroup):
         except UnicodeEncodeError as error:
             code = _fail(_describe_encoding(error))
         except (Refusal, ValueError, ImportError) as error:
-            code = _fail(in_flags(one_line(error), self._flags))
+            code = _fail(typed(error))
         except BrokenPipeError:
             code = UNREAD
         except OSError as error:

@@ -18,7 +18,7 @@ from guided_decode.cli.chats import format_of
 from guided_decode.cli.checkpoints import DEFAULT_SCORER, load_policy, open_scorer, pair
 from guided_decode.cli.compare import compare
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
-from guided_decode.cli.errors import Refusal, report
+from guided_decode.cli.errors import Refusal, report, typed
 from guided_decode.cli.guidance_options import GuidanceOptions
 from guided_decode.cli.prompt_formats import warn_of_another_format
 from guided_decode.cli.prompts_in import Prompt, read_prompts
@@ -107,7 +107,7 @@ def _answered(
         # Not the prompt's fault, but the terminal's.
         raise
     except (ValueError, Refusal) as error:
-        message = f"{prompt.where}: {error}" if prompt.where else str(error)
+        message = f"{prompt.where}: {typed(error)}" if prompt.where else typed(error)
         if not (skip or prompt.typed):
             raise Refusal(message) from error
         report(message)

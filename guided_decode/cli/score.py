@@ -31,7 +31,7 @@ from guided_decode.cli.checkpoints import (
     parse_dtype,
     pick_device,
 )
-from guided_decode.cli.errors import INTERRUPTED, Refusal, one_line, report
+from guided_decode.cli.errors import INTERRUPTED, Refusal, report, typed
 from guided_decode.cli.jsonl import STDIN
 from guided_decode.cli.run_identity import run_identity
 from guided_decode.cli.score_rows import Row, read_rows
@@ -160,11 +160,11 @@ class _Job:
         yield [row.scored([next(answers) for _ in row.chats], self.run) for row in batch]
 
     def _unscored(self, row: Row, error: Exception) -> dict[str, Any]:
-        message = f"{row.where} cannot be scored: {error}"
+        message = f"{row.where} cannot be scored: {typed(error)}"
         if not self.skip:
             raise Refusal(message) from error
         report(message)
-        return row.skipped(one_line(error), self.run)
+        return row.skipped(typed(error), self.run)
 
 
 def _score_rest(

@@ -116,6 +116,14 @@ def test_rows_that_fail_are_skipped_when_asked(tmp_path):
     assert output.read_bytes() == done
 
 
+def test_what_is_skipped_is_said_in_flags(tmp_path):
+    long = {"prompt": "2+2?", "response": "4" * 60}
+    source, output = write(tmp_path / "in.jsonl", CHAT, long), tmp_path / "out.jsonl"
+    result = scored(source, output, "--on-error", "skip", "--cache-tokens", 64, code=1)
+    assert "line 2 cannot be scored: --cache-tokens 64 is too small for one row" in result.stderr
+    assert read(output)[1]["error"].startswith("--cache-tokens 64 is too small for one row")
+
+
 @pytest.mark.parametrize(
     ("row", "message"),
     [
