@@ -19,6 +19,7 @@ from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_shapes
+from guided_decode.forward.stream_order import StreamOrder
 from guided_decode.forward.weights import WeightWatch, origin_of
 from guided_decode.growable import Ints
 from guided_decode.kernels.lookahead_tiles import has_tile
@@ -100,6 +101,7 @@ class PackedModel(OneProcess):
         self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
         # How often the model was not what it was, for those who keep something made of it.
         self.changes = 0
+        self._order = StreamOrder(model.device)
         self._prepare()
 
     def _prepare(self) -> None:
@@ -119,6 +121,15 @@ class PackedModel(OneProcess):
             copied._watch = WeightWatch(copied._watched)
         # Else it has seen the caller's model as often as this one has.
         return copied
+
+    def begin_call(self) -> None:
+        """What a call does first, in the cache's lock: the last one is done, on the device too, and
+        weights that changed since are followed.
+
+        Raises ValueError: as `follow`.
+        """
+        self._order.begin()
+        self.follow()
 
     def follow(self) -> None:
         """Follows the weights, and the adapters in them, if they changed since the last call.

@@ -167,7 +167,7 @@ class CriticScorer(OneProcess):
 
     def _follow(self) -> None:
         """Reads a model in memory again that is not what it was."""
-        self.model.follow()
+        self.model.begin_call()
         if self._followed == self.model.changes and not self._head_watch.changed():
             return
         # Whatever comes of it, no answer may come from what was cached before.

@@ -45,7 +45,7 @@ class LanguageModel(OneProcess):
         """
         check_asked(prefixes, candidates, self.model.vocab_size)
         with self.cache.lock:
-            self.model.follow()
+            self.model.begin_call()
             rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
             chosen = candidates.to(self.model.device, torch.int64)
             if chosen.numel():

@@ -64,7 +64,7 @@ class FakeCuda:
     def install(self, monkeypatch):
         functions = {
             "Stream": self.new_stream,
-            "current_stream": lambda device=None: self.streams[self.current.index],
+            "current_stream": lambda device=None: self.streams[(device or self.current).index],
             "current_device": lambda: self.current.index,
             "stream": self.stream,
             "device": self.device,

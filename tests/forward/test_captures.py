@@ -1,5 +1,6 @@
 """Captures of CUDA graphs: on the scorer's own device, and nothing left of one that fails."""
 
+import copy
 import threading
 import types
 import warnings
@@ -7,8 +8,11 @@ import warnings
 import pytest
 import torch
 
+from guided_decode import load_scorer
 from guided_decode.forward.graphs import GraphedForward
 from guided_decode.forward.packed import PackedBatch
+from guided_decode.forward.stream_order import StreamOrder
+from tests import models
 from tests.forward.fake_cuda import FakeCuda
 from tests.forward.test_graphs import scorer_like_a_gpus
 
@@ -120,6 +124,39 @@ def test_a_capture_without_room_loses_that_shape_alone(cuda, caplog):
     assert forward.works
     assert len(cuda.captures) == 2
     assert "a forward of 16 tokens runs without a CUDA graph" in caplog.text
+
+
+def test_calls_on_streams_of_their_own_follow_one_another(cuda):
+    order = StreamOrder(cuda.devices[1])
+    mine, other = cuda.new_stream("cuda:1"), cuda.new_stream("cuda:1")
+    waits = []
+    for stream in (mine, other):
+        stream.wait_stream = lambda last, this=stream: waits.append((this, last))
+    for stream in (mine, mine, other, mine):
+        with cuda.stream(stream), cuda.device("cuda:0"):
+            order.begin()
+    assert waits == [(other, mine), (mine, other)]
+    # A copy has called nothing yet.
+    copied = copy.deepcopy(order)
+    with cuda.stream(other):
+        copied.begin()
+    assert len(waits) == 2
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_a_gpu_threads_may_have_streams_of_their_own():
+    scorer = load_scorer(
+        copy.deepcopy(models.tiny("llama", "token")).to("cuda"), kind="verl-critic"
+    )
+    rows, candidates = models.prompts([40, 40, 40, 40], seed=9), torch.arange(3, 11)[None]
+    expected = [scorer.score([row], candidates).values.cpu() for row in rows]
+    for turn in range(20):
+        if turn % 5 == 0:
+            scorer.cache.clear()
+        for row, each in zip(rows, expected, strict=True):
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.testing.assert_close(scorer.score([row], candidates).values.cpu(), each)
 
 
 def test_a_model_knows_whether_its_heads_have_a_kernel(monkeypatch):
