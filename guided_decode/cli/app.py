@@ -7,6 +7,7 @@ from guided_decode.cli.errors import OneLineErrors
 from guided_decode.cli.generate import generate
 from guided_decode.cli.models import models
 from guided_decode.cli.option_groups import grouped
+from guided_decode.cli.rewardbench import rewardbench
 from guided_decode.cli.score import score
 from guided_decode.cli.serve import serve
 from guided_decode.cli.vllm_options import PassingOn
@@ -23,4 +24,5 @@ app.command()(demo)
 app.command()(grouped(generate))
 app.command(cls=PassingOn)(grouped(serve))
 app.command()(grouped(score))
+app.command()(grouped(rewardbench))
 app.command()(models)

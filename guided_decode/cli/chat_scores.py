@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guided_decode.cli.chat_rows import Messages
 from guided_decode.cli.chats import response_ids
-from guided_decode.cli.errors import Refusal
 from guided_decode.cli.token_texts import token_texts
-from guided_decode.cli.token_values import last_value, rounded, token_values
+from guided_decode.cli.token_values import finite, last_value, rounded, token_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -38,7 +36,7 @@ class ChatScorer:
         """
         pairs = [response_ids(self.tokenizer, self.prompt_format, chat) for chat in chats]
         if self.scorer.terminal != "included" and not per_token:
-            return [{"score": rounded(_number(one))} for one in self._last_scores(pairs)]
+            return [{"score": rounded(finite(one))} for one in self._last_scores(pairs)]
         return [self._by_token(prompt, response, per_token) for prompt, response in pairs]
 
     @property
@@ -68,14 +66,8 @@ class ChatScorer:
             score: float | None = sum(value for value in values if value is not None)
         else:
             score = last_value(values)
-        line: dict[str, Any] = {"score": rounded(_number(score))}
+        line: dict[str, Any] = {"score": rounded(finite(score))}
         if per_token:
             line["tokens"] = token_texts(self.tokenizer, response, special=True)
-            line["values"] = [rounded(_number(value)) for value in values]
+            line["values"] = [rounded(finite(value)) for value in values]
         return line
-
-
-def _number(value: float | None) -> float | None:
-    if value is not None and not math.isfinite(value):
-        raise Refusal(f"the scorer says {value} of it: expected a number")
-    return value

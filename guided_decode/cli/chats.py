@@ -61,9 +61,15 @@ def raw_ids(tokenizer: PreTrainedTokenizerBase, prompt_format: str | None, text:
 
 
 def response_ids(
-    tokenizer: PreTrainedTokenizerBase, prompt_format: str | None, messages: Messages
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_format: str | None,
+    messages: Messages,
+    *,
+    whole_turn: bool = False,
 ) -> tuple[list[int], list[int]]:
     """A conversation that an assistant ends, as (prompt ids, response ids up to its EOS).
+
+    whole_turn: with what the format puts after EOS, a newline for one.
 
     Raises Refusal as `prompt_ids`.
     """
@@ -71,16 +77,21 @@ def response_ids(
     if prompt_format is not None:
         from guided_decode.checkpoints.prompts import tokenise
 
-        whole = tokenise(tokenizer, messages, prompt_format, end="eos")
+        whole = tokenise(tokenizer, messages, prompt_format, end="turn" if whole_turn else "eos")
     else:
         whole = _template_ids(tokenizer, messages)
     # A tokenizer may merge the prompt's end with the response's beginning.
     pairs = zip(prompt, whole, strict=False)
     shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-    response, eos = whole[shared:], tokenizer.eos_token_id
-    # Responses are read at EOS, whatever a template puts after it.
-    end = len(response) - response[::-1].index(eos) if eos in response else len(response)
-    return whole[:shared], response[:end]
+    response = whole[shared:]
+    if not whole_turn:
+        response = response[: end_of_response(response, tokenizer.eos_token_id)]
+    return whole[:shared], response
+
+
+def end_of_response(response: list[int], eos: int | None) -> int:
+    """How many of its token ids there are up to EOS, whatever a template puts after it."""
+    return len(response) - response[::-1].index(eos) if eos in response else len(response)
 
 
 def _template_ids(

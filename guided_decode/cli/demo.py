@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from guided_decode.cli.checkpoints import load_policy, open_scorer
 from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.model_options import ScorerOptions
+from guided_decode.cli.picture import checked_picture
 from guided_decode.cli.row_options import Seed
 from guided_decode.cli.side_by_side import ValuedText, side_by_side
 from guided_decode.cli.terminal import console
@@ -42,7 +43,9 @@ def demo(
 ) -> None:
     """Compare decoding methods on a small built-in model family; nothing is downloaded."""
     if plot is not None:
-        plot = _checked_plot(plot, no_plot)
+        if no_plot:
+            raise Refusal(f"--plot {plot} and --no-plot were both given: pass one of them")
+        plot = checked_picture(plot)
     import torch
 
     from guided_decode.tiny_tulu import held_out_prompts
@@ -60,28 +63,6 @@ def demo(
         _print(models, outcomes)
     if not no_plot:
         _draw(outcomes, plot)
-
-
-def _checked_plot(plot: Path, no_plot: bool) -> Path:
-    """Where the picture goes; a name without a suffix is a PNG's.
-
-    Refuses at once what would fail after all the work.
-    """
-    from guided_decode.lab.demo.plot import require_matplotlib, suffixes
-
-    if no_plot:
-        raise Refusal(f"--plot {plot} and --no-plot were both given: pass one of them")
-    require_matplotlib()
-    if plot.is_dir():
-        raise Refusal(f"--plot {plot} is a folder: expected a file, such as {plot / PLOT.name}")
-    if not plot.suffix:
-        plot = plot.with_name(plot.name + ".png")
-    if plot.suffix[1:].lower() not in suffixes():
-        raise Refusal(f"--plot {plot}: expected a name that ends in one of "
-                      f"{', '.join(suffixes())}")  # fmt: skip
-    if not plot.parent.is_dir():
-        raise Refusal(f"--plot {plot}: no such folder {plot.parent}")
-    return plot
 
 
 def _load() -> dict[str, Models]:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+
+from guided_decode.cli.errors import Refusal
 
 if TYPE_CHECKING:
     from guided_decode.scorer import Scorer
@@ -55,6 +58,13 @@ def token_values(
 def last_value(values: Sequence[float | None]) -> float | None:
     """The last value that means something; None where there is none."""
     return next((value for value in reversed(values) if value is not None), None)
+
+
+def finite(value: float | None) -> float | None:
+    """The value. Raises Refusal: it is no number."""
+    if value is not None and not math.isfinite(value):
+        raise Refusal(f"the scorer says {value} of it: expected a number")
+    return value
 
 
 def rounded(value: float | None) -> float | None:

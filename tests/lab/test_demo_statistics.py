@@ -6,7 +6,8 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from guided_decode.lab.demo.statistics import best_of_kl, greedy_kl, sampled_kl, wilson
+from guided_decode.lab.demo.divergences import best_of_kl, greedy_kl, sampled_kl
+from guided_decode.lab.intervals import wilson
 
 
 @pytest.mark.parametrize(("right", "of"), [(0, 10), (1, 10), (50, 100), (97, 100), (100, 100)])

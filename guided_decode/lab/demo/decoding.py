@@ -10,8 +10,8 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from guided_decode import tiny_tulu
 from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.lab.demo.divergences import best_of_kl, greedy_kl, sampled_kl
 from guided_decode.lab.demo.methods import Method
-from guided_decode.lab.demo.statistics import best_of_kl, greedy_kl, sampled_kl
 from guided_decode.scorer import Scorer
 from guided_decode.scoring.critic import CriticScorer
 

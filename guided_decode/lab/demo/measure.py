@@ -17,7 +17,7 @@ from guided_decode.lab.demo.methods import (
     best_of,
     reweight,
 )
-from guided_decode.lab.demo.statistics import wilson
+from guided_decode.lab.intervals import wilson
 
 
 @dataclass(slots=True)

@@ -1,22 +1,9 @@
-"""Figures of the demo: intervals of proportions, and divergences from the policy."""
+"""Divergences of decoders from the policy."""
 
 import math
 
 import torch
 from torch import Tensor
-
-# Two-sided 95% of the normal distribution.
-_Z = 1.959963984540054
-
-
-def wilson(right: int, of: int) -> tuple[float, float]:
-    """The 95% interval of a proportion (Wilson 1927), which holds near 0 and 1 too."""
-    if not 0 <= right <= of or of < 1:
-        raise ValueError(f"{right} of {of}: expected a count out of at least one")
-    share, z2 = right / of, _Z**2
-    middle = (share + z2 / (2 * of)) / (1 + z2 / of)
-    half = _Z / (1 + z2 / of) * math.sqrt(share * (1 - share) / of + z2 / (4 * of**2))
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def sampled_kl(guided: Tensor, plain: Tensor) -> Tensor:

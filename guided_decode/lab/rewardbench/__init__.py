@@ -1,0 +1,1 @@
+"""RewardBench: pairwise accuracy of reward models, critics and implicit rewards."""
