@@ -1,7 +1,7 @@
 """Implicit rewards: what a tuned policy prefers over its reference, token by token."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -45,23 +45,43 @@ class LanguageModel(OneProcess):
         """
         check_asked(prefixes, candidates, self.model.vocab_size)
         with self.cache.lock:
-            self.model.begin_call()
-            rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
             chosen = candidates.to(self.model.device, torch.int64)
             if chosen.numel():
                 lowest, highest = (int(bound) for bound in chosen.aminmax())
                 self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
-            done, parts = 0, []
-            try:
-                while done < len(rows):
-                    logits = self._part(rows[done:])
-                    parts.append(self._read(logits, chosen[done : done + len(logits)]))
-                    done += len(logits)
-            except BaseException:
-                self.cache.clear()
-                raise
-            self.stats.add(evictions=self.cache.tree.take_evicted())
+            parts = list(
+                self._logits(prefixes, lambda rows, logits: self._read(logits, chosen[rows]))
+            )
         return torch.cat(parts) if parts else torch.empty(candidates.shape, dtype=torch.float32)
+
+    @without_autograd
+    def next_logits(self, prefixes: Sequence[Prefix]) -> Tensor:
+        """The next token's logits after each prefix, float32 [rows, vocab] on the model's device.
+
+        Rows with one prefix share its forward.
+
+        Raises ValueError: as `log_probs`, of prefixes.
+        """
+        with self.cache.lock:
+            parts = list(self._logits(prefixes, lambda rows, logits: logits))
+        return torch.cat(parts) if parts else torch.empty(0, self.model.vocab_size)
+
+    def _logits(
+        self, prefixes: Sequence[Prefix], read: Callable[[slice, Tensor], Tensor]
+    ) -> Iterator[Tensor]:
+        """What `read` makes of the logits of as many rows as fit the pool, until all are read."""
+        self.model.begin_call()
+        rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
+        done = 0
+        try:
+            while done < len(rows):
+                logits = self._part(rows[done:])
+                yield read(slice(done, done + len(logits)), logits)
+                done += len(logits)
+        except BaseException:
+            self.cache.clear()
+            raise
+        self.stats.add(evictions=self.cache.tree.take_evicted())
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:
         """Why `log_probs` would refuse this prefix, or None."""

@@ -1,0 +1,44 @@
+"""Search above single tokens: methods ask a generator for continuations, a judge for values.
+
+A method keeps no engine state. It is a Python generator that yields `Extend` and `Judge` requests
+and gets their answers, so that it makes the same choices on every engine, many searches share the
+engine's batches, and a recorded search can be replayed. `run` answers the requests of one search,
+`run_all` those of many.
+"""
+
+from guided_decode.search.budget import Budget, Spent
+from guided_decode.search.driver import run, run_all
+from guided_decode.search.judges import CallableJudge, ScorerJudge
+from guided_decode.search.local import LocalGenerator, load_generator
+from guided_decode.search.methods.best_of_n import best_of_n
+from guided_decode.search.methods.blockwise import Blocks, block_search
+from guided_decode.search.methods.refill import prune_and_refill
+from guided_decode.search.methods.smc import sequential_monte_carlo
+from guided_decode.search.methods.vote import vote
+from guided_decode.search.requests import Continuation, Extend, Generator, Judge, Judged, Sampling
+from guided_decode.search.result import Candidate, SearchResult
+
+__all__ = [
+    "Blocks",
+    "Budget",
+    "CallableJudge",
+    "Candidate",
+    "Continuation",
+    "Extend",
+    "Generator",
+    "Judge",
+    "Judged",
+    "LocalGenerator",
+    "Sampling",
+    "ScorerJudge",
+    "SearchResult",
+    "Spent",
+    "best_of_n",
+    "block_search",
+    "load_generator",
+    "prune_and_refill",
+    "run",
+    "run_all",
+    "sequential_monte_carlo",
+    "vote",
+]

@@ -1,0 +1,139 @@
+"""Answers the requests of searches: of many at once, in the engine's batches."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from guided_decode.search.budget import Budget, BudgetSpent, Spent
+from guided_decode.search.requests import (
+    Continuation,
+    Extend,
+    Generator,
+    Judge,
+    JudgeOfTexts,
+    Request,
+)
+from guided_decode.search.result import Search, SearchResult
+
+_NO_LIMIT = Budget()
+
+
+def run(
+    search: Search, generator: Generator, judge: JudgeOfTexts, budget: Budget = _NO_LIMIT
+) -> SearchResult:
+    """Runs one search to its end, or to the end of its budget."""
+    return run_all([search], generator, judge, budget)[0]
+
+
+def run_all(
+    searches: Sequence[Search],
+    generator: Generator,
+    judge: JudgeOfTexts,
+    budget: Budget = _NO_LIMIT,
+) -> list[SearchResult]:
+    """Runs searches side by side: what they ask for at the same time is one call of the engine.
+
+    Args:
+        searches: methods that have not begun.
+        generator, judge: what answers them.
+        budget: of each search. It is asked before each request, so that none is exceeded but in
+            seconds, by the call that is under way.
+
+    Raises:
+        ValueError: the judge's answer is no finite number for each text.
+    """
+    running = [_Running(search) for search in searches]
+    for each in running:
+        each.send(None)
+    while waiting := [each for each in running if each.request is not None]:
+        extends = [each for each in waiting if isinstance(each.request, Extend)]
+        if extends:
+            _extend(extends, generator, budget)
+        else:
+            _judge(waiting, judge, budget)
+    return [each.outcome() for each in running]
+
+
+@dataclass(slots=True)
+class _Running:
+    """A search and what it waits for; None: it has ended."""
+
+    search: Search
+    request: Request | None = None
+    result: SearchResult | None = None
+    spent: Spent = field(default_factory=Spent)
+
+    def send(self, answer: Any) -> None:
+        self._go(lambda: self.search.send(answer))
+
+    def stop(self, limit: BudgetSpent) -> None:
+        self._go(lambda: self.search.throw(limit))
+
+    def _go(self, step: Any) -> None:
+        self.request = None
+        try:
+            self.request = step()
+        except StopIteration as ended:
+            self.result = ended.value
+            return
+        self.spent.begin()
+
+    def outcome(self) -> SearchResult:
+        assert self.result is not None
+        return replace(self.result, spent=self.spent)
+
+
+def _extend(waiting: Sequence[_Running], generator: Generator, budget: Budget) -> None:
+    asked: list[tuple[_Running, Extend]] = []
+    for each in waiting:
+        assert isinstance(each.request, Extend)
+        try:
+            most = each.spent.allowed(each.request, budget)
+        except BudgetSpent as limit:
+            each.stop(limit)
+            continue
+        asked.append((each, replace(each.request, max_tokens=most)))
+    if not asked:
+        return
+    answers = generator.extend(
+        [prefix for _, request in asked for prefix in request.prefixes],
+        [request.n for _, request in asked for _ in request.prefixes],
+        max_tokens=[most for _, request in asked for most in request.max_tokens],
+        sampling=[request.sampling for _, request in asked for _ in request.prefixes],
+        seeds=[seed for _, request in asked for seed in request.seeds],
+    )
+    done = 0
+    for each, request in asked:
+        own: list[list[Continuation]] = answers[done : done + len(request.prefixes)]
+        done += len(request.prefixes)
+        each.spent.extended(request, own)
+        each.send(own)
+
+
+def _judge(waiting: Sequence[_Running], judge: JudgeOfTexts, budget: Budget) -> None:
+    asked: list[tuple[_Running, Judge]] = []
+    for each in waiting:
+        assert isinstance(each.request, Judge)
+        try:
+            each.spent.check(each.request, budget)
+        except BudgetSpent as limit:
+            each.stop(limit)
+            continue
+        asked.append((each, each.request))
+    if not asked:
+        return
+    texts = [text for _, request in asked for text in request.texts]
+    values = judge.judge(texts)
+    if len(values) != len(texts) or not all(map(math.isfinite, values)):
+        odd = next((v for v in values if not math.isfinite(v)), f"{len(values)} values")
+        raise ValueError(f"the judge answered {odd} for {len(texts)} texts: expected a finite "
+                         "number for each")  # fmt: skip
+    done = 0
+    for each, request in asked:
+        own = values[done : done + len(request.texts)]
+        done += len(request.texts)
+        each.spent.judged(request)
+        each.send(own)

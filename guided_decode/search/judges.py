@@ -1,0 +1,89 @@
+"""Judges: a scorer on this machine, or any callable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+
+import torch
+
+from guided_decode.guidance.terminal import score_candidates
+from guided_decode.scorer import Scorer
+from guided_decode.search.requests import Judged
+
+
+class ScorerJudge:
+    """What a scorer says of a response so far.
+
+    Of an unfinished one, V at its last token. Of a finished one, what its end is worth by the
+    scorer's terminal rule: a critic's V at the token before EOS, a reward model's score at EOS, or
+    the reward model's beside a critic. Of an implicit reward, the sum over the response.
+    """
+
+    def __init__(self, scorer: Scorer, *, terminals: Collection[int] = ()) -> None:
+        """
+        Args:
+            scorer: any scorer.
+            terminals: token ids that end a response, beside the scorer's own EOS.
+        """
+        self.scorer = scorer
+        own = () if scorer.eos_token_id is None else (scorer.eos_token_id,)
+        self._terminals = sorted({*terminals, *own})
+
+    def judge(self, texts: Sequence[Judged]) -> list[float]:
+        """As `requests.JudgeOfTexts.judge`. Raises ValueError: as the scorer."""
+        if self.scorer.terminal == "included":
+            return self._sums(texts)
+        values = [0.0] * len(texts)
+        ended = [i for i, text in enumerate(texts) if self._ended(text)]
+        open_ = [i for i, text in enumerate(texts) if not self._ended(text)]
+        if open_:
+            whole = [texts[i].prompt + texts[i].response for i in open_]
+            scores = self.scorer.score(whole, torch.empty(len(whole), 0, dtype=torch.int64))
+            for i, value in zip(open_, scores.baseline.tolist(), strict=True):
+                values[i] = value
+        if ended:
+            for i, value in zip(ended, self._at_the_end([texts[i] for i in ended]), strict=True):
+                values[i] = value
+        return values
+
+    def _ended(self, text: Judged) -> bool:
+        return bool(text.finished and text.response and text.response[-1] in self._terminals)
+
+    def _at_the_end(self, texts: Sequence[Judged]) -> list[float]:
+        whole = [text.prompt + text.response for text in texts]
+        last = torch.tensor([[ids[-1]] for ids in whole])
+        scores, exempt = score_candidates(
+            self.scorer, [ids[:-1] for ids in whole], last, [self._terminals] * len(whole)
+        )
+        values = scores.values[:, 0]
+        if exempt is not None:
+            values = torch.where(exempt[:, 0].to(values.device), scores.baseline, values)
+        return values.tolist()
+
+    def _sums(self, texts: Sequence[Judged]) -> list[float]:
+        """Sums of log-ratios; the rows find their prefixes in the cache."""
+        rows = [
+            (text.prompt + text.response[:i], token)
+            for text in texts
+            for i, token in enumerate(text.response)
+        ]
+        if not rows:
+            return [0.0] * len(texts)
+        candidates = torch.tensor([[token] for _, token in rows])
+        ratios = self.scorer.score([prefix for prefix, _ in rows], candidates).values[:, 0].tolist()
+        sums, done = [], 0
+        for text in texts:
+            sums.append(sum(ratios[done : done + len(text.response)]))
+            done += len(text.response)
+        return sums
+
+
+class CallableJudge:
+    """A function of texts: rewards that a program computes, a remote model, ..."""
+
+    def __init__(self, function: Callable[[Sequence[Judged]], Sequence[float]]) -> None:
+        self._function = function
+
+    def judge(self, texts: Sequence[Judged]) -> list[float]:
+        """As `requests.JudgeOfTexts.judge`."""
+        return [float(value) for value in self._function(texts)]
