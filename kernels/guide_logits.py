@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     import triton.language as tl
 
 _BLOCK_V = 4096
+# Fewer candidates share a compiled kernel: how many there are is the requests' choice.
+_LEAST_BLOCK_K = 16
 
 
 class GuidedLogits(NamedTuple):
@@ -127,7 +129,7 @@ def guide_logits_triton(logits: Tensor, shift: Shift, keep_tail: Tensor) -> Guid
         logits.stride(1),
         keep_tail.stride(0),
         BLOCK_V=_BLOCK_V,
-        BLOCK_K=next_power_of_two(shift.candidates.shape[-1]),
+        BLOCK_K=next_power_of_two(max(shift.candidates.shape[-1], _LEAST_BLOCK_K)),
         num_warps=4,
     )
     return GuidedLogits(guided, failed)

@@ -24,9 +24,15 @@ class Kernel:
     Its module needs no `import triton.language as tl`: the name is put there then.
     """
 
-    def __init__(self, function: Callable[..., Any], do_not_specialize: Sequence[str]) -> None:
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        do_not_specialize: Sequence[str],
+        any_alignment: Sequence[str],
+    ) -> None:
         self.function = function
         self.do_not_specialize = tuple(do_not_specialize)
+        self.any_alignment = tuple(any_alignment)
 
     @cached_property
     def jitted(self) -> Any:
@@ -38,7 +44,11 @@ class Kernel:
         for name in self.function.__code__.co_names:
             if isinstance(scope.get(name), Kernel):
                 scope[name] = scope[name].jitted
-        return triton.jit(self.function, do_not_specialize=list(self.do_not_specialize))
+        return triton.jit(
+            self.function,
+            do_not_specialize=list(self.do_not_specialize),
+            do_not_specialize_on_alignment=list(self.any_alignment),
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         """Within a kernel: a call of this function as a part of it."""
@@ -59,14 +69,17 @@ class Kernel:
             self.jitted[grid](first, *arguments, **options)
 
 
-def kernel(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Kernel]:
+def kernel(
+    do_not_specialize: Sequence[str] = (), any_alignment: Sequence[str] = ()
+) -> Callable[[Callable[..., Any]], Kernel]:
     """Makes a Kernel of a function.
 
     Args:
         do_not_specialize: integer arguments that vary from step to step, for which Triton shall
             not compile anew where they are 1 or divisible by 16.
+        any_alignment: tensors for which it shall not where they begin at a multiple of 16 bytes.
     """
-    return lambda function: Kernel(function, do_not_specialize)
+    return lambda function: Kernel(function, do_not_specialize, any_alignment)
 
 
 def on_gpu(*tensors: Tensor | None) -> bool:

@@ -20,6 +20,11 @@ MAX_VOCAB = 1 << 20
 
 # A group is 32 tokens; a block, a program of the first launch, is 32 groups.
 _LOG_GROUP = 5
+# The second launch is compiled for widths up to 16, 32 and 64, and for no other: widths are the
+# requests' own, and a variant takes seconds.
+_LEAST_LOG_K = 4
+# The stride of a bound that is not given.
+_NONE = -1
 
 
 class TopCandidates(NamedTuple):
@@ -40,11 +45,6 @@ class Cut(NamedTuple):
     top_p: Tensor | None
     gate: Tensor | None
     min_keep: int
-
-    @property
-    def needs_mass(self) -> bool:
-        """Whether probabilities decide anything, and not the order of the logits alone."""
-        return self.top_p is not None or self.gate is not None
 
 
 def top_candidates(
@@ -92,7 +92,7 @@ def top_candidates_reference(logits: Tensor, cut: Cut) -> TopCandidates:
     chosen = logits.gather(-1, candidates).float()
     dropped = chosen == -torch.inf
     gated = None
-    if cut.needs_mass:
+    if cut.top_p is not None or cut.gate is not None:
         mass = (chosen - torch.logsumexp(logits.float(), -1, keepdim=True)).exp()
         if cut.top_p is not None:
             cut_off = mass.cumsum(-1) - mass >= cut.top_p[:, None]
@@ -149,6 +149,9 @@ def top_candidates_triton(logits: Tensor, cut: Cut) -> TopCandidates:
     the second one sorts no more than the blocks, the groups of K of them, and the tokens of K of
     those: 1150 numbers of a vocabulary of 128256 where K is 16.
 
+    Which bounds are given changes nothing of what is compiled: a batch has those of any of its
+    requests.
+
     Unfused: a dozen launches over the vocabulary in int64, some 100 bytes a token, and those of
     torch.topk; with top_p or gate a logsumexp's 5 over it; and a dozen over [rows, width]. This
     reads itemsize bytes a token and writes an eighth of one, and then reads 32 · (4 + itemsize)
@@ -156,16 +159,15 @@ def top_candidates_triton(logits: Tensor, cut: Cut) -> TopCandidates:
     """
     rows, vocab = logits.shape
     blocks = -(-vocab // (1 << 2 * _LOG_GROUP))
-    per_row = (cut.top_k, cut.top_p, cut.gate)
 
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=logits.device)
 
     group_tops = empty(rows, blocks << _LOG_GROUP)
     block_tops = empty(rows, blocks)
-    block_sums = empty(rows, blocks) if cut.needs_mass else None
+    block_sums = empty(rows, blocks)
     candidates = empty(rows, cut.width, dtype=torch.int64)
-    gated = None if cut.gate is None else empty(rows, dtype=torch.bool)
+    gated = empty(rows, dtype=torch.bool)
     _tops_kernel.launch(
         (rows, blocks),
         logits,
@@ -178,7 +180,7 @@ def top_candidates_triton(logits: Tensor, cut: Cut) -> TopCandidates:
         LOG_GROUP=_LOG_GROUP,
         num_warps=4,
     )
-    log_k = max(1, (cut.width - 1).bit_length())
+    log_k = max(_LEAST_LOG_K, (cut.width - 1).bit_length())
     log_blocks = max(log_k + 1, (blocks - 1).bit_length())
     most_keys = 1 << max(log_blocks, log_k + _LOG_GROUP)
     _choose_kernel.launch(
@@ -189,20 +191,23 @@ def top_candidates_triton(logits: Tensor, cut: Cut) -> TopCandidates:
         block_sums,
         candidates,
         gated,
-        *per_row,
+        # In the place of a bound that is not given, any tensor of its dtype.
+        candidates if cut.top_k is None else cut.top_k,
+        block_sums if cut.top_p is None else cut.top_p,
+        block_sums if cut.gate is None else cut.gate,
         vocab,
         cut.width,
         cut.min_keep,
         logits.stride(0),
         logits.stride(1),
-        *(0 if tensor is None else tensor.stride(0) for tensor in per_row),
+        *(_NONE if b is None else b.stride(0) for b in (cut.top_k, cut.top_p, cut.gate)),
         LOG_K=log_k,
         LOG_GROUP=_LOG_GROUP,
         LOG_BLOCKS=log_blocks,
         # With more than 4 keys a thread some variants spill.
         num_warps=max(4, most_keys // 128),
     )
-    return TopCandidates(candidates, gated)
+    return TopCandidates(candidates, None if cut.gate is None else gated)
 
 
 @kernel()
@@ -228,12 +233,14 @@ def _tops_kernel(
     tl.store(group_tops + (block << LOG_GROUP) + inside, tops)
     top = tl.max(tops)
     tl.store(block_tops + block, top)
-    if block_sums is not None:
-        above = tl.maximum(top, -3.4028234663852886e38)
-        tl.store(block_sums + block, tl.sum(tl.exp(logit - above)))
+    above = tl.maximum(top, -3.4028234663852886e38)
+    tl.store(block_sums + block, tl.sum(tl.exp(logit - above)))
 
 
-@kernel(do_not_specialize=("width", "min_keep"))
+@kernel(
+    do_not_specialize=("width", "min_keep", "top_k_stride", "top_p_stride", "gate_stride"),
+    any_alignment=("top_k", "top_p", "gate"),
+)
 def _choose_kernel(
     logits,
     group_tops,
@@ -256,19 +263,21 @@ def _choose_kernel(
     LOG_GROUP: tl.constexpr,
     LOG_BLOCKS: tl.constexpr,
 ):
-    """One program chooses a row's blocks, groups of these, and tokens of those: the candidates."""
+    """One program chooses a row's blocks, groups of these, and tokens of those: the candidates.
+
+    Of a bound whose stride is negative nothing is read.
+    """
     row = tl.program_id(0).to(tl.int64)
     groups = tl.cdiv(vocab, 1 << LOG_GROUP)
     blocks = tl.cdiv(groups, 1 << LOG_GROUP)
     block_tops += row * blocks
     block = tl.arange(0, 1 << LOG_BLOCKS).to(tl.int64)
-    if block_sums is not None:
-        known = block < blocks
-        tops = tl.load(block_tops + block, mask=known, other=float("-inf"))
-        sums = tl.load(block_sums + row * blocks + block, mask=known, other=0.0)
-        # −inf − (−inf) would be NaN.
-        top = tl.maximum(tl.max(tops), -3.4028234663852886e38)
-        total = tl.sum(sums * tl.exp(tops - top))
+    known = block < blocks
+    tops = tl.load(block_tops + block, mask=known, other=float("-inf"))
+    sums = tl.load(block_sums + row * blocks + block, mask=known, other=0.0)
+    # −inf − (−inf) would be NaN.
+    top = tl.maximum(tl.max(tops), -3.4028234663852886e38)
+    total = tl.sum(sums * tl.exp(tops - top))
     best = best_of(block_tops, block, 1, blocks, LOG_BLOCKS, LOG_K)
     group = members_of(best, LOG_GROUP)
     group_tops += row * (blocks << LOG_GROUP)
@@ -280,18 +289,16 @@ def _choose_kernel(
     ordered = (best >> 32).to(tl.int32)
     place = tl.arange(0, 1 << LOG_K)
     kept = ordered > -0x7F800000  # what −inf is
-    if block_sums is not None:
-        bits = tl.where(ordered < 0, -ordered ^ -0x80000000, ordered)
-        below = tl.where(kept, bits.to(tl.float32, bitcast=True) - top, float("-inf"))
-        # A row at −inf everywhere has no total.
-        mass = tl.exp(below) / tl.where(total == 0.0, 1.0, total)
-        if gate is not None:
-            reached = (place == 0) & kept & (mass >= tl.load(gate + row * gate_stride))
-            tl.store(gated + row, tl.max(reached.to(tl.int32)) != 0)
-        if top_p is not None:
-            enough = tl.cumsum(mass, 0) - mass >= tl.load(top_p + row * top_p_stride)
-            kept &= (place < min_keep) | (enough ^ True)
-    if top_k is not None:
-        kept &= place < tl.load(top_k + row * top_k_stride)
+    bits = tl.where(ordered < 0, -ordered ^ -0x80000000, ordered)
+    below = tl.where(kept, bits.to(tl.float32, bitcast=True) - top, float("-inf"))
+    # A row at −inf everywhere has no total.
+    mass = tl.exp(below) / tl.where(total == 0.0, 1.0, total)
+    least = tl.load(gate + row * gate_stride, mask=gate_stride >= 0, other=float("inf"))
+    reached = (place == 0) & kept & (mass >= least)
+    tl.store(gated + row, tl.max(reached.to(tl.int32)) != 0)
+    most = tl.load(top_p + row * top_p_stride, mask=top_p_stride >= 0, other=float("inf"))
+    enough = tl.cumsum(mass, 0) - mass >= most
+    kept &= (place < min_keep) | (enough ^ True)
+    kept &= place < tl.load(top_k + row * top_k_stride, mask=top_k_stride >= 0, other=width)
     chosen = tl.where(kept, places_of(best), -1)
     tl.store(candidates + row * width + place, chosen, mask=place < width)

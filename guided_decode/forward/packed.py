@@ -89,19 +89,28 @@ def _batch(work: list[RowWork], table: Tensor, pool: SlotPool, fused: bool) -> P
         Segment(int(start), len(w.prefix), len(w.candidates), w.first, w.length, w.table_row)
         for w, start in zip(work, starts, strict=False)
     ]
-    packed = np.empty((3, int(starts[-1])), np.int64)
+    tokens, rows = int(starts[-1]), len(work) if fused else 0
+    # In one copy to the device. What begins in it begins at a multiple of 16 bytes, whatever the
+    # number of tokens: kernels are compiled for that.
+    width = tokens + tokens % 2
+    host = np.zeros(3 * width + -(-3 * rows // 2), np.int64)
+    packed = host[: 3 * width].reshape(3, width)[:, :tokens]
     np.concatenate([part for w in work for part in (w.prefix, w.candidates)], out=packed[0])
     np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
     np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
-    stacked = torch.from_numpy(packed).to(pool.device, non_blocking=True)
+    table_rows = [w.table_row for w in work[:rows]]
+    host[3 * width :].view(np.int32)[: 3 * rows].reshape(rows, 3)[:] = np.column_stack(
+        [starts[:rows], sizes[:rows], table_rows]
+    )
+    copied = torch.from_numpy(host).to(pool.device, non_blocking=True)
+    stacked = copied[: 3 * width].view(3, width)[:, :tokens]
     token_ids, positions, slots = stacked.unbind()
     batch = PackedBatch(stacked, token_ids, positions, slots, segments, table, pool)
     if not fused:
         return batch
-    rows = np.column_stack([starts[:-1], sizes, [w.table_row for w in work]]).astype(np.int32)
     return replace(
         batch,
-        segment_table=torch.from_numpy(rows).to(pool.device, non_blocking=True),
+        segment_table=copied[3 * width :].view(torch.int32)[: 3 * rows].view(rows, 3),
         most_queries=int(sizes.max()),
         most_positions=int(packed[1].max()),
     )

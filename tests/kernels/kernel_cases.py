@@ -179,7 +179,7 @@ def _specialised(launch: Launch) -> tuple[dict[str, str], dict[str, Any], dict[A
             continue
         signature[name] = _type(value)
         aligned = isinstance(value, torch.Tensor) or (type(value) is int and value % 16 == 0)
-        if aligned and not fixed:
+        if aligned and not fixed and name not in launch.kernel.any_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
     return signature, constants, attributes
 
