@@ -55,11 +55,18 @@ class PrefixCache(OneProcess):
     Whoever places rows, or reads what was written for them, holds `lock` from first to last.
     """
 
-    def __init__(self, pool: SlotPool) -> None:
+    def __init__(self, pool: SlotPool, *, table_size: tuple[int, int] | None = None) -> None:
+        """
+        Args:
+            pool: where keys and values lie.
+            table_size: rows and width of the slot tables to begin with, for those who hold on to
+                where they lie; None: small ones, which grow.
+        """
         self.lock = threading.RLock()
         self.pool = pool
         self.tree = RadixTree(pool)
-        self.tables = self._new_tables()
+        self._table_size = table_size
+        self.tables = self._new_tables(table_size)
         self._anchors: weakref.WeakKeyDictionary[PrefixHandle, _Anchor] = (
             weakref.WeakKeyDictionary()
         )
@@ -70,7 +77,7 @@ class PrefixCache(OneProcess):
 
     def __copy__(self) -> "PrefixCache":
         """An empty one: what is cached belongs to handles and forwards of the original."""
-        return PrefixCache(self.pool.like(self.capacity))
+        return PrefixCache(self.pool.like(self.capacity), table_size=self._table_size)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefixCache":
         copied: PrefixCache = memo.setdefault(id(self), self.__copy__())
@@ -257,9 +264,10 @@ class PrefixCache(OneProcess):
             self._scratch.add(row)
         return row
 
-    def _new_tables(self) -> SlotTables:
+    def _new_tables(self, size: tuple[int, int] | None = None) -> SlotTables:
         most = max(int(self.pool.nbytes * TABLE_SHARE), _SMALL_TABLES)
-        return SlotTables(self.pool.device, most)
+        device = self.pool.device
+        return SlotTables(device, most) if size is None else SlotTables(device, most, size)
 
     def _forget_tables(self) -> None:
         """Starts again with small tables; nothing of the batch may have been placed."""

@@ -14,10 +14,17 @@ class SlotTables:
     `table`: int32 [rows, width] on the device; it grows by doubling, up to `most_bytes`.
     """
 
-    def __init__(self, device: torch.device, most_bytes: int) -> None:
-        self.table = torch.zeros(_ROWS, _WIDTH, dtype=torch.int32, device=device)
-        self._most_entries = most_bytes // self.table.itemsize
-        self._free = set(range(_ROWS))
+    def __init__(
+        self, device: torch.device, most_bytes: int, size: tuple[int, int] = (_ROWS, _WIDTH)
+    ) -> None:
+        """size: rows and width to begin with, as far as `most_bytes` hold them."""
+        self._most_entries = most_bytes // torch.int32.itemsize
+        width = max(_WIDTH, size[1])
+        rows = min(size[0], self._most_entries // width)
+        if rows < _ROWS:
+            rows, width = _ROWS, _WIDTH
+        self.table = torch.zeros(rows, width, dtype=torch.int32, device=device)
+        self._free = set(range(rows))
 
     @property
     def nbytes(self) -> int:

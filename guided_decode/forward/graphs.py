@@ -8,30 +8,37 @@ slot, which is nobody's. Shapes beyond the buckets run as they are.
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from guided_decode.cache.pool import SlotPool
 from guided_decode.forward.capture import captured, no_waiting
 from guided_decode.forward.packed import PackedBatch
 from guided_decode.forward.packed_model import PackedModel
-from guided_decode.forward.pool_size import MOST_GRAPH_TOKENS
+from guided_decode.forward.pool_size import TOKEN_BUCKETS
 from guided_decode.kernels.jit import next_power_of_two
 
 logger = logging.getLogger("guided_decode")
 
-# Tokens of a forward, by bucket; a longer one is bound by arithmetic, not by launches.
-TOKEN_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, MOST_GRAPH_TOKENS)
 # Tokens of one row: a longer catch-up is rare.
 MOST_QUERIES = 64
 _SHORTEST_PREFIX = 512
 # The graphs that are kept: each holds little, its buffers are in a pool that all share.
 _MOST_GRAPHS = 64
+
+
+class Shape(NamedTuple):
+    """How large a batch is: its tokens and rows, and bounds of a row's tokens and positions."""
+
+    tokens: int
+    rows: int
+    queries: int
+    prefix: int
 
 
 class Bucket(NamedTuple):
@@ -62,19 +69,30 @@ class _Graph(NamedTuple):
     replay: Callable[[], object]
 
 
-def bucket_of(batch: PackedBatch) -> Bucket | None:
-    """The bucket that takes the batch, or None where it runs as it is."""
-    tokens = next((n for n in TOKEN_BUCKETS if n >= len(batch.token_ids)), None)
-    if tokens is None or batch.segment_table is None or batch.most_queries > MOST_QUERIES:
+def bucket_of(shape: Shape, table: Tensor, most_tokens: int) -> Bucket | None:
+    """The bucket that takes such a batch, or None where it runs as it is."""
+    tokens = next((n for n in TOKEN_BUCKETS if n >= shape.tokens), most_tokens + 1)
+    if tokens > most_tokens or shape.queries > MOST_QUERIES:
         return None
     return Bucket(
         tokens,
-        next_power_of_two(len(batch.segment_table)),
-        next_power_of_two(batch.most_queries),
-        next_power_of_two(max(batch.most_positions, _SHORTEST_PREFIX)),
+        next_power_of_two(shape.rows),
+        next_power_of_two(shape.queries),
+        next_power_of_two(max(shape.prefix, _SHORTEST_PREFIX)),
         # A table that grew lies elsewhere.
-        (batch.table.data_ptr(), batch.table.shape[1]),
+        (table.data_ptr(), table.shape[1]),
     )
+
+
+def usual_shapes(rows: int, candidates: int, prefix: int) -> Iterator[Shape]:
+    """Steps in which each row forwards its candidates: first those of short prefixes."""
+    length = _SHORTEST_PREFIX
+    while True:
+        for n in range(1, rows + 1):
+            yield Shape(n * candidates, n, candidates, length)
+        if length >= prefix:
+            return
+        length *= 2
 
 
 class GraphedForward:
@@ -94,6 +112,7 @@ class GraphedForward:
         self._spare_slot = model.cache.pool.capacity
         self._graphs: OrderedDict[Bucket, _Graph] = OrderedDict()
         self._device = model.device
+        self._most_tokens = model.most_graph_tokens
         self._stream: torch.cuda.Stream | None = None
         self._memory: Any = None
         self._without_room: set[tuple[int, ...]] = set()
@@ -119,12 +138,16 @@ class GraphedForward:
 
     def run(self, batch: PackedBatch) -> bool:
         """Runs the batch, if a bucket takes it; False where the caller has to run it."""
-        bucket = bucket_of(batch) if self.works else None
+        bucket = None
+        if self.works and batch.segment_table is not None:
+            shape = Shape(len(batch.token_ids), len(batch.segment_table), batch.most_queries,
+                          batch.most_positions)  # fmt: skip
+            bucket = bucket_of(shape, batch.table, self._most_tokens)
         if bucket is None or bucket.sizes in self._without_room:
             return False
         graph = self._graphs.get(bucket)
         if graph is None:
-            graph = self._add(bucket, batch)
+            graph = self._add(bucket, batch.table, batch.pool)
             if graph is None:
                 return False
         self._graphs.move_to_end(bucket)
@@ -134,12 +157,21 @@ class GraphedForward:
         self.replays += 1
         return True
 
-    def _add(self, bucket: Bucket, batch: PackedBatch) -> _Graph | None:
+    def prepare(self, shapes: Iterable[Shape], table: Tensor, pool: SlotPool) -> None:
+        """Captures the graphs of such batches before one comes, as many as half of those kept."""
+        buckets = {bucket_of(shape, table, self._most_tokens): None for shape in shapes}
+        wanted = [bucket for bucket in buckets if bucket is not None][: _MOST_GRAPHS // 2]
+        # The largest first: the others find room in its memory.
+        for bucket in sorted(wanted, reverse=True):
+            if self.works and bucket not in self._graphs:
+                self._add(bucket, table, pool)
+
+    def _add(self, bucket: Bucket, table: Tensor, pool: SlotPool) -> _Graph | None:
         for old in [b for b in self._graphs if b.table != bucket.table]:
             del self._graphs[old]
         while len(self._graphs) >= _MOST_GRAPHS:
             self._graphs.popitem(last=False)
-        static = self._static(bucket, batch)
+        static = self._static(bucket, table, pool)
         try:
             run = partial(self._forward, static.batch)
             replay = self._record(run) if self._capture else run
@@ -158,28 +190,28 @@ class GraphedForward:
         self._graphs[bucket] = _Graph(static, replay)
         return self._graphs[bucket]
 
-    def _static(self, bucket: Bucket, batch: PackedBatch) -> _Static:
+    def _static(self, bucket: Bucket, table: Tensor, pool: SlotPool) -> _Static:
         """Buffers of the bucket's size, all padding."""
-        device = batch.stacked.device
+        device = table.device
         # Token 0 at position -1, in the slot that is nobody's.
         padding = torch.tensor([[0], [-1], [self._spare_slot]]).expand(3, bucket.tokens)
         padding = padding.contiguous().to(device)
         stacked = padding.clone()
         no_segments = torch.zeros(bucket.rows, 3, dtype=torch.int32, device=device)
         token_ids, positions, slots = stacked.unbind()
-        static = replace(
-            batch,
-            stacked=stacked,
-            token_ids=token_ids,
-            positions=positions,
-            slots=slots,
+        batch = PackedBatch(
+            stacked,
+            token_ids,
+            positions,
+            slots,
             segments=[],
+            table=table,
+            pool=pool,
             segment_table=no_segments.clone(),
             most_queries=bucket.queries,
             most_positions=bucket.prefix,
-            stretches={},
         )
-        return _Static(static, padding, no_segments)
+        return _Static(batch, padding, no_segments)
 
     def _fill(self, static: _Static, batch: PackedBatch) -> None:
         """The batch, and padding behind it, in two launches."""

@@ -18,7 +18,7 @@ from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
-from guided_decode.forward.pool_size import default_capacity, layer_shapes
+from guided_decode.forward.pool_size import default_capacity, layer_shapes, most_graph_tokens
 from guided_decode.forward.stream_order import StreamOrder
 from guided_decode.forward.weights import WeightWatch, origin_of
 from guided_decode.growable import Ints
@@ -27,6 +27,9 @@ from guided_decode.prefix import HandleState, PrefixHandle, as_ints
 from guided_decode.scorer import Prefix
 
 logger = logging.getLogger("guided_decode")
+
+# Rows and width of a device's slot tables from the start: 8 MiB.
+_TABLE = (256, 8192)
 
 
 class Row(NamedTuple):
@@ -98,7 +101,13 @@ class PackedModel(OneProcess):
         capacity = cache_tokens or min(
             live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside)
         )
-        self.cache = PrefixCache(SlotPool(capacity, shapes, model.dtype, model.device))
+        self.most_graph_tokens = most_graph_tokens(model)
+        widest = min(self.max_positions or _TABLE[1], capacity, _TABLE[1])
+        self.cache = PrefixCache(
+            SlotPool(capacity, shapes, model.dtype, model.device),
+            # CUDA graphs read the table where it lies: one that grew would cost all of them.
+            table_size=(_TABLE[0], widest) if self.fused else None,
+        )
         # How often the model was not what it was, for those who keep something made of it.
         self.changes = 0
         self._order = StreamOrder(model.device)

@@ -7,8 +7,14 @@ from guided_decode.forward.cache_argument import returned_cache
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.
 _MEMORY_SHARE = 0.25
-# Tokens of the longest forward that is a CUDA graph.
-MOST_GRAPH_TOKENS = 512
+# Tokens of a forward that is a CUDA graph, by bucket.
+TOKEN_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
+# The longest one of any model, and those of small models.
+_SURE_TOKENS = 512
+# Tokens · weights of a layer that a GPU works through in the quarter of a millisecond in which
+# Python launches the layer's 40 or so kernels: at 2 operations a weight and token, of the 6e14 a
+# second that an H100 reaches in 16 bits. A longer forward hides its launches behind its arithmetic.
+_HIDDEN_WORK = 7.5e10
 # 32 MiB for cuBLAS on Hopper, and 1 MiB for each of 64 graphs.
 _WORKSPACE_BYTES = 96 << 20
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
@@ -45,6 +51,14 @@ def default_capacity(
     return max(1, min(1 << 17, budget // token_bytes))
 
 
+def most_graph_tokens(model: PreTrainedModel) -> int:
+    """Tokens of the longest forward of this model that is a CUDA graph."""
+    embeddings = model.get_input_embeddings().weight.numel()  # type: ignore[operator,union-attr]
+    weights = sum(weight.numel() for weight in model.parameters()) - embeddings
+    layer = weights / model.config.get_text_config().num_hidden_layers
+    return max(n for n in TOKEN_BUCKETS if n <= _SURE_TOKENS or n * layer <= _HIDDEN_WORK)
+
+
 def graph_bytes(model: PreTrainedModel) -> int:
     """What the CUDA graphs of the forward hold, about: the activations of their longest one.
 
@@ -53,6 +67,7 @@ def graph_bytes(model: PreTrainedModel) -> int:
     keeps a workspace for the stream of the captures, and the driver its nodes of each graph.
     """
     config = model.config.get_text_config()
+    tokens = most_graph_tokens(model)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations = MOST_GRAPH_TOKENS * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize
+    activations = tokens * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize
     return activations + _WORKSPACE_BYTES

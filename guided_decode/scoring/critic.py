@@ -11,7 +11,7 @@ from torch import Tensor
 
 from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
-from guided_decode.forward.graphs import GraphedForward
+from guided_decode.forward.graphs import GraphedForward, usual_shapes
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch
 from guided_decode.forward.packed_model import PackedModel, Row
@@ -164,6 +164,23 @@ class CriticScorer(OneProcess):
             torch.cat([part.values for part in parts]),
             torch.cat([part.baseline for part in parts]),
         )
+
+    @without_autograd
+    def prepare(self, rows: int, candidates: int, prefix: int) -> None:
+        """Captures the CUDA graphs of usual steps now, and not while requests wait; where there
+        are none this does nothing.
+
+        Args:
+            rows: the most rows of a step.
+            candidates: of each row.
+            prefix: the most tokens of a prefix.
+        """
+        if self._graphs is None:
+            return
+        with self.cache.lock:
+            self._follow()
+            shapes = usual_shapes(rows, candidates, prefix)
+            self._graphs.prepare(shapes, self.cache.tables.table, self.cache.pool)
 
     def _follow(self) -> None:
         """Reads a model in memory again that is not what it was."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from guided_decode import load_scorer
-from guided_decode.forward.graphs import GraphedForward
+from guided_decode.forward.graphs import GraphedForward, Shape
 from guided_decode.forward.packed import PackedBatch
 from guided_decode.forward.stream_order import StreamOrder
 from tests import models
@@ -27,7 +27,10 @@ def cuda(monkeypatch):
 def model_on(device, *, has_kernel=True):
     pool = types.SimpleNamespace(capacity=100)
     return types.SimpleNamespace(
-        device=device, has_kernel=has_kernel, cache=types.SimpleNamespace(pool=pool)
+        device=device,
+        has_kernel=has_kernel,
+        cache=types.SimpleNamespace(pool=pool),
+        most_graph_tokens=512,
     )
 
 
@@ -157,6 +160,19 @@ def test_on_a_gpu_threads_may_have_streams_of_their_own():
         for row, each in zip(rows, expected, strict=True):
             with torch.cuda.stream(torch.cuda.Stream()):
                 torch.testing.assert_close(scorer.score([row], candidates).values.cpu(), each)
+
+
+def test_what_is_prepared_is_captured_once_and_the_largest_first(cuda):
+    sizes = []
+    forward = graphed(cuda, 1, lambda given: sizes.append(given.stacked.shape[1]))
+    shapes = [Shape(16 * rows, rows, 16, 700) for rows in range(1, 50)]
+    forward.prepare(shapes, TABLE, None)
+    # What exceeds the longest graph, 32 rows, is left out.
+    assert sizes[::3] == [512, 384, 256, 192, 128, 96, 64, 48, 32, 16]
+    assert {index for index, _, _ in cuda.captures} == {1}
+    assert [kind for kind, *_ in cuda.events].count("replay") == 0
+    forward.prepare(shapes, TABLE, None)
+    assert len(cuda.captures) == len(forward) == 10
 
 
 def test_a_model_knows_whether_its_heads_have_a_kernel(monkeypatch):

@@ -7,11 +7,12 @@ import random
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaModel
 
 from guided_decode import GuidanceConfig, load_scorer
-from guided_decode.forward import graphs
+from guided_decode.forward import graphs, packed_model
 from guided_decode.forward.packed_model import PackedModel
-from guided_decode.forward.pool_size import graph_bytes
+from guided_decode.forward.pool_size import TOKEN_BUCKETS, graph_bytes, most_graph_tokens
 from guided_decode.forward.self_check import check_packed
 from guided_decode.guidance.step import guide_rows
 from guided_decode.prefix import PrefixHandle
@@ -95,12 +96,13 @@ def test_shapes_beyond_the_buckets_run_as_they_are():
 def test_the_graphs_memory_is_known_for_the_budget():
     config = models.tiny("llama", "token").config
     per_token = 4 * (4 * config.hidden_size + 3 * config.intermediate_size)
-    activations = graphs.TOKEN_BUCKETS[-1] * per_token
+    activations = TOKEN_BUCKETS[-1] * per_token
     # cuBLAS's workspace and 64 graphs' nodes, which an allocator of torch's does not count.
     assert graph_bytes(models.tiny("llama", "token")) - activations == 96 << 20
 
 
-def test_a_table_that_grew_is_another_graph():
+def test_a_table_that_grew_is_another_graph(monkeypatch):
+    monkeypatch.setattr(packed_model, "_TABLE", (8, 64))
     scorer = scorer_like_a_gpus()
     decode(scorer, steps=3, rows=3)
     before = scorer.cache.tables.table.data_ptr()
@@ -109,6 +111,85 @@ def test_a_table_that_grew_is_another_graph():
     assert {bucket.table[0] for bucket in scorer._graphs._graphs} == {
         scorer.cache.tables.table.data_ptr()
     }
+
+
+def test_a_ramp_of_rows_captures_each_graph_once():
+    scorer = scorer_like_a_gpus()
+    table = scorer.cache.tables.table.data_ptr()
+    for seed in (0, 100):
+        for rows in (2, 5, 10, 20, 40):
+            decode(scorer, steps=8, rows=rows, seed=seed + rows)
+        # None was dropped.
+        assert scorer._graphs.captures == len(scorer._graphs) > 10
+    assert scorer.cache.tables.table.data_ptr() == table
+
+
+def test_a_small_pool_begins_with_small_tables():
+    """A table of 256 rows may not exceed the share of the pool that tables have."""
+    scorer = scorer_like_a_gpus(cache_tokens=50)
+    tables = scorer.cache.tables
+    assert tables.table.shape == (256, 64)
+    assert tables.nbytes <= 1 << 20
+
+
+def test_what_is_prepared_is_not_captured_while_requests_wait():
+    scorer = scorer_like_a_gpus()
+    scorer.prepare(rows=6, candidates=5, prefix=100)
+    # (8, 1), (16, 2), (16, 4), (24, 4), (32, 8) and (32, 8): tokens and rows.
+    prepared = scorer._graphs.captures
+    assert prepared == len(scorer._graphs) == 5
+    assert scorer._graphs.replays == scorer.stats.forwards == 0
+    handles = [PrefixHandle(prompt) for prompt in models.prompts([70] * 6)]
+    drawn, captures = torch.Generator().manual_seed(0), []
+    for step in range(12):
+        rows = step % 6 + 1
+        candidates = torch.stack([
+            torch.randperm(models.VOCAB, generator=drawn)[:5] for _ in range(rows)
+        ])  # fmt: skip
+        values = scorer.score(handles[:rows], candidates).values
+        captures.append(scorer._graphs.captures)
+        plain = load_scorer(models.saved("llama", "token"), kind="verl-critic")
+        expected = plain.score(handles[:rows], candidates).values
+        torch.testing.assert_close(values, expected, rtol=0, atol=1e-4)
+        for handle, chosen in zip(handles, candidates.tolist(), strict=False):
+            handle.append(chosen[0])
+    # The first six steps have prompts to read, too.
+    assert len(set(captures[5:])) == 1
+    assert scorer._graphs.replays >= 6
+
+
+# Weights of a layer: 15, 61, 101 and 218 millions.
+@pytest.mark.parametrize(
+    ("hidden", "inner", "layers", "heads", "kv_heads", "tokens"),
+    [
+        (896, 4864, 24, 14, 2, 2048),
+        (2048, 8192, 16, 32, 8, 1024),
+        (3072, 8192, 28, 24, 8, 512),
+        (4096, 14336, 32, 32, 8, 512),
+    ],
+    ids=["0.5B", "1B", "3B", "8B"],
+)
+def test_small_models_have_longer_graphs(hidden, inner, layers, heads, kv_heads, tokens):
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv_heads, vocab_size=1000,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaModel(config)
+    assert most_graph_tokens(model) == tokens
+
+
+def test_more_tokens_than_a_large_models_longest_graph_run_as_they_are():
+    prompts = models.prompts([60] * 12, seed=3)  # 720 tokens
+    none = torch.empty(12, 0, dtype=torch.int64)
+    expected = load_scorer(models.saved("llama", "token"), kind="verl-critic").score(prompts, none)
+    for most, replays in ((2048, 1), (512, 0)):
+        scorer = scorer_like_a_gpus()
+        assert scorer.model.most_graph_tokens == 2048
+        scorer._graphs._most_tokens = most
+        found = scorer.score(prompts, none)
+        torch.testing.assert_close(found.baseline, expected.baseline, rtol=0, atol=1e-4)
+        assert scorer._graphs.replays == replays
 
 
 def test_a_forward_that_cannot_be_captured_runs_as_it_is(monkeypatch, caplog):
