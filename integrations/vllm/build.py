@@ -9,7 +9,7 @@ import torch
 
 from guided_decode.checkpoints.loading import load_scorer
 from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
-from guided_decode.guidance.step import guide_rows
+from guided_decode.integrations.vllm import warm_up
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of, head_options
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap, check_fits
@@ -179,7 +179,7 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
             rope_theta=config.rope_theta,
         )
         if on.type != "cpu":
-            _run_once(scorer, forward, model.max_model_len)
+            warm_up.forward(scorer, forward, model.max_model_len)
     if config.top_k is None and not scorer.scores_vocabulary:
         raise ValueError(
             f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
@@ -192,7 +192,10 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
         )
     if on.type != "cpu":
         with _explained(config, on):
-            _guide_once(scorer, config, model.get_vocab_size(), device)
+            warm_up.graphs(scorer, config, scheduler.max_num_seqs, model.max_model_len)
+    if device.type != "cpu":
+        with _explained(config, on):
+            warm_up.steps(scorer, config, model.get_vocab_size(), device)
     reason = scorer.refusal([0] * (model.max_model_len - 1), config.max_top_k)
     if reason is not None:
         logger.warning(
@@ -217,26 +220,6 @@ def _explained(config: ServerConfig, device: torch.device) -> Iterator[None]:
             '("cuda:1", "cpu"), or more GPUs for the policy (--tensor-parallel-size), which leaves '
             "room on each"
         ) from error
-
-
-def _run_once(scorer: Scorer, tokens: int, most: int) -> None:
-    """The largest forward of a step, so that the device's libraries have their workspaces."""
-    length = max(1, min(tokens, most) - 1)
-    while length > 1 and scorer.refusal([0] * length, 1) is not None:
-        length //= 2
-    rows = [[i % scorer.vocab_size, *[0] * (length - 1)] for i in range(max(1, tokens // length))]
-    scorer.score(rows, torch.zeros(len(rows), 1, dtype=torch.int64))
-    scorer.stats.reset()
-
-
-def _guide_once(scorer: Scorer, config: ServerConfig, vocab: int, device: torch.device) -> None:
-    """A step by the server's defaults, so that no request waits for its kernels to be compiled."""
-    logits = torch.zeros(2, vocab, device=device)
-    guidance = config.guidance.changed(beta=1.0) if config.beta == 0 else config.guidance
-    guide_rows(
-        scorer, logits, [[0], [0, 0]], guidance, terminals=[(0,), (0,)], on_error="passthrough"
-    )
-    scorer.stats.reset()
 
 
 def _policy_tokenizer(model: Any) -> Any:

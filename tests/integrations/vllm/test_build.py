@@ -8,7 +8,7 @@ from tests import models
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.vllm_steps import CPU, built, engine
 
-from guided_decode.integrations.vllm import build  # isort: skip
+from guided_decode.integrations.vllm import warm_up  # isort: skip
 from guided_decode.integrations.vllm.build import build_engine, refuse_unsupported  # isort: skip
 
 
@@ -51,8 +51,8 @@ def test_the_cache_is_as_large_as_the_batch_needs():
 )
 def test_what_is_run_before_the_first_request_leaves_nothing_behind(own):
     made = built(**own)
-    build._run_once(made.scorer, 64, 40)
-    build._guide_once(made.scorer, made.config, models.VOCAB, CPU)
+    warm_up.forward(made.scorer, 64, 40)
+    warm_up.steps(made.scorer, made.config, models.VOCAB, CPU)
     assert made.scorer.stats.forwards == made.scorer.stats.rows_scored == 0
     made.scorer.cache.check()
 
