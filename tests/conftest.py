@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without pytest-timeout the mark says nothing.
     config.addinivalue_line("markers", "timeout: seconds that a test may take")
     torch.set_num_threads(1)
+    # What is claimed in float32 is no claim about TF32, whatever the environment asks for.
+    torch.set_float32_matmul_precision("highest")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 

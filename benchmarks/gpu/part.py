@@ -22,9 +22,13 @@ def records(
     name: str, seconds: float, rates: tuple[float, float], without: Sequence[str] = ()
 ) -> Iterator[dict[str, Any]]:
     """The part's records; imports only what it needs."""
+    import torch
+
     from benchmarks.gpu.budget import Deadline
     from benchmarks.gpu.floors import Rates
 
+    # What is compared in float32 is compared without TF32, whatever the environment asks for.
+    torch.set_float32_matmul_precision("highest")
     deadline, ceilings = Deadline(seconds), Rates(*rates)
     if name == "device":
         from benchmarks.gpu import device

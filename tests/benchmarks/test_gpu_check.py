@@ -15,8 +15,10 @@ from benchmarks import gpu_check
 from benchmarks.gpu import (
     agreement,
     decoding,
+    device,
     kernel_cases,
     kernels,
+    part,
     processes,
     suites,
     targets,
@@ -315,6 +317,26 @@ def test_a_process_that_takes_too_long_is_ended(tmp_path):
     assert ended.code is None
     assert "its time was up" in ended.problem
     assert "begun" in ended.output
+
+
+def test_parts_compare_float32_and_not_tf32(monkeypatch, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    found = []
+
+    def run():
+        found.append(torch.get_float32_matmul_precision())
+        yield {"kind": "rates"}
+
+    monkeypatch.setattr(device, "run", run)
+    monkeypatch.setattr(
+        "sys.argv", ["part", "device", "--out", str(tmp_path / "records.jsonl"), "--seconds", "1"]
+    )
+    torch.set_float32_matmul_precision("high")
+    try:
+        assert part.main() == 0
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert found == ["highest"] == [before]
 
 
 def test_records_of_a_part_that_was_stopped_are_read(tmp_path):
