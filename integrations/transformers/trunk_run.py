@@ -138,12 +138,13 @@ class TrunkRun:
         hidden, values = self.scorer.read([self.handles[i] for i in self.live])
         logits = self.logits_of(hidden).float()
         every = values.new_full((len(self.ids),), torch.nan)
-        every[self.live] = values
-        self.values.append(every)
+        # An index by a list would wait for the device.
+        at = torch.tensor(self.live).to(values.device, non_blocking=True)
+        self.values.append(every.index_copy_(0, at, values))
         if len(self.live) == len(self.ids):
             self.logits = logits
         else:
-            self.logits[self.live] = logits
+            self.logits.index_copy_(0, at, logits)
 
     def _gated(self, scores: Tensor) -> list[int]:
         """Live rows that the gate lets pass: their token is chosen before the forward."""

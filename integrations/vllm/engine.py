@@ -97,8 +97,8 @@ class GuidedEngine:
             return logits
         begun = time.perf_counter()
         every = len(rows) == len(logits)
-        index = None if every else torch.tensor([i for i, _ in rows]).to(logits.device)
-        own = logits if index is None else logits[index]
+        index = None if every else _on([i for i, _ in rows], logits.device)
+        own = logits if index is None else logits.index_select(0, index)
         guided = self._lead(own, rows, len(logits)) if self._leads else torch.empty_like(own)
         if self._broadcast is not None:
             self._agree(own, works=True)
@@ -106,7 +106,7 @@ class GuidedEngine:
         if index is None:
             logits.copy_(guided)
         else:
-            logits[index] = guided
+            logits.index_copy_(0, index, guided)
         self.counts.seconds += time.perf_counter() - begun
         self._publish(len(rows))
         return logits
@@ -178,20 +178,16 @@ class GuidedEngine:
         for row in live:
             self.counts.wasted_rows += len(row.history) == row.seen
         self.counts.guided_rows += len(live)
-        every = len(chosen) == len(rows)
+        index = None if len(chosen) == len(rows) else _on(chosen, own.device)
         guided = guide_rows(
             self.scorer,
-            own if every else own[chosen],
+            own if index is None else own.index_select(0, index),
             [row.history for row in live],
             [row.request.config for row in live],
             terminals=[row.request.terminals for row in live],
             on_error=self.config.on_error,
         )
-        if every:
-            return guided
-        result = own.clone()
-        result[chosen] = guided
-        return result
+        return guided if index is None else own.index_copy(0, index, guided)
 
     def _read_values(self, rows: Sequence[Placed], batch: int, vocab: int) -> None:
         """V(prefix) where it is due: siblings record it, and are pruned by it; the log has it."""
@@ -278,6 +274,11 @@ class GuidedEngine:
     def _publish(self, live: int) -> None:
         if self._metrics is not None:
             self._metrics.publish(live_rows=live, groups=len(self.groups))
+
+
+def _on(rows: list[int], device: torch.device) -> Tensor:
+    """Row numbers on a device, int64; unlike an index by a list, without a wait for it."""
+    return torch.tensor(rows).to(device, non_blocking=True)
 
 
 def _ends_now(row: LiveRow) -> Pruning | None:
