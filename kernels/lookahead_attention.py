@@ -218,7 +218,9 @@ def lookahead_attention_triton(
         group,
         tiles,
         tokens,
-        *query.stride()[:2],
+        # The stride of a single token says nothing, and may compile another kernel.
+        query.stride(0) if tokens > 1 else heads * head_dim,
+        query.stride(1),
         *reads.keys.stride()[:2],
         *reads.values.stride()[:2],
         reads.table.stride(0),
@@ -271,7 +273,7 @@ def _absorb(
     return higher, mass, total
 
 
-@kernel(do_not_specialize=("window", "group", "tiles", "tokens"))
+@kernel(do_not_specialize=("window", "group", "tiles", "tokens", "table_stride"))
 def _attend_kernel(
     query,
     keys,
