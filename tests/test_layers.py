@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 LINTED = ("guided_decode", "kernels", "integrations", "recipes", "benchmarks", "scripts")
 MOST_FILES_AT_THE_ROOT = 8
@@ -31,7 +31,7 @@ def lint(folder: Path) -> subprocess.CompletedProcess:
     """`make lint` with the virtual environment that runs this test."""
     venv = sys.prefix
     make = ["make", "--old-file", f"{venv}/.dev", "--old-file", "dev-env", "lint", f"VENV={venv}"]
-    return subprocess.run(make, cwd=folder, capture_output=True, text=True, timeout=240)
+    return subprocess.run(make, cwd=folder, capture_output=True, text=True, timeout=PATIENCE)
 
 
 def test_the_house_as_it_stands_is_in_order(copy):

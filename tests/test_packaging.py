@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import guided_decode
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 IMPORTS = "import guided_decode.kernels, guided_decode.integrations"
 # What a shell in the checkout sees when the package was never installed.
@@ -21,7 +21,7 @@ UNINSTALL = (
 
 def run_python(code: str, cwd: Path) -> str:
     result = subprocess.run(
-        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", code], cwd=cwd, capture_output=True, text=True, timeout=PATIENCE
     )
     assert result.returncode == 0, result.stderr
     return result.stdout.strip()

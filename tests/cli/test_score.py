@@ -21,6 +21,7 @@ from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
+from tests import PATIENCE
 from tests.models import randomise, scratch
 
 
@@ -179,7 +180,7 @@ def start(source, output):
         # A shell that runs the tests in the background hands down an ignored SIGINT.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not (output.exists() and output.stat().st_size > 2_000):
         assert process.poll() is None, process.stderr.read()
         assert time.monotonic() < deadline
@@ -193,7 +194,7 @@ def test_a_run_that_is_stopped_loses_nothing(tmp_path, stop):
     source, output = write(tmp_path / "in.jsonl", given), tmp_path / "out.jsonl"
     process = start(source, output)
     process.send_signal(stop)
-    _, stderr = process.communicate(timeout=60)
+    _, stderr = process.communicate(timeout=PATIENCE)
     kept = output.read_bytes()
     whole = kept[: kept.rindex(b"\n") + 1]
     done = whole.count(b"\n")

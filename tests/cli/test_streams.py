@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from tests import PATIENCE
+
 RUN = (sys.executable, "-m", "guided_decode.cli")
 # Hides that what was printed waits in a buffer.
 ENVIRONMENT = {name: text for name, text in os.environ.items() if name != "PYTHONUNBUFFERED"}
@@ -18,7 +20,7 @@ def run(*args, redirect="", **options):
     return subprocess.run(
         ["bash", "-c", f"set -o pipefail; {command}", "bash", *RUN, *args],
         env=ENVIRONMENT | {"OMP_NUM_THREADS": "1"},
-        stderr=subprocess.PIPE, text=True, timeout=300, check=False, **options,
+        stderr=subprocess.PIPE, text=True, timeout=PATIENCE, check=False, **options,
     )  # fmt: skip
 
 
@@ -64,6 +66,6 @@ def test_text_beyond_the_outputs_encoding_says_so():
     command = "from guided_decode.cli import app; "
     command += "import typer; app.app.command()(lambda: print('naïve')); app.app(['<lambda>'])"
     ended = subprocess.run([sys.executable, "-c", command], env=environment, capture_output=True,
-                           text=True, timeout=300, check=False)  # fmt: skip
+                           text=True, timeout=PATIENCE, check=False)  # fmt: skip
     assert ended.returncode == 2
     assert "'\\xef' cannot be written in the ascii encoding" in ended.stderr

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from tests import ROOT
+from tests import PATIENCE, ROOT
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="vLLM does not run on Windows")
 
@@ -43,14 +43,14 @@ def asked_to_end(server, state="serves"):
     # Its own handlers are there once it said so; ours are set right after it started.
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    return process.wait(30)
+    return process.wait(PATIENCE)
 
 
 @pytest.mark.parametrize(("code", "expected"), [(0, 1), (1, 1), (3, 3)])
 def test_a_server_that_ends_by_itself_is_no_success(code, expected):
     """vLLM's front end ends with 0 when its engine has died."""
     process = started(f"import sys; sys.exit({code})")
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == expected
     assert ("the server ended by itself" in errors) == (code == 0)
 

@@ -18,7 +18,7 @@ import typer
 from typer.testing import CliRunner
 
 from guided_decode.cli.app import app
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.documentation import vllm_checks
 from tests.documentation.shell_reading import Command
 from tests.documentation.stand_ins import WORDS
@@ -91,7 +91,7 @@ def _dry_run(words: tuple[str, ...]) -> Command:
 def _check_make(command: Command) -> None:
     ended = subprocess.run(
         ["make", "--dry-run", *command.words],
-        cwd=ROOT, env=command.environment, capture_output=True, text=True, timeout=60,
+        cwd=ROOT, env=command.environment, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert ended.returncode == 0, f"{command}: {ended.stderr}"
 

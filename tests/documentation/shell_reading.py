@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests import PATIENCE
 from tests.documentation.markdown_blocks import Block
 
 # What blocks use of the system itself.
@@ -55,7 +56,7 @@ def read_commands(block: Block, programs: Iterable[str], folder: Path) -> list[C
     own = {"PATH": str(path), "TMPDIR": str(folder), "COMMANDS": str(notes)}
     ended = subprocess.run(
         [_found(block.language), "-e", "-c", block.code],
-        cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=60,
+        cwd=folder, env=os.environ | own, capture_output=True, text=True, timeout=PATIENCE,
     )  # fmt: skip
     assert ended.returncode == 0, f"{block}: {ended.stderr}"
     return [

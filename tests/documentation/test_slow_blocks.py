@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
+from tests import PATIENCE
 from tests.documentation.markdown_blocks import markdown_files, read_blocks
 from tests.documentation.outputs import demo_figures
 from tests.integrations.vllm import vllm_server as servers
@@ -38,7 +39,7 @@ def replies(block, port):
     assert "127.0.0.1:8000/" in block.code
     code = block.code.replace("127.0.0.1:8000/", f"127.0.0.1:{port}/")
     ended = subprocess.run(
-        [block.language, "-e", "-c", code], capture_output=True, text=True, timeout=300
+        [block.language, "-e", "-c", code], capture_output=True, text=True, timeout=PATIENCE
     )
     assert ended.returncode == 0, ended.stderr
     text, found = ended.stdout.strip(), []

@@ -9,7 +9,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from guided_decode import GuidanceConfig
 from guided_decode.integrations.transformers import GuidedDecoding, TrunkLookahead
-from tests import models, trunk_heads
+from tests import PATIENCE, models, trunk_heads
 
 PROMPT = torch.tensor([[5, 6, 7]])
 CONFIG = GuidanceConfig(beta=1.5, top_k=6)
@@ -57,7 +57,7 @@ def test_a_streamer_is_found_from_within_a_callable_of_the_users(loop):
 
 @pytest.mark.parametrize("loop", LOOPS)
 def test_a_reader_of_a_streamer_comes_to_its_end(loop):
-    streamer = TextIteratorStreamer(Spelled(), skip_prompt=True, timeout=60)
+    streamer = TextIteratorStreamer(Spelled(), skip_prompt=True, timeout=PATIENCE)
     guided = loop(trunk_heads.scorer(), CONFIG)
     thread = threading.Thread(target=generate, args=(guided,), kwargs={"streamer": streamer})
     thread.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests import models
+from tests import PATIENCE, models
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.vllm_steps import CPU, built, engine
 
@@ -102,7 +102,7 @@ def test_importing_the_processor_is_light():
         "assert 'guided_decode.scoring.critic' not in new;"
         "import torch; assert not torch.cuda.is_initialized()"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=PATIENCE)
 
 
 def test_raising_needs_a_limit_of_beta():

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests import models, oracle
+from tests import PATIENCE, models, oracle
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.vllm_steps import (
     CPU,
@@ -33,7 +33,7 @@ class Ranks:
     """Two ranks in two threads: what rank 0 broadcasts is what rank 1 gets."""
 
     def __init__(self) -> None:
-        self.barrier = threading.Barrier(2, timeout=30)
+        self.barrier = threading.Barrier(2, timeout=PATIENCE)
         self.sent: torch.Tensor | None = None
 
     def lead(self, tensor):

@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from guided_decode import GuidanceConfig, load_scorer, tiny_tulu
 from guided_decode.integrations.transformers import GuidedDecoding
-from tests import ROOT
+from tests import PATIENCE, ROOT
 from tests.integrations.vllm import vllm_server as servers
 
 pytestmark = [
@@ -107,7 +107,7 @@ def test_streamed_answers_are_the_same(server, greedy):
 
 
 def test_the_greeting_is_a_guided_request_that_works(server):
-    servers.until(lambda: "curl" in server.log.read_text(), 10)
+    servers.until(lambda: "curl" in server.log.read_text())
     line = re.search(r"^curl .*$", server.log.read_text(), re.MULTILINE).group()
     words = shlex.split(line)
     url, body = next(w for w in words if w.startswith("http")), words[words.index("-d") + 1]
@@ -196,7 +196,7 @@ def test_an_abort_in_mid_stream_leaves_no_row_and_no_sibling(server, greedy):
         stream.close()
     # The worker looks at what has left when the next step comes.
     assert answer(server, MESSAGES[1], vllm_xargs=GUIDE) == greedy[MESSAGES[1]][1]
-    servers.until(lambda: not server.metrics()["live_rows"], 10)
+    servers.until(lambda: not server.metrics()["live_rows"])
     assert server.metrics()["live_rows"] == server.metrics()["groups"] == 0
 
 
@@ -287,7 +287,7 @@ def test_200_requests_of_32_clients_leave_nothing_behind(server, greedy):
     assert not _load(server, greedy, 200, rng)
     assert server.client.get("/health").status_code == 200
     assert answer(server, MESSAGES[0], vllm_xargs=GUIDE) == greedy[MESSAGES[0]][1]
-    servers.until(lambda: not server.metrics()["live_rows"], 10)
+    servers.until(lambda: not server.metrics()["live_rows"])
     after = server.metrics()
     assert after["live_rows"] == after["groups"] == after["passthroughs"] == 0
     assert _memory(server) == pytest.approx(warm, rel=0.05)
@@ -338,17 +338,17 @@ def test_without_the_limits_in_the_environment_the_worker_clamps(tmp_path, greed
 def test_nothing_is_left_of_a_server_that_is_stopped_while_it_loads(tmp_path):
     with servers.started([*servers.SERVE, *servers.SMALL], tmp_path / "log.txt") as server:
         # Ours, the API server, its resource tracker and its engine.
-        servers.until(lambda: len(server.processes()) > 3, 120)
+        servers.until(lambda: len(server.processes()) > 3)
         assert len(server.left()) > 3
         assert server.end(signal.SIGTERM) != 0
-        servers.until(lambda: not server.left(), 10)
+        servers.until(lambda: not server.left())
         assert not server.left()
 
 
 @pytest.mark.slow
 def test_the_exit_code_is_vllms(tmp_path):
     with servers.started([*servers.SERVE, "--no-such-option"], tmp_path / "log.txt") as server:
-        assert server.process.wait(120) == 2
+        assert server.process.wait(PATIENCE) == 2
         assert "unrecognized arguments: --no-such-option" in server.log.read_text()
 
 
@@ -361,5 +361,5 @@ def test_nothing_is_left_of_a_server_whose_starter_was_killed(tmp_path):
     with servers.started(command, tmp_path / "log.txt", environment) as server:
         server.wait_ready()
         assert server.end(signal.SIGKILL) == -signal.SIGKILL
-        servers.until(lambda: not server.left(), 60)
+        servers.until(lambda: not server.left())
         assert not server.left()

@@ -19,6 +19,7 @@ import httpx
 import psutil
 
 from guided_decode.tiny_tulu import model_path
+from tests import PATIENCE
 
 # Small enough for any machine, and for prompts and answers of tiny-tulu.
 SMALL = ("--max-model-len", "256", "--max-num-seqs", "32")
@@ -29,7 +30,6 @@ PLAIN = (
     "--enforce-eager", "--logits-processors",
     "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor",
 )  # fmt: skip
-_READY_SECONDS, _END_SECONDS = 600, 60
 
 
 @dataclass(slots=True)
@@ -46,7 +46,7 @@ class Server:
         # The server closes a connection that was idle for 5 seconds, maybe as it is used again.
         limits = httpx.Limits(keepalive_expiry=1.0)
         address = f"http://127.0.0.1:{self.port}"
-        self.client = httpx.Client(base_url=address, timeout=120, limits=limits)
+        self.client = httpx.Client(base_url=address, timeout=PATIENCE, limits=limits)
 
     def post(self, path: str, **body: Any) -> httpx.Response:
         return self.client.post(path, json={"model": "tiny-tulu", **body})
@@ -68,7 +68,7 @@ class Server:
         return [process for process in self._seen if _runs(process)]
 
     def wait_ready(self) -> None:
-        until(lambda: self._is_ready() or self.process.poll() is not None, _READY_SECONDS)
+        until(lambda: self._is_ready() or self.process.poll() is not None)
         assert self._is_ready(), self.log.read_text()[-3000:]
 
     def end(self, number: int = signal.SIGINT) -> int:
@@ -76,7 +76,7 @@ class Server:
         if self.process.poll() is None:
             self.processes()
             self.process.send_signal(number)
-        return self.process.wait(_END_SECONDS)
+        return self.process.wait(PATIENCE)
 
     def _is_ready(self) -> bool:
         try:
@@ -127,8 +127,8 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def until(condition: Any, seconds: float) -> None:
-    """Waits until the condition holds, or the time is over."""
-    end = time.monotonic() + seconds
+def until(condition: Any) -> None:
+    """Waits until the condition holds; no longer than anything may take."""
+    end = time.monotonic() + PATIENCE
     while not condition() and time.monotonic() < end:
         time.sleep(0.2)
