@@ -9,10 +9,19 @@ if not (Path(__file__).parent / "kernels").is_dir():
 
 from guided_decode.public_names import handed_on
 
-__all__ = ["GuidanceConfig", "PrefixHandle", "Scorer", "Scores", "guide", "load_scorer"]
+__all__ = [
+    "Adapted",
+    "GuidanceConfig",
+    "PrefixHandle",
+    "Scorer",
+    "Scores",
+    "guide",
+    "load_scorer",
+]
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from guided_decode.checkpoints.adapted import Adapted
     from guided_decode.checkpoints.loading import load_scorer
     from guided_decode.guidance.config import GuidanceConfig
     from guided_decode.guidance.rule import guide
@@ -22,6 +31,7 @@ else:
     __getattr__, __dir__ = handed_on(
         __name__,
         {
+            "Adapted": "checkpoints.adapted",
             "GuidanceConfig": "guidance.config",
             "PrefixHandle": "prefix",
             "Scorer": "scorer",

@@ -5,6 +5,8 @@ from typing import Any
 
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedTokenizerBase
 
+from guided_decode.checkpoints.adapted import Adapted
+from guided_decode.checkpoints.adapter_loading import refuse_without_peft
 from guided_decode.checkpoints.checkpoint import load_tokenizer
 from guided_decode.checkpoints.config_checks import check_config, settle_rope
 from guided_decode.checkpoints.families import BosRule, Family
@@ -29,6 +31,7 @@ def examine_scorer(
     model: str,
     kind: str = "auto",
     *,
+    adapter: str | None = None,
     reward: str | None = None,
     reference: str | None = None,
     bos: BosRule | None = None,
@@ -50,7 +53,8 @@ def examine_scorer(
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
     }
-    source = open_source(model, revision=revision, **of_files)
+    given = model if adapter is None else Adapted(model, adapter)
+    source = open_source(given, revision=revision, **of_files)
     family = choose_family(source, kind, bos=bos, terminal=terminal)
     _examine(source, family, rope_theta, policy_tokenizer)
     vocab = int(source.config.get_text_config().vocab_size)
@@ -80,6 +84,8 @@ def _examine(
     rope_theta: float | None,
     policy_tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
+    if source.adapter is not None:
+        refuse_without_peft(source)
     check_config(source.name, source.config)
     settle_rope(source.name, source.config, family, rope_theta)
     tokenizer = _tokenizer(source)

@@ -19,7 +19,7 @@ def critic_head_origin(source: Source, family: Family, transform: Transform) -> 
     """The head of a critic in memory, which is watched with its trunk; None for files."""
 
     def read(trunk: PreTrainedModel) -> ValueHead:
-        head = read_head(source, family, transform)
+        head = read_head(source.again(), family, transform)
         bias = None if head.bias is None else head.bias.to(trunk.device)
         return ValueHead(head.weight.to(trunk.device), bias, transform)
 

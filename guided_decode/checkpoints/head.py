@@ -25,8 +25,12 @@ def head_module(source: Source, family: Family) -> str | None:
     """The module that holds the head; None where the checkpoint has none of the family's."""
     named = getattr(source.config, family.head_field, None) if family.head_field else None
     places = (*((str(named),) if named else ()), *family.heads)
-    names = source.tensor_names
-    return next((place for place in places if f"{place}.weight" in names), None)
+    # An adapter's own head comes before one that its base has.
+    for names in (source.own_names, source.tensor_names):
+        for place in places:
+            if f"{place}.weight" in names:
+                return place
+    return None
 
 
 def read_head(source: Source, family: Family, transform: Transform | None = None) -> Head:

@@ -12,11 +12,8 @@ from guided_decode.checkpoints.families import (
     find_family,
 )
 from guided_decode.checkpoints.head import what_it_could_be
-from guided_decode.checkpoints.source import Source
+from guided_decode.checkpoints.source import METADATA_FIELD, Source
 from guided_decode.scorer import TerminalRule
-
-# The config field in which our own tools write the conventions of what they save.
-METADATA_FIELD = "guided_decode"
 
 
 def choose_family(

@@ -1,8 +1,11 @@
 """`load_scorer`: a checkpoint, read as its trainer read it, ready to score candidates."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
+from guided_decode.checkpoints.adapted import Adapted
 from guided_decode.checkpoints.checkpoint import load_causal_lm
 from guided_decode.checkpoints.critic_loading import load_critic, load_trunk_scorer
 from guided_decode.checkpoints.families import BosRule
@@ -43,6 +46,7 @@ def load_scorer(
     kind: str = "auto",
     *,
     head: HeadLike | None = None,
+    adapter: str | Path | Sequence[str] | None = None,
     reward: "ModelLike | Scorer | None" = None,
     reference: "ModelLike | LogProbs | None" = None,
     device: Device | None = None,
@@ -63,11 +67,15 @@ def load_scorer(
 
     Args:
         model: a registered name, a Hub id, a local path, or a transformers model in memory, whose
-            weights are then shared and which is not changed.
+            weights are then shared and which is not changed. A PEFT adapter's folder or Hub id
+            stands for the adapted base, into which it is merged where that is exact; a PeftModel
+            for what is active in it; an `Adapted` for a model with a certain adapter.
         kind: the checkpoint family (`guided_decode.checkpoints.families`); "auto" decides on
             positive evidence.
         head: for kind="trunk-head", where `model` is the policy: a value head on its hidden states
             (`trunk_head_loading.load_trunk_head` says in which forms).
+        adapter: of the model, as of `Adapted`: its name in memory or its folder; None: what the
+            model is by itself.
         reward: a reward model that scores responses that end, in the critic's units; implies
             terminal="reward".
         reference: the language model of kl_coef; for kind="implicit" the tuned policy's reference.
@@ -93,7 +101,10 @@ def load_scorer(
 
     Raises:
         ValueError: what does not fit; names what was given, what was expected and what to do.
+        ImportError: the library that reads such weights is not installed.
     """
+    if adapter is not None:
+        model = Adapted(model, adapter)  # type: ignore[arg-type]
     on = read_device(device)
     options = LoadingOptions(
         device=on,

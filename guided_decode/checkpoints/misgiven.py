@@ -21,6 +21,7 @@ def misgiven_file(path: str | Path) -> str | None:
     if path.is_file():
         return _single_file(path)
     if path.is_dir() and (path / _ADAPTER).is_file():
+        # That of a base: others are read.
         return _adapter(str(path))
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / FILE_NAME).is_file():

@@ -1,7 +1,8 @@
 """The dtype and device that a caller names, as torch's own."""
 
 import torch
-from transformers import PreTrainedModel
+
+from guided_decode.checkpoints.adapted import is_in_memory
 
 _DTYPES = {
     "float32": torch.float32,
@@ -62,6 +63,6 @@ def settled_dtype(
 ) -> torch.dtype | None:
     """The dtype that was asked for; float32 for files on a CPU; None keeps the checkpoint's."""
     on_cpu = device is None or device.type == "cpu"
-    if dtype is not None or isinstance(model, PreTrainedModel) or not on_cpu:
+    if dtype is not None or is_in_memory(model) or not on_cpu:
         return dtype
     return torch.float32

@@ -3,10 +3,23 @@
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypedDict, Unpack
 
 from torch import Tensor
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
+from guided_decode.checkpoints.adapted import Adapted, PeftModelLike
+from guided_decode.checkpoints.adapter_files import (
+    AdapterFiles,
+    adapter_of,
+    both_in_one,
+    whole_model_beside,
+)
+from guided_decode.checkpoints.adapter_layers import (
+    has_adapters,
+    refuse_beyond_layers,
+    settled_copy,
+)
 from guided_decode.checkpoints.arrival import damaged
 from guided_decode.checkpoints.misgiven import (
     misgiven_file,
@@ -14,12 +27,20 @@ from guided_decode.checkpoints.misgiven import (
     misgiven_repository,
 )
 from guided_decode.checkpoints.registry import Record, find
-from guided_decode.checkpoints.weight_files import WeightFiles, open_weights
+from guided_decode.checkpoints.weight_files import (
+    WeightFiles,
+    open_adapter_weights,
+    open_weights,
+)
 
 # Characters of another library's message.
 _MOST_SAID = 400
 
-ModelLike = str | Path | PreTrainedModel
+ModelLike = str | Path | PreTrainedModel | PeftModelLike | Adapted
+# The config field in which our own tools write the conventions of what they save.
+METADATA_FIELD = "guided_decode"
+# Modules of classes that have as many labels as their head has rows.
+_HEADS = ("score", "classifier")
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +49,9 @@ class Source:
 
     name: how errors call it. architecture: its class name, "" where its config names none.
     config: a copy of its own. weights: its files; instance: the model in memory; one of the two.
-    record: what the registry knows of it.
+    record: what the registry knows of it. base, adapter: of an adapter's files, those of the model
+    that it is put on, and the adapter's own, whose weights then are `weights`. memory: what
+    `instance` was made of, where that is a model in memory with adapters.
     """
 
     name: str
@@ -38,21 +61,52 @@ class Source:
     weights: WeightFiles | None
     instance: PreTrainedModel | None
     trust_remote_code: bool
+    base: "Source | None" = None
+    adapter: AdapterFiles | None = None
+    memory: "InMemory | None" = None
 
     @property
-    def tensor_names(self) -> frozenset[str]:
-        """The names of all weights."""
+    def own_names(self) -> frozenset[str]:
+        """The names of the weights that come with it: of an adapter's files not the base's."""
         if self.weights is not None:
             return self.weights.names
         assert self.instance is not None
         return frozenset(name for name, _ in self.instance.named_parameters())
 
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """The names of all weights."""
+        return self.own_names if self.base is None else self.own_names | self.base.tensor_names
+
     def tensor(self, name: str) -> Tensor:
         """One weight, detached."""
+        if self.base is not None and name not in self.own_names:
+            return self.base.tensor(name)
         if self.weights is not None:
             return self.weights.read(name)
         assert self.instance is not None
         return self.instance.get_parameter(name).detach()
+
+    def again(self) -> "Source":
+        """The same of a model in memory as it is now: its adapters may have changed."""
+        memory = self.memory
+        return self if memory is None else _of_instance(memory.model, memory.adapters)
+
+
+@dataclass(frozen=True, slots=True)
+class InMemory:
+    """What a caller gave. adapters: those that are to act; None: the ones that are active."""
+
+    model: PreTrainedModel | PeftModelLike
+    adapters: tuple[str, ...] | None
+
+    @property
+    def watched(self) -> PreTrainedModel:
+        """The transformers model, which is the caller's own."""
+        if isinstance(self.model, PreTrainedModel):
+            return self.model
+        inner: PreTrainedModel = self.model.get_base_model()
+        return inner
 
 
 def open_source(
@@ -64,22 +118,92 @@ def open_source(
 ) -> Source:
     """A registered name, a Hub id, a local path or a model in memory.
 
+    A PEFT adapter, or a model with one, is the model that it makes of its base.
+
     Raises ValueError: nothing is found under the name, it has no config or no weights, or its
-    weights are pickles that were not allowed; or it is something else than a model (an adapter, a
-    trunk head, a GGUF file), or a file of it did not arrive whole.
+    weights are pickles that were not allowed; or it is something else than a model (a trunk head, a
+    GGUF file), or a file of it did not arrive whole, or there is no such adapter.
     """
-    if isinstance(model, PreTrainedModel):
-        return _of_instance(model)
-    if not isinstance(model, str | Path):
-        raise ValueError(misgiven_object(model))
-    record = find(model)
-    location = str(model) if record is None or Path(model).is_dir() else record.location
+    given, adapters = (model.model, model.names) if isinstance(model, Adapted) else (model, None)
+    if isinstance(given, PreTrainedModel | PeftModelLike):
+        return _of_instance(given, adapters)
+    if not isinstance(given, str | Path):
+        raise ValueError(misgiven_object(given))
+    how: _How = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    location = _location(given)
+    adapter = adapter_of(location, revision, adapters)
+    if adapter is None:
+        return _of_files(given, location, revision, **how)
+    if adapter.location != location:
+        # Put on the model that was given.
+        return _of_adapter(adapter, _of_files(given, location, revision, **how), **how)
+    base = _open_base(adapter, **how)
+    return base if adapters == () else _of_adapter(adapter, base, **how)
+
+
+class _How(TypedDict):
+    allow_pickle: bool
+    trust_remote_code: bool
+
+
+def _location(name: str | Path) -> str:
+    record = find(name)
+    return str(name) if record is None or Path(name).is_dir() else record.location
+
+
+def _of_files(
+    name: str | Path,
+    location: str,
+    revision: str | None,
+    *,
+    allow_pickle: bool,
+    trust_remote_code: bool,
+) -> Source:
     if (reason := misgiven_file(location)) is not None:
         raise ValueError(reason)
-    config = _read_config(str(model), location, revision, trust_remote_code)
-    architecture = _architecture(str(model), config)
+    config = _read_config(str(name), location, revision, trust_remote_code)
+    architecture = _architecture(str(name), config)
     weights = open_weights(location, revision, allow_pickle)
-    return Source(str(model), architecture, config, record, weights, None, trust_remote_code)
+    return Source(str(name), architecture, config, find(name), weights, None, trust_remote_code)
+
+
+def _open_base(adapter: AdapterFiles, **how: Unpack[_How]) -> Source:
+    """The model that an adapter was trained on. Raises ValueError: it is not to be had."""
+    base, location = adapter.base, _location(adapter.base)
+    if Path(location).is_dir() and Path(location).samefile(adapter.location):
+        raise both_in_one(adapter.name)
+    try:
+        return _of_files(base, location, adapter.base_revision, **how)
+    except ValueError as error:
+        raise ValueError(
+            f"{adapter.name} is a PEFT adapter on {base}, which cannot be read here ({error}): "
+            "pass the base, where it is, as the model, and this one as its adapter="
+        ) from error
+
+
+def _of_adapter(adapter: AdapterFiles, base: Source, **how: Unpack[_How]) -> Source:
+    """An adapter's files on those of its base: one model, as far as anyone asks."""
+    if not adapter.folder and whole_model_beside(adapter.location):
+        raise both_in_one(adapter.name)
+    location, revision, folder = adapter.location, adapter.revision, adapter.folder
+    weights = open_adapter_weights(location, revision, folder, how["allow_pickle"])
+    config = base.config
+    # OpenRLHF writes the config of its own class there, with its head's conventions.
+    if not folder and (Path(location) / "config.json").is_file():
+        config = _read_config(location, location, revision, how["trust_remote_code"])
+    _forget_conventions(config)
+    _settle_labels(config, weights)
+    return Source(
+        name=adapter.name,
+        architecture=adapter.architecture(config) or base.architecture,
+        config=config,
+        record=None,
+        weights=weights,
+        instance=None,
+        trust_remote_code=how["trust_remote_code"],
+        base=base,
+        adapter=adapter,
+    )
 
 
 def _read_config(
@@ -126,14 +250,41 @@ def _architecture(name: str, config: PreTrainedConfig) -> str:
     return named[0]
 
 
-def _of_instance(model: PreTrainedModel) -> Source:
-    name = model.config.name_or_path
+def _settle_labels(config: PreTrainedConfig, weights: WeightFiles) -> None:
+    """The number of labels is in no adapter's config: it is the number of rows of its head."""
+    head = next((f"{each}.weight" for each in _HEADS if f"{each}.weight" in weights.names), None)
+    if head is not None:
+        config.num_labels = len(weights.read(head))
+
+
+def _of_instance(
+    given: PreTrainedModel | PeftModelLike, adapters: tuple[str, ...] | None
+) -> Source:
+    memory = InMemory(given, adapters)
+    model, name = memory.watched, memory.watched.config.name_or_path
+    called = name or type(model).__name__
+    if not isinstance(given, PreTrainedModel):
+        for each, config in given.peft_config.items():
+            if config.is_prompt_learning and (adapters is None or each in adapters):
+                refuse_beyond_layers(called, config)
+    if adapters or has_adapters(model):
+        model = settled_copy(model, adapters, called)
+    config, adapted = copy.deepcopy(model.config), has_adapters(model)
+    if adapted:
+        _forget_conventions(config)
     return Source(
-        name=name or type(model).__name__,
+        name=f"{called} with {', '.join(adapters)}" if adapters else called,
         architecture=type(model).__name__,
-        config=copy.deepcopy(model.config),
-        record=find(name) if name else None,
+        config=config,
+        record=None if adapted or not name else find(name),
         weights=None,
         instance=model,
         trust_remote_code=True,
+        memory=memory,
     )
+
+
+def _forget_conventions(config: PreTrainedConfig) -> None:
+    """Whoever trained an adapter had other conventions, maybe, than whoever trained its base."""
+    if hasattr(config, METADATA_FIELD):
+        delattr(config, METADATA_FIELD)

@@ -5,7 +5,9 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
+from guided_decode.checkpoints.adapter_files import adapter_of
 from guided_decode.checkpoints.arrival import damaged
+from guided_decode.checkpoints.registry import find
 from guided_decode.checkpoints.source import Source
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -20,16 +22,36 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     Raises ValueError: a file of it did not arrive whole, or is none of a tokenizer.
     """
     if source.weights is not None:
-        return _read(
-            source.weights.location, source.weights.revision, source.trust_remote_code, False
-        )
+        location, revision = source.weights.location, source.weights.revision
+        found = _read(location, revision, source.trust_remote_code, False)
+        # A trainer saves an adapter's tokenizer beside it, or leaves it with the base.
+        return found if found is not None or source.base is None else load_tokenizer(source.base)
     name = source.config.name_or_path
     return _read(str(name), None, False, True) if name else None
 
 
 def read_policy_tokenizer(location: str) -> PreTrainedTokenizerBase:
     """The tokenizer of a path or Hub id. Raises ValueError: there is none, or it is broken."""
-    return _load(location, None, trust_remote_code=False, local=False)
+    home, revision = tokenizer_home(location)
+    return _load(home, revision, trust_remote_code=False, local=False)
+
+
+def tokenizer_home(
+    location: str, revision: str | None = None, adapter: str | None = None
+) -> tuple[str, str | None]:
+    """Where a model's tokenizer lies, and its revision: that of an adapter may be its base's.
+
+    Args:
+        location: a folder or Hub id.
+        revision: of the repository.
+        adapter: the adapter that is wanted of it or on it.
+    """
+    files = adapter_of(location, revision, None if adapter is None else (adapter,))
+    on_top = files is None or files.location != location
+    if files is None or on_top or any(_has(location, name, revision, False) for name in _FILES):
+        return location, revision
+    record = find(files.base)
+    return (files.base if record is None else record.location), files.base_revision
 
 
 def _read(

@@ -1,18 +1,17 @@
 """Models as decoders of their own: on their own config, ready to score and never to train."""
 
-import copy
 import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from guided_decode.checkpoints.adapter_loading import put_on, refuse_without_peft
+from guided_decode.checkpoints.own_copy import own_copy
 from guided_decode.checkpoints.source import Source
 from guided_decode.forward.weights import Origin, comes_from
 
@@ -27,7 +26,7 @@ def load_trunk(
     Raises ValueError: weights are missing, of another shape, or left over.
     """
     if source.instance is not None:
-        return _copy(source.instance, dtype, device, trunk=True)
+        return _copy(source, dtype, device, trunk=True)
     return _finish(_load(source, AutoModel, dtype), None, device)
 
 
@@ -44,21 +43,35 @@ def load_language_model(
                 f"{source.name} is a {source.architecture}, which has no language-model head: "
                 "expected a causal LM; pass one"
             )
-        return _copy(source.instance, dtype, device)
+        return _copy(source, dtype, device)
     return _finish(_load(source, AutoModelForCausalLM, dtype), None, device)
 
 
+def load_decoded(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
+    """A causal LM of files as it is decoded by `generate`: with its own attention.
+
+    Raises ValueError: as `load_language_model`.
+    """
+    return _load(source, AutoModelForCausalLM, dtype)
+
+
 def _copy(
-    instance: PreTrainedModel,
+    source: Source,
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     *,
     trunk: bool = False,
 ) -> PreTrainedModel:
     """A copy of a model in memory, or of its trunk; made anew when the model has changed."""
-    read = partial(_copy, instance, dtype, device, trunk=trunk)
-    copied = _finish(_own_copy(instance.base_model if trunk else instance), dtype, device)
-    return comes_from(copied, Origin((instance,), read))
+    model, memory = source.instance, source.memory
+    assert model is not None
+    assert memory is not None
+    copied = _finish(own_copy(model.base_model if trunk else model), dtype, device)
+
+    def again() -> PreTrainedModel:
+        return _copy(source.again(), dtype, device, trunk=trunk)
+
+    return comes_from(copied, Origin((memory.watched,), again, memory.adapters))
 
 
 def _finish(
@@ -69,17 +82,20 @@ def _finish(
     return model.eval().to(device=device, dtype=dtype)
 
 
-def _own_copy(model: nn.Module) -> Any:
-    """The module on its own deep copy of the config, sharing the weights and nothing else."""
-    shared: dict[int, Any] = {
-        id(weight): nn.Parameter(weight.detach(), requires_grad=False)
-        for weight in model.parameters()
-    }
-    return copy.deepcopy(model, shared)
-
-
 def _load(source: Source, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    weights = source.weights
+    if source.adapter is None:
+        return _load_files(source, auto_class, dtype)
+    refuse_without_peft(source)
+    model = _load_files(source, auto_class, dtype)
+    if not put_on(model, source):
+        model = _load_files(source, auto_class, dtype)
+        put_on(model, source, merge=False)
+    return model
+
+
+def _load_files(source: Source, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
+    """The model of a source's files, of an adapter's its base."""
+    weights = source.weights if source.base is None else source.base.weights
     assert weights is not None
     try:
         with _no_load_report():

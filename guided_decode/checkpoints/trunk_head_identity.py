@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from guided_decode.checkpoints.adapter_layers import has_adapters
 from guided_decode.scoring.trunk_head import TrunkRecord
 
 # Elements of each weight that a fingerprint reads.
@@ -32,8 +33,10 @@ def fingerprint(trunk: nn.Module) -> str | None:
     """A digest of evenly spread elements of every weight, rounded to bf16.
 
     None where it would depend on how the checkpoint was loaded: weights that are neither float32
-    nor bf16.
+    nor bf16, or adapters that are not merged.
     """
+    if has_adapters(trunk):
+        return None
     digest = hashlib.sha256()
     for name, weight in sorted(trunk.named_parameters()):
         if weight.dtype not in _COMPARABLE:

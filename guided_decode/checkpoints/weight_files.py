@@ -17,6 +17,11 @@ _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 # LLaMA-Factory writes the head beside the causal LM; the pickle is older.
 HEADS_BESIDE = ("value_head.safetensors", "value_head.bin")
+# PEFT's files, and the name that its class puts before those of the model in it.
+_ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+_ADAPTED = "base_model.model."
+# TRL writes the head beside an adapter so.
+_TRL_HEAD, _TRL_PLACE = "pytorch_model.bin", "v_head."
 # What trainers wrap a language model in: TRL, and DeepSpeed-Chat in both of its spellings.
 _WRAPPERS = ("pretrained_model.", "rwtransformer.", "rwtranrsformer.")
 
@@ -34,7 +39,7 @@ class WeightFiles:
 
     location: a folder or a Hub id. tensors: where each lies, by its name without `wrapper`, the
     prefix that its trainer's own class put before the language model's names. pickle: whether the
-    files are pickles, which the caller has allowed.
+    files are pickles, which the caller has allowed. folder: where in the location they lie.
     """
 
     location: str
@@ -42,6 +47,7 @@ class WeightFiles:
     tensors: Mapping[str, Stored]
     pickle: bool
     wrapper: str = ""
+    folder: str = ""
 
     @property
     def names(self) -> frozenset[str]:
@@ -104,13 +110,49 @@ def _weight_files(
     return WeightFiles(location, revision, tensors, pickled, wrapper)
 
 
+def open_adapter_weights(
+    location: str, revision: str | None, folder: str, allow_pickle: bool
+) -> WeightFiles:
+    """The weights that PEFT saved, with a head that its trainer put beside them.
+
+    Raises ValueError: there are none, or only pickles that were not allowed, or a file did not
+    arrive whole.
+    """
+
+    def fetch(name: str) -> Path | None:
+        return _fetch(location, folder + name, revision)
+
+    file = next((name for name in _ADAPTERS if fetch(name) is not None), None)
+    path = None if file is None else fetch(file)
+    if file is None or path is None:
+        raise ValueError(
+            f"{location} has an adapter_config.json and no adapter: expected {_ADAPTERS[0]}, which "
+            "save_pretrained of a PeftModel writes beside it"
+        )
+    if path.suffix == ".bin" and not allow_pickle:
+        raise ValueError(
+            f"{location} has its adapter in {file}, a pickle: expected {_ADAPTERS[0]}; save it "
+            "again, or pass allow_pickle=True if you trust its author"
+        )
+    tensors = {n.removeprefix(_ADAPTED): Stored(folder + file, n) for n in _names(path)}
+    for name in (*HEADS_BESIDE, _TRL_HEAD):
+        beside = fetch(name) if name.endswith(".safetensors") or allow_pickle else None
+        names = [] if beside is None else _names(beside)
+        if names and (name != _TRL_HEAD or all(n.startswith(_TRL_PLACE) for n in names)):
+            tensors = {n: Stored(folder + name, n) for n in names} | tensors
+            break
+    return WeightFiles(location, revision, tensors, path.suffix == ".bin", _ADAPTED, folder)
+
+
 def pickled_head(weights: WeightFiles) -> str | None:
     """The name of a head's pickle that lies beside the weights, where there is one."""
+    beside = (*HEADS_BESIDE, _TRL_HEAD) if weights.wrapper == _ADAPTED else HEADS_BESIDE
     return next(
         (
             name
-            for name in HEADS_BESIDE
-            if name.endswith(".bin") and _fetch(weights.location, name, weights.revision)
+            for name in beside
+            if name.endswith(".bin")
+            and _fetch(weights.location, weights.folder + name, weights.revision)
         ),
         None,
     )

@@ -88,34 +88,73 @@ def location(name: str) -> str:
 
 
 def load_policy(
-    name: str, device: str | None, dtype: str, *, trust_remote_code: bool = False
+    name: str,
+    device: str | None,
+    dtype: str,
+    *,
+    adapter: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Policy:
-    """A policy and its tokenizer, in eval mode. Raises Refusal where they cannot be loaded."""
+    """A policy and its tokenizer, in eval mode. Raises Refusal where they cannot be loaded.
+
+    adapter: a PEFT adapter of it or on it.
+    """
     from transformers import AutoModelForCausalLM
 
     where, to = location(name), pick_device(device)
-    torch_dtype = parse_dtype(dtype) or "auto"
+    torch_dtype = parse_dtype(dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            where, dtype=torch_dtype, trust_remote_code=trust_remote_code
-        )
+        model = _adapted_policy(where, adapter, torch_dtype, trust_remote_code)
+        if model is None:
+            model = AutoModelForCausalLM.from_pretrained(
+                where, dtype=torch_dtype or "auto", trust_remote_code=trust_remote_code
+            )
         model.to(to).eval()
+    except (ImportError, ValueError) as error:
+        if adapter is not None or isinstance(error, ImportError):
+            raise
+        raise _cannot_load(f"policy {name}", error) from error
     except Exception as error:
         # Parsers of damaged files raise what they like.
         raise _cannot_load(f"policy {name}", error) from error
-    tokenizer = load_tokenizer(name, f"policy {name}", trust_remote_code=trust_remote_code)
+    tokenizer = load_tokenizer(
+        name, f"policy {name}", adapter=adapter, trust_remote_code=trust_remote_code
+    )
     return Policy(name, model, tokenizer, find(name))
 
 
+def _adapted_policy(
+    where: str, adapter: str | None, dtype: torch.dtype | None, trust_remote_code: bool
+) -> Any:
+    """The base of a PEFT adapter with the adapter in it; None where there is no adapter."""
+    from guided_decode.checkpoints.adapted import Adapted
+    from guided_decode.checkpoints.adapter_files import adapter_of
+    from guided_decode.checkpoints.source import open_source
+    from guided_decode.checkpoints.trunk import load_decoded
+
+    if adapter_of(where, None, None if adapter is None else (adapter,)) is None:
+        return None
+    given = where if adapter is None else Adapted(where, adapter)
+    return load_decoded(open_source(given, trust_remote_code=trust_remote_code), dtype)
+
+
 def load_tokenizer(
-    name: str, what: str, *, revision: str | None = None, trust_remote_code: bool = False
+    name: str,
+    what: str,
+    *,
+    adapter: str | None = None,
+    revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, padding on the left. Raises Refusal where it has none."""
     from transformers import AutoTokenizer
 
+    from guided_decode.checkpoints.tokenizer_files import tokenizer_home
+
+    home, revision = tokenizer_home(location(name), revision, adapter)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
-            location(name),
+            home,
             padding_side="left",
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -149,14 +188,17 @@ def open_scorer(
             location(other)
     placed: dict[str, Any] = {"device": pick_device(device), "dtype": parse_dtype(dtype)}
     model: Any = name
+    given = options.given()
     if policy is not None and options.head is not None and name == policy.name:
+        # With its adapter in it, where it has one.
         model, placed = policy.model, {}
+        given.pop("adapter", None)
     tokenizer = None if policy is None else policy.tokenizer
     try:
         with warnings.catch_warnings():
             # A command that names no policy guides none.
             warnings.simplefilter("ignore", UnknownPolicyWarning)
-            return load_scorer(model, policy_tokenizer=tokenizer, **placed, **options.given())
+            return load_scorer(model, policy_tokenizer=tokenizer, **placed, **given)
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:

@@ -74,7 +74,11 @@ def generate(
     skip = on_error is row_options.Failing.SKIP
     prompts = read_prompts(prompt, file, raw=raw, skip=skip)
     decoded_in = format_of(prompt_format, find(names[0]))
-    loaded = load_policy(names[0], device, dtype, trust_remote_code=reading.trust_remote_code)
+    # A head on the policy's hidden states reads them with the adapter in it.
+    own = reading.adapter if reading.head is not None and names[0] == names[1] else None
+    loaded = load_policy(
+        names[0], device, dtype, adapter=own, trust_remote_code=reading.trust_remote_code
+    )
     critic = open_scorer(
         names[1], reading, device=scorer_device or device, dtype=dtype, policy=loaded
     )

@@ -30,6 +30,9 @@ Dtype = Annotated[str, _option("of the weights", metavar="auto|float32|bfloat16|
 # What `load_scorer` takes, by its names; None is what it does by itself.
 Kind = Annotated[str | None, _option("the scorer's family \\[auto]")]
 Head = Annotated[str | None, _option("a value head on hidden states of the policy (trunk-head)")]
+Adapter = Annotated[
+    str | None, _option("PEFT adapter: a folder or Hub id to put on the scorer, or one in its own")
+]
 Reward = Annotated[str | None, _option("reward model that scores responses that end")]
 Reference = Annotated[str | None, _option("of an implicit reward's policy, or of a KL term")]
 Revision = Annotated[str | None, _option("of the scorer's repository")]
@@ -62,6 +65,7 @@ class ScorerOptions:
 
     kind: Kind = None
     head: Head = None
+    adapter: Adapter = None
     reward: Reward = None
     reference: Reference = None
     revision: Revision = None

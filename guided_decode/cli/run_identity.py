@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from guided_decode.checkpoints.adapter_files import DEFAULT_ADAPTER, base_of
 from guided_decode.checkpoints.registry import find
 from guided_decode.cli.checkpoints import location
 
@@ -53,7 +54,17 @@ def fingerprint(name: str, revision: str | None = None) -> str:
     record = find(name)
     files = sorted(path for path in Path(where).iterdir() if path.suffix in _READ)
     contents = {path.name: _of_file(path) for path in files if path.is_file()}
-    return digest([None if record is None else record.name, contents])
+    known = [None if record is None else record.name, contents]
+    base = base_of(where)
+    return digest(known if base is None else [*known, fingerprint(base)])
+
+
+def adapter_home(scorer: str, adapter: str | None) -> str | None:
+    """The folder or Hub id of the adapter that was asked for: it may lie in the scorer's."""
+    if adapter is None or adapter == DEFAULT_ADAPTER:
+        return None
+    inside = Path(location(scorer)) / adapter
+    return str(inside) if inside.is_dir() else adapter
 
 
 def _of_file(path: Path) -> str:

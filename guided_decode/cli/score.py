@@ -65,6 +65,7 @@ def score(
             tokenizer = load_tokenizer(
                 scorer,
                 scorer,
+                adapter=reading.adapter,
                 revision=reading.revision,
                 trust_remote_code=reading.trust_remote_code,
             )

@@ -25,7 +25,7 @@ from guided_decode.cli.checkpoints import parse_dtype, pick_device
 from guided_decode.cli.errors import INTERRUPTED, Refusal, report, typed
 from guided_decode.cli.jsonl import STDIN
 from guided_decode.cli.model_options import ScorerOptions
-from guided_decode.cli.run_identity import run_identity
+from guided_decode.cli.run_identity import adapter_home, run_identity
 from guided_decode.cli.score_rows import Row
 from guided_decode.cli.scored_file import ScoredFile, ScoredStream
 
@@ -48,7 +48,12 @@ def identity(
     given = reading.given()
     record = find(scorer)
     reference = reading.reference or (None if record is None else record.reference)
-    others = {"head": reading.head, "reward": reading.reward, "reference": reference}
+    others = {
+        "head": reading.head,
+        "reward": reading.reward,
+        "reference": reference,
+        "adapter": adapter_home(scorer, reading.adapter),
+    }
     on_cpu = pick_device(device).startswith("cpu")
     settled = parse_dtype(dtype) or ("float32" if on_cpu else dtype)
     own = {name: value for name, value in given.items() if name not in (*others, *_SAME_SCORES)}

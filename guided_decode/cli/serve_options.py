@@ -56,6 +56,7 @@ class ServerSettings:
     """What was given, by the keys of the server's configuration."""
 
     kind: models.Kind = None
+    adapter: models.Adapter = None
     reward: models.Reward = None
     reference: models.Reference = None
     revision: Revision = None

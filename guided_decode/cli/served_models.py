@@ -73,7 +73,7 @@ def _check_scorer(
     """The scorer's kind."""
     from guided_decode.checkpoints.examination import examine_scorer
 
-    names = ("kind", "reward", "reference", "bos", "terminal", "transform", "rope_theta",
+    names = ("kind", "adapter", "reward", "reference", "bos", "terminal", "transform", "rope_theta",
              "revision", "allow_pickle", "trust_remote_code")  # fmt: skip
     how = {name: getattr(config, name) for name in names}
     found = _in_one_line(
@@ -104,6 +104,7 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
 
     Raises Refusal: a file that did not arrive whole, or a head of another policy.
     """
+    from guided_decode.checkpoints.adapter_files import ADAPTER_CONFIG
     from guided_decode.checkpoints.arrival import opened_safetensors
     from guided_decode.checkpoints.examination import read_config
     from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
@@ -116,6 +117,11 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
             with opened_safetensors(file):
                 # Its header says whether it arrived whole.
                 pass
+    if Path(where, ADAPTER_CONFIG).is_file():
+        raise Refusal(
+            f"{policy} is a PEFT adapter, which vLLM serves on its base only: pass its base as "
+            f"POLICY with --enable-lora --lora-modules NAME={policy}"
+        )
     if config.guides and options.has("--hf-config-path", "--config-format"):
         return None
     text = read_config(where, **_of_policy(options)).get_text_config()

@@ -6,7 +6,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from guided_decode.cache.one_process import OneProcess
@@ -116,18 +116,19 @@ class PackedModel(OneProcess):
     def _prepare(self) -> None:
         self.model.set_attn_implementation(ATTENTION_NAME)
         use_onednn(self.model)
-        self._watch = WeightWatch(self._watched)
+        self._watch = self._new_watch()
 
-    @property
-    def _watched(self) -> Sequence[nn.Module | Tensor]:
-        return (self.model,) if self.origin is None else self.origin.watched
+    def _new_watch(self) -> WeightWatch:
+        if self.origin is None:
+            return WeightWatch((self.model,))
+        return WeightWatch(self.origin.watched, self.origin.adapters)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
         watch = self._watch
         memo[id(watch)] = watch
         copied = super().__deepcopy__(memo)
         if self.origin is None:
-            copied._watch = WeightWatch(copied._watched)
+            copied._watch = copied._new_watch()
         # Else it has seen the caller's model as often as this one has.
         return copied
 

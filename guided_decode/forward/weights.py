@@ -10,6 +10,7 @@ import operator
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,11 +26,12 @@ class Origin:
     """A model in memory that another one shares its weights with, or the head that goes with it.
 
     watched: the caller's modules and tensors. read: makes the scorer's own of them, anew; of a
-    head, from the trunk that it goes with.
+    head, from the trunk that it goes with. adapters: as of `WeightWatch`.
     """
 
     watched: tuple[nn.Module | Tensor, ...]
     read: Callable[..., Any]
+    adapters: tuple[str, ...] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Origin":
         """The caller's model is no part of a scorer: its copies follow the same one."""
@@ -52,16 +54,30 @@ def origin_of(model: nn.Module) -> Origin | None:
 
 
 class WeightWatch:
-    """What modules and tensors are at one moment, to be asked once a call: O(modules), no copy."""
+    """What modules and tensors are at one moment, to be asked once a call: O(modules), no copy.
 
-    def __init__(self, watched: Iterable[nn.Module | Tensor]) -> None:
+    adapters: the PEFT adapters that count: those beside them may be trained, switched on and off,
+    and deleted; None: all of them, and which of them are active.
+    """
+
+    def __init__(
+        self, watched: Iterable[nn.Module | Tensor], adapters: tuple[str, ...] | None = None
+    ) -> None:
         watched = tuple(watched)
-        modules = [each for one in watched if isinstance(one, nn.Module) for each in one.modules()]
+        others = set() if adapters is None else _of_other_adapters(watched, adapters)
+        modules = [
+            each
+            for one in watched
+            if isinstance(one, nn.Module)
+            for each in one.modules()
+            if id(each) not in others
+        ]
         entries = [
             (held, name, each)
             for module in modules
             for held in (module._parameters, module._buffers, module._modules)
             for name, each in held.items()
+            if id(each) not in others
         ]
         self._holders = [held for held, _, _ in entries]
         self._names = [name for _, name, _ in entries]
@@ -74,7 +90,8 @@ class WeightWatch:
         self._adapted = [module for module in modules if hasattr(module, "merged_adapters")]
         self._places = list(map(_place_of, self._placed))
         self._versions = sum(map(_version_of, self._counting))
-        self._adapters = list(map(_adapters_of, self._adapted))
+        self._of_adapted = _adapters_of if adapters is None else partial(_merged_of, adapters)
+        self._adapters = list(map(self._of_adapted, self._adapted))
 
     def changed(self) -> bool:
         """Whether anything is not what it was."""
@@ -87,7 +104,7 @@ class WeightWatch:
             same
             and sum(map(_version_of, self._counting)) == self._versions
             and list(map(_place_of, self._placed)) == self._places
-            and list(map(_adapters_of, self._adapted)) == self._adapters
+            and list(map(self._of_adapted, self._adapted)) == self._adapters
         )
 
 
@@ -107,3 +124,29 @@ def _adapters_of(module: Any) -> tuple[Any, ...]:
         tuple(module.merged_adapters),
         tuple(getattr(module, "scaling", {}).items()),
     )
+
+
+def _merged_of(adapters: tuple[str, ...], module: Any) -> tuple[Any, ...]:
+    """What it says of those that count, whichever are active: in its weights lie all merged."""
+    scaling = getattr(module, "scaling", {})
+    return (tuple(module.merged_adapters), *(scaling.get(adapter) for adapter in adapters))
+
+
+def _of_other_adapters(
+    watched: Iterable[nn.Module | Tensor], adapters: tuple[str, ...]
+) -> set[int]:
+    """The ids of what PEFT keeps for other adapters, by their names, in its layers."""
+    others: set[int] = set()
+    for module in (each for one in watched if isinstance(one, nn.Module) for each in one.modules()):
+        for attribute in (
+            *getattr(module, "adapter_layer_names", ()),
+            *getattr(module, "other_param_names", ()),
+        ):
+            held = getattr(module, attribute, None)
+            if not isinstance(held, nn.ModuleDict | nn.ParameterDict):
+                continue
+            for name, each in held.items():
+                if name not in adapters:
+                    parts = each.modules() if isinstance(each, nn.Module) else (each,)
+                    others.update(map(id, parts))
+    return others

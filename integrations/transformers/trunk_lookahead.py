@@ -16,6 +16,7 @@ from transformers import (
 )
 from transformers.generation.streamers import BaseStreamer
 
+from guided_decode.checkpoints.adapter_layers import has_adapters, settled_copy
 from guided_decode.guidance.config import OnError
 from guided_decode.guidance.rule import Configs
 from guided_decode.integrations.transformers.checked_arguments import (
@@ -145,6 +146,11 @@ class TrunkLookahead:
         return output if generation_config.return_dict_in_generate else output.sequences
 
     def _policy_head(self, model: PreTrainedModel) -> NextLogits:
+        if has_adapters(model):
+            # Which of them are active may be another matter at the next call.
+            model = settled_copy(model, None, type(model).__name__)
+            self._check_weights(model)
+            return NextLogits(model, self.scorer.trunk_head)
         self._check_weights(model)
         made_of = (model, model.get_output_embeddings(), self.scorer.trunk_head)
         known = self._logits_of
@@ -159,7 +165,8 @@ class TrunkLookahead:
             if other is None or other.data_ptr() != weight.data_ptr():
                 raise ValueError(
                     f"the scorer's trunk ({self.scorer.model.name}) is not the policy's own: "
-                    f"{name} is another tensor; load the scorer from the policy in memory: "
+                    f"{name} is another tensor; load the scorer from the policy in memory, with "
+                    "the adapter that is active in it, if any: "
                     'load_scorer(policy, kind="trunk-head", head=...)'
                 )
 

@@ -162,6 +162,7 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
         scorer = load_scorer(
             config.scorer,
             config.kind,
+            adapter=config.adapter,
             reward=config.reward,
             reference=config.reference,
             device=on,

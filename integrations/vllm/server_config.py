@@ -29,7 +29,7 @@ class ServerConfig(BaseModel):
 
     scorer: the critic; where kind is "trunk-head", the head on the policy's own hidden states,
         which compares siblings and is logged, and guides no one.
-    kind, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
+    kind, adapter, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
     allow_pickle, trust_remote_code, cache_tokens, max_forward_tokens: as in `load_scorer`; device
     None is the policy's, cache_tokens None what max_num_seqs and max_model_len need, bounded.
     beta to kl_coef: the defaults of `GuidanceConfig` for requests that are guided.
@@ -49,6 +49,7 @@ class ServerConfig(BaseModel):
 
     scorer: str
     kind: str = "auto"
+    adapter: str | None = None
     reward: str | None = None
     reference: str | None = None
     revision: str | None = None
