@@ -150,7 +150,7 @@ def _listed(adapters: Iterable[str]) -> str:
 
 def _classes() -> tuple[tuple[type, ...], tuple[type, ...]]:
     """PEFT's layers and wrappers; none where nobody has imported it."""
-    if "peft" not in sys.modules:
+    if sys.modules.get("peft") is None:
         return (), ()
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils.other import AuxiliaryTrainingWrapper

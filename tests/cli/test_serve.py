@@ -8,11 +8,14 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from guided_decode.cli.app import app
@@ -21,9 +24,11 @@ from guided_decode.lab.demo import chosen
 from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from guided_decode.tiny_tulu import model_path
 from tests import ROOT
+from tests.models import scratch
 
 PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
 DOCUMENTATION = ROOT / "docs" / "vllm.md"
+needs_peft = pytest.mark.skipif(find_spec("peft") is None, reason="peft is not installed")
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 
 
@@ -51,6 +56,16 @@ class Dry:
         config = json.loads(self.after("--additional-config"))["guided_decode"]
         assert json.loads(self.environment["GUIDED_DECODE_CONFIG"]) == config
         return config
+
+
+def adapter_of(base):
+    """A folder as PEFT writes it of an adapter on a token classifier, with its head alone."""
+    folder = Path(tempfile.mkdtemp(dir=scratch()))
+    settings = {"peft_type": "LORA", "task_type": "TOKEN_CLS", "base_model_name_or_path": base}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    head = {"base_model.model.score.weight": torch.zeros(1, 128)}
+    save_file(head, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    return str(folder)
 
 
 def refused(result, message):
@@ -185,6 +200,8 @@ def test_every_setting_reaches_the_configuration(tmp_path):
         "max-top-k": 8, "max-beta": 4.0, "max-group-size": 16,
         "on-error": "raise", "log-every": 0.0,
     }  # fmt: skip
+    if find_spec("peft") is not None:
+        settings["adapter"] = adapter_of("tiny-tulu-value")
     flags = [word for name, value in settings.items() for word in (f"--{name}", value)]
     expected = {name.removeprefix("scorer-").replace("-", "_"): v for name, v in settings.items()}
     flags += ["--guide-by-default", "--allow-pickle", "--scorer-trust-remote-code"]
@@ -193,7 +210,21 @@ def test_every_setting_reaches_the_configuration(tmp_path):
     assert Dry(*flags).config == expected
     from guided_decode.integrations.vllm.server_config import ServerConfig
 
-    assert set(expected) == set(ServerConfig.model_fields)
+    assert {*expected, "adapter"} == set(ServerConfig.model_fields)
+
+
+@needs_vllm
+@needs_peft
+def test_a_scorer_may_be_an_adapter_and_the_policy_not():
+    path = adapter_of(str(model_path("sft")))
+    policy = "tiny-tulu-sft"
+    assert Dry(policy, "--scorer", path, "--kind", "ppo-critic").config["scorer"] == path
+    dry = Dry(policy, "--scorer", "tiny-tulu-sft", "--adapter", path, "--kind", "ppo-critic")
+    assert (dry.config["scorer"], dry.config["adapter"]) == ("tiny-tulu-sft", path)
+    given = ("--dry-run", path, "--scorer", "tiny-tulu-value")
+    refused(run(*given), "is a PEFT adapter, which vLLM serves on its base only: pass its base as "
+            "POLICY with --enable-lora")  # fmt: skip
+    refused(run("--dry-run", "--adapter", "/no/such"), "it is no folder or Hub id of one")
 
 
 @needs_vllm

@@ -9,6 +9,8 @@ Its clauses, and the blocks that may have them:
     needs WHY, ...    the block is not run as it stands, because it takes one of NEEDS: a shell's
                       commands are checked and not run, Python runs with the stand-ins of that name
     continues [FILE]  Python: goes on after the Python block before it, or after FILE's last one
+    extra NAME, ...   Python: takes these extras of the package, and what comes with them; blocks do
+                      without the others, even where they are installed
     given NAME, ...   Python: names that are the reader's own; `stand_ins.GIVEN` makes them
     text              no language: a formula, or anything else that nobody runs
     prints NAME       no language: what a command prints; `outputs.OUTPUTS` compares it
@@ -30,7 +32,7 @@ NEEDS = {
 }
 PYTHON, SHELLS, NO_LANGUAGE = "python", ("sh", "bash"), ""
 CLAUSES = {
-    PYTHON: {"needs", "continues", "given"},
+    PYTHON: {"needs", "continues", "extra", "given"},
     NO_LANGUAGE: {"text", "prints"},
     "sh": {"needs"},
     "bash": {"needs"},

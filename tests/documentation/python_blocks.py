@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import pytest
 import torch
 from transformers.utils import import_utils
 
@@ -13,8 +14,10 @@ from tests import ROOT
 from tests.documentation.markdown_blocks import PYTHON, Block, read_blocks
 from tests.documentation.stand_ins import GIVEN, stand_in
 
-# What only an extra of the package brings. The blocks have to do without.
-_EXTRAS = ("accelerate", "datasets", "matplotlib")
+# What only an extra of the package brings. The blocks have to do without, but for theirs.
+_EXTRAS = ("accelerate", "datasets", "matplotlib", "peft")
+# What an extra brings of these, itself included.
+_BROUGHT = {"peft": ("peft", "accelerate")}
 
 
 @functools.cache
@@ -23,6 +26,8 @@ def run_python(block: Block) -> dict[str, Any]:
 
     Raises what the block raises, its lines being those of the Markdown file.
     """
+    for extra in block.clause("extra"):
+        pytest.importorskip(extra, reason=f"{extra} is not installed")
     names: dict[str, Any] = {"__name__": "__main__"}
     if block.has("continues"):
         names = dict(run_python(_before(block)))
@@ -35,7 +40,7 @@ def run_python(block: Block) -> dict[str, Any]:
         code = stand_in(code, needs)
     # Empty lines before it, so that a traceback has the file's line numbers.
     padded = "\n" * (block.line - 1) + code
-    with torch.enable_grad(), _without_extras():
+    with torch.enable_grad(), _without_extras(block.clause("extra")):
         exec(compile(padded, ROOT / block.file, "exec"), names)
     return names
 
@@ -53,16 +58,18 @@ def _before(block: Block) -> Block:
 
 
 @contextlib.contextmanager
-def _without_extras() -> Iterator[None]:
+def _without_extras(but: tuple[str, ...]) -> Iterator[None]:
     """Hides the extras; transformers remembers whether it saw the one that it uses by itself."""
     remembered = import_utils.is_accelerate_available
-    there = {name: sys.modules[name] for name in _EXTRAS if name in sys.modules}
-    sys.modules.update(dict.fromkeys(_EXTRAS))
+    kept = {name for extra in but for name in _BROUGHT[extra]}
+    hidden = [name for name in _EXTRAS if name not in kept]
+    there = {name: sys.modules[name] for name in hidden if name in sys.modules}
+    sys.modules.update(dict.fromkeys(hidden))
     remembered.cache_clear()
     try:
         yield
     finally:
-        for name in _EXTRAS:
+        for name in hidden:
             del sys.modules[name]
         sys.modules.update(there)
         remembered.cache_clear()

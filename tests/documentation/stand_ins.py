@@ -1,5 +1,6 @@
 """What stands for what a block needs and this machine may lack; all of it, in one place."""
 
+import tempfile
 from typing import Any
 
 import torch
@@ -7,6 +8,7 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from guided_decode import tiny_tulu
 from guided_decode.checkpoints.registry import find
+from tests.models import scratch
 
 # Checkpoints of the Hub, and the embedded models of the same architecture and kind.
 CHECKPOINTS = {
@@ -60,6 +62,27 @@ def _prompts() -> list[list[int]]:
     return tokenizer(texts, add_special_tokens=False).input_ids
 
 
+def _tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(tiny_tulu.model_path("sft"))
+
+
+def _prompt_ids() -> torch.Tensor:
+    return torch.tensor(_prompts()[:1])
+
+
+def _adapter() -> str:
+    """The folder of an adapter that makes a critic of a language model."""
+    import peft
+
+    folder = tempfile.mkdtemp(dir=scratch())
+    base = AutoModelForTokenClassification.from_pretrained(
+        tiny_tulu.model_path("sft"), num_labels=1
+    )
+    config = peft.LoraConfig(task_type="TOKEN_CLS", target_modules=["q_proj", "v_proj"])
+    peft.get_peft_model(base, config).save_pretrained(folder)
+    return folder
+
+
 # Names that are the reader's own, by what makes them.
 GIVEN = {
     "policy": _policy,
@@ -67,4 +90,7 @@ GIVEN = {
     "value_model": _value_model,
     "reward": lambda: _reward,
     "prompts": _prompts,
+    "prompt_ids": _prompt_ids,
+    "tokenizer": _tokenizer,
+    "adapter": _adapter,
 }
