@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import file_exists
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -16,6 +17,7 @@ from transformers.utils import cached_file
 from guided_decode.checkpoints.arrival import unreadable
 
 ADAPTER_CONFIG = "adapter_config.json"
+_WHOLE = ("model.safetensors", "model.safetensors.index.json")
 # The name that PEFT gives where none is given, whose files stand in the folder itself.
 DEFAULT_ADAPTER = "default"
 _CLASSES = {
@@ -149,12 +151,15 @@ def _is_whole(location: str) -> bool:
     return (Path(location) / "config.json").is_file()
 
 
-def whole_model_beside(location: str) -> bool:
-    """Whether an adapter's folder holds a whole model as well."""
-    folder = Path(location)
-    return _is_whole(location) and any(
-        each for each in folder.glob("*.safetensors*") if each.name.startswith("model")
-    )
+def whole_model_beside(location: str, revision: str | None) -> bool:
+    """Whether an adapter's folder or repository holds a whole model as well."""
+    if Path(location).is_dir():
+        return _is_whole(location) and any((Path(location) / each).is_file() for each in _WHOLE)
+    try:
+        return any(file_exists(location, each, revision=revision) for each in _WHOLE)
+    # Nobody can be asked: what is on this machine was looked for before.
+    except (OSError, ValueError, RuntimeError):
+        return False
 
 
 def base_of(location: str) -> str | None:

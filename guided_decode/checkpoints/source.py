@@ -183,7 +183,7 @@ def _open_base(adapter: AdapterFiles, **how: Unpack[_How]) -> Source:
 
 def _of_adapter(adapter: AdapterFiles, base: Source, **how: Unpack[_How]) -> Source:
     """An adapter's files on those of its base: one model, as far as anyone asks."""
-    if not adapter.folder and whole_model_beside(adapter.location):
+    if not adapter.folder and whole_model_beside(adapter.location, adapter.revision):
         raise both_in_one(adapter.name)
     location, revision, folder = adapter.location, adapter.revision, adapter.folder
     weights = open_adapter_weights(location, revision, folder, how["allow_pickle"])

@@ -1,7 +1,7 @@
 """Whether a head was trained on the policy's own trunk, as far as that can be told."""
 
 import hashlib
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -111,6 +111,37 @@ def check_same_weights(
                 f"{head} has another {stored} than the policy {policy}: its head reads its own "
                 'trunk; load it as a critic (kind="value-head", "verl-critic" or "ppo-critic"), or '
                 "pass the policy that shares its trunk"
+            )
+
+
+def check_same_adapter(
+    trunk: nn.Module, policy: str, adapter: Mapping[str, Tensor], head: str
+) -> None:
+    """Holds a trunk with an adapter in its layers to the adapter that a head comes with.
+
+    Args:
+        trunk: the policy's.
+        policy: its name, for errors.
+        adapter: the adapter's weights, by the names that PEFT gives them in a file.
+        head: the name of what has both.
+
+    Raises:
+        ValueError: the trunk has no such adapter in it, or other weights.
+    """
+    own: dict[str, Tensor] = {}
+    for name, weight in trunk.named_parameters():
+        parts = name.split(".")
+        # In memory the adapter's name stands last, or before the name of its weight.
+        for at in (len(parts) - 1, len(parts) - 2):
+            own[".".join([*parts[:at], *parts[at + 1 :]])] = weight
+    for name, theirs in adapter.items():
+        _, _, short = name.partition(".")
+        ours = own.get(name, own.get(short))
+        if ours is None or ours.shape != theirs.shape or not _agree(ours, theirs.to(ours.device)):
+            raise ValueError(
+                f"{head} is a head on its base with an adapter in it, which the policy {policy} "
+                f"has not ({name}): pass the same adapter as the policy, or this one as a critic "
+                "of its own, without head="
             )
 
 

@@ -13,7 +13,11 @@ from transformers.utils import cached_file
 
 from guided_decode.checkpoints.arrival import opened_safetensors
 from guided_decode.checkpoints.source import Source, open_source
-from guided_decode.checkpoints.trunk_head_identity import check_recorded, check_same_weights
+from guided_decode.checkpoints.trunk_head_identity import (
+    check_recorded,
+    check_same_adapter,
+    check_same_weights,
+)
 from guided_decode.scoring.transforms import Transform, parse_transform
 from guided_decode.scoring.trunk_head import (
     ACTIVATIONS,
@@ -104,8 +108,20 @@ def load_trunk_head(
     ):
         options.pop("transform", None)
         source = open_source(head, **options)
-        check_same_weights(trunk, policy, source.tensor_names, source.tensor, name)
+        if source.adapter is None:
+            check_same_weights(trunk, policy, source.tensor_names, source.tensor, name)
+        elif source.name != policy:
+            # Else it is the policy's own adapter, which is merged by now.
+            adapter = {each: source.tensor(each) for each in source.own_names - _heads(source)}
+            check_same_adapter(trunk, policy, adapter, name)
     return found.to(trunk.device)
+
+
+def _heads(source: Source) -> set[str]:
+    """The names of an adapter's weights that are those of a head."""
+    return {
+        name for name in source.own_names if name.rpartition(".")[0] in {*_PLACES, "lm_head"} - {""}
+    }
 
 
 def _name(head: HeadLike) -> str:

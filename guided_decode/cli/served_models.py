@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from guided_decode.checkpoints.adapter_files import ADAPTER_CONFIG, base_of
 from guided_decode.cli.checkpoints import location
 from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.cli.run_identity import adapter_home
 from guided_decode.cli.vllm_options import VllmOptions
 
 if TYPE_CHECKING:
@@ -46,7 +48,9 @@ def examined(
             f"{config.scorer} is a file: expected a folder, a registered name or a Hub id; a head "
             "on the policy's own hidden states is served with --kind trunk-head"
         )
-    names = (config.scorer, config.reward, config.reference)
+    names = [config.scorer, config.reward, config.reference]
+    if config.adapter is not None and not Path(config.adapter).is_absolute():
+        names.append(adapter_home(config.scorer, config.adapter))
     if not all(_is_known(name, only_here=only_here) for name in names if name is not None):
         kind = _recorded_kind(config)
     else:
@@ -56,7 +60,13 @@ def examined(
 
 
 def _is_known(name: str, *, only_here: bool) -> bool:
-    return not only_here or Path(location(name)).is_dir()
+    """Whether a model may be looked at: of an adapter also the base."""
+    where = location(name)
+    if not only_here or not Path(where).is_dir():
+        return not only_here
+    base = base_of(where)
+    # What is no model is named by who reads it.
+    return base is None or Path(base).is_absolute() or _is_known(base, only_here=True)
 
 
 def _recorded_kind(config: ServerConfig) -> str:
@@ -104,7 +114,6 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
 
     Raises Refusal: a file that did not arrive whole, or a head of another policy.
     """
-    from guided_decode.checkpoints.adapter_files import ADAPTER_CONFIG
     from guided_decode.checkpoints.arrival import opened_safetensors
     from guided_decode.checkpoints.examination import read_config
     from guided_decode.checkpoints.trunk_head_loading import read_trunk_head

@@ -151,6 +151,19 @@ def test_trls_head_is_a_pickle():
         load_scorer(path, "value-head")
 
 
+def test_a_head_beside_the_policys_own_adapter():
+    """A PPO run's policy and critic with one adapter: the head reads the policy's own trunk."""
+    path, head, value = with_head()
+    save_file(head, f"{path}/value_head.safetensors")
+    check(load_scorer(path, head=path), value)
+    in_memory = peft.PeftModel.from_pretrained(adapters.base_of("CAUSAL_LM", LM), path)
+    check(load_scorer(in_memory.eval(), head=path), value)
+    reads = "is a head on its base with an adapter in it, which the policy .* has not"
+    for other in (LM, saved(adapted("CAUSAL_LM", seed=3)), adapted("CAUSAL_LM", seed=3)):
+        with pytest.raises(ValueError, match=reads):
+            load_scorer(other, head=path)
+
+
 def test_a_language_models_adapter_without_a_head():
     path, _, _ = with_head()
     with pytest.raises(ValueError, match="has no head that value-head expects"):

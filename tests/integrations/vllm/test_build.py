@@ -57,6 +57,16 @@ def test_what_is_run_before_the_first_request_leaves_nothing_behind(own):
     made.scorer.cache.check()
 
 
+def test_the_scorer_may_be_an_adapter():
+    adapters = pytest.importorskip("tests.adapters", reason="peft is not installed")
+    model = adapters.adapted("TOKEN_CLS")
+    path = adapters.saved(model)
+    for own in ({"scorer": path}, {"scorer": models.saved("llama", "lm"), "adapter": path}):
+        config = vllm_parts.vllm_config(vllm_parts.scorer_config())
+        config.additional_config["guided_decode"] |= own
+        adapters.check(build_engine(config, CPU).scorer, adapters.values(model), steps=1)
+
+
 def test_a_mismatched_tokenizer_stops_the_server():
     from guided_decode.tiny_tulu import model_path
 
