@@ -16,6 +16,13 @@ def has_adapters(model: nn.Module) -> bool:
     return any(isinstance(module, (*layer, *wrapper)) for module in model.modules())
 
 
+def is_merged(model: nn.Module) -> bool:
+    """Whether an adapter that is still there is merged into the weights of some layer."""
+    return has_adapters(model) and any(
+        getattr(module, "merged_adapters", None) for module in model.modules()
+    )
+
+
 def settled_copy(
     model: PreTrainedModel, adapters: tuple[str, ...] | None, name: str
 ) -> PreTrainedModel:

@@ -17,13 +17,16 @@ from guided_decode.scoring.trunk_head import TrunkHead
 
 def critic_head_origin(source: Source, family: Family, transform: Transform) -> Origin | None:
     """The head of a critic in memory, which is watched with its trunk; None for files."""
+    memory = source.memory
+    if memory is None:
+        return None
 
     def read(trunk: PreTrainedModel) -> ValueHead:
-        head = read_head(source.again(), family, transform)
+        head = read_head(memory.source(), family, transform)
         bias = None if head.bias is None else head.bias.to(trunk.device)
         return ValueHead(head.weight.to(trunk.device), bias, transform)
 
-    return None if source.instance is None else Origin((), read)
+    return Origin((), read)
 
 
 def trunk_head_origin(head: HeadLike, read: Callable[[PreTrainedModel], TrunkHead]) -> Origin:

@@ -17,6 +17,7 @@ from guided_decode.checkpoints.adapter_files import (
 )
 from guided_decode.checkpoints.adapter_layers import (
     has_adapters,
+    is_merged,
     refuse_beyond_layers,
     settled_copy,
 )
@@ -50,8 +51,8 @@ class Source:
     name: how errors call it. architecture: its class name, "" where its config names none.
     config: a copy of its own. weights: its files; instance: the model in memory; one of the two.
     record: what the registry knows of it. base, adapter: of an adapter's files, those of the model
-    that it is put on, and the adapter's own, whose weights then are `weights`. memory: what
-    `instance` was made of, where that is a model in memory with adapters.
+    that it is put on, and the adapter's own, whose weights then are `weights`. memory: what was
+    given, of a model in memory, and `instance` is the same or, with adapters in it, a copy.
     """
 
     name: str
@@ -87,11 +88,6 @@ class Source:
         assert self.instance is not None
         return self.instance.get_parameter(name).detach()
 
-    def again(self) -> "Source":
-        """The same of a model in memory as it is now: its adapters may have changed."""
-        memory = self.memory
-        return self if memory is None else _of_instance(memory.model, memory.adapters)
-
 
 @dataclass(frozen=True, slots=True)
 class InMemory:
@@ -107,6 +103,10 @@ class InMemory:
             return self.model
         inner: PreTrainedModel = self.model.get_base_model()
         return inner
+
+    def source(self) -> Source:
+        """What it is now: its weights, and the adapters in it, may have changed."""
+        return _of_instance(self.model, self.adapters)
 
 
 def open_source(
@@ -267,9 +267,11 @@ def _of_instance(
         for each, config in given.peft_config.items():
             if config.is_prompt_learning and (adapters is None or each in adapters):
                 refuse_beyond_layers(called, config)
+    adapted = is_merged(model)
     if adapters or has_adapters(model):
         model = settled_copy(model, adapters, called)
-    config, adapted = copy.deepcopy(model.config), has_adapters(model)
+        adapted = adapted or has_adapters(model)
+    config = copy.deepcopy(model.config)
     if adapted:
         _forget_conventions(config)
     return Source(

@@ -69,7 +69,7 @@ def _copy(
     copied = _finish(own_copy(model.base_model if trunk else model), dtype, device)
 
     def again() -> PreTrainedModel:
-        return _copy(source.again(), dtype, device, trunk=trunk)
+        return _copy(memory.source(), dtype, device, trunk=trunk)
 
     return comes_from(copied, Origin((memory.watched,), again, memory.adapters))
 

@@ -1,6 +1,7 @@
 """PEFT adapters of models in memory: each scorer keeps to its own, on one base that is shared."""
 
 import copy
+import gc
 
 import pytest
 import torch
@@ -229,6 +230,32 @@ def test_disabled_while_merged_changes_no_weight_of_the_callers():
     with pytest.raises(ValueError, match="'default' is merged into the weights"):
         load_scorer(model, "verl-critic")
     assert all(torch.equal(each, state[name]) for name, each in model.state_dict().items())
+
+
+def test_conventions_of_a_base_are_not_those_of_its_adapters():
+    """A base that says of itself that it is a PPO critic, as our own tools write it."""
+    model = adapted("TOKEN_CLS", models.saved("llama", "token"))
+    model.get_base_model().config.guided_decode = {"kind": "ppo-critic"}
+    given = [model, model.get_base_model(), Adapted(model, "default")]
+    for merge in (False, True):
+        if merge:
+            model.merge_adapter()
+        for each in given:
+            with pytest.raises(ValueError, match="auto. has no evidence of what trained it"):
+                load_scorer(each)
+    model.unmerge_adapter()
+    assert load_scorer(Adapted(model)).skip_token == models.BOS
+
+
+def test_no_other_copy_of_the_model_outlives_its_loading():
+    """One would hold the old weights when the model has new ones."""
+    model = adapted("TOKEN_CLS")
+    kind = type(model.get_base_model())
+    scorer = load_scorer(model, "verl-critic")
+    gc.collect()
+    alive = [each for each in gc.get_objects() if isinstance(each, kind)]
+    assert not any(each is scorer.model.model for each in alive)
+    assert [each is model.get_base_model() for each in alive if has_adapters(each)] == [True]
 
 
 def test_what_is_none():
