@@ -99,7 +99,7 @@ def rewardbench(
         opened.enter_context(file)
         if file.done < len(rows):
             tokenizer = load_tokenizer(
-                model, model, revision=reading.revision,
+                model, model, adapter=reading.adapter, revision=reading.revision,
                 trust_remote_code=reading.trust_remote_code,
             )  # fmt: skip
             scorer = open_scorer(model, reading, device=device, dtype=dtype)

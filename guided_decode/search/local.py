@@ -193,7 +193,8 @@ def load_generator(
 
     Args:
         policy: a registered name, a Hub id, a local path, or a causal LM of transformers in memory,
-            whose weights are then shared and which is not changed.
+            whose weights are then shared and which is not changed; with PEFT adapters as of
+            `load_scorer`.
         tokenizer: the policy's, for stop strings; None: the one beside a path's weights.
         eos_token_ids: what ends a response; None: what the policy's generation config says.
         device, dtype, cache_tokens, max_forward_tokens, revision, trust_remote_code: as of
