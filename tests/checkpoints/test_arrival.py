@@ -80,7 +80,8 @@ def test_a_tokenizer_without_a_part_of_it(folder):
         ({"vocab_size": None}, "config.json cannot be read as a model's config: .*'vocab_size'"),
         ({"num_attention_heads": 0}, "config.json cannot be read as a model's config"),
         ({"id2label": 3}, "config.json cannot be read as a model's config"),
-        ({"architectures": [3]}, r"architectures \[3\] in its config.json: expected a list with"),
+        # Older transformers refuse it themselves.
+        ({"architectures": [3]}, r"architectures.* \[3\].*expected"),
         ({"hidden_act": "zap"}, "its weights do not fit its config; .* 'zap'"),
     ],
 )
