@@ -25,6 +25,7 @@ from guided_decode.checkpoints.precision import (
     read_dtype,
     settled_dtype,
 )
+from guided_decode.checkpoints.remote_loading import is_remote, load_remote
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
 from guided_decode.checkpoints.special_ids import first, special_token
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
@@ -34,6 +35,8 @@ from guided_decode.scorer import LogProbs, Scorer, TerminalRule
 from guided_decode.scoring.implicit import ImplicitScorer
 from guided_decode.scoring.transforms import Transform
 from guided_decode.scoring.trunk_head import KIND as TRUNK_HEAD
+
+FORWARD_TOKENS = 8192
 
 
 class UnknownPolicyWarning(UserWarning):
@@ -53,7 +56,7 @@ def load_scorer(
     dtype: DType | None = None,
     cache_tokens: int | None = None,
     live_tokens: int | None = None,
-    max_forward_tokens: int = 8192,
+    max_forward_tokens: int = FORWARD_TOKENS,
     bos: BosRule | None = None,
     terminal: TerminalRule | None = None,
     transform: str | Transform | None = None,
@@ -62,6 +65,8 @@ def load_scorer(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     rope_theta: float | None = None,
+    key_file: str | Path | None = None,
+    timeout: float | None = None,
 ) -> Scorer:
     """A scorer that follows the conventions its checkpoint's trainer used.
 
@@ -69,9 +74,12 @@ def load_scorer(
         model: a registered name, a Hub id, a local path, or a transformers model in memory, whose
             weights are then shared and which is not changed. A PEFT adapter's folder or Hub id
             stands for the adapted base, into which it is merged where that is exact; a PeftModel
-            for what is active in it; an `Adapted` for a model with a certain adapter.
-        kind: the checkpoint family (`guided_decode.checkpoints.families`); "auto" decides on
-            positive evidence.
+            for what is active in it; an `Adapted` for a model with a certain adapter. Or the
+            address of a scorer server (`guided-decode scorer`), tcp://HOST:PORT or ipc://PATH,
+            which was given the options of loading itself: kind, bos, terminal, transform and dtype
+            are then what it has to have.
+        kind: the checkpoint family (`guided_decode.checkpoints.families`), or "remote"; "auto"
+            decides on positive evidence.
         head: for kind="trunk-head", where `model` is the policy: a value head on its hidden states
             (`trunk_head_loading.load_trunk_head` says in which forms).
         adapter: of the model, as of `Adapted`: its name in memory or its folder; None: what the
@@ -95,14 +103,44 @@ def load_scorer(
         allow_pickle: read pickled weights where there are no safetensors.
         trust_remote_code: run code that comes with the checkpoint.
         rope_theta: overrides the config's.
+        key_file: the clients' key file of a scorer server that wants keys.
+        timeout: seconds that a scorer server may take for an answer; None is 60.
 
     Returns:
-        A CriticScorer, TrunkScorer or ImplicitScorer.
+        A CriticScorer, TrunkScorer, ImplicitScorer or RemoteScorer.
 
     Raises:
         ValueError: what does not fit; names what was given, what was expected and what to do.
         ImportError: the library that reads such weights is not installed.
+        ScorerServerError: no scorer server answers at the address.
     """
+    if is_remote(model, kind, {"key_file": key_file, "timeout": timeout}):
+        if policy_tokenizer is None:
+            warn_of_unknown_policy(str(model))
+        own_forward = None if max_forward_tokens == FORWARD_TOKENS else max_forward_tokens
+        return load_remote(
+            str(model),
+            kind,
+            policy_tokenizer=read_tokenizer(policy_tokenizer),
+            key_file=key_file,
+            timeout=timeout,
+            conventions={"bos": bos, "terminal": terminal, "transform": transform},
+            dtype=read_dtype(dtype),
+            of_server={
+                "head": head,
+                "adapter": adapter,
+                "reward": reward,
+                "reference": reference,
+                "device": device,
+                "cache_tokens": cache_tokens,
+                "live_tokens": live_tokens,
+                "max_forward_tokens": own_forward,
+                "revision": revision,
+                "allow_pickle": allow_pickle,
+                "trust_remote_code": trust_remote_code,
+                "rope_theta": rope_theta,
+            },
+        )
     if adapter is not None:
         model = Adapted(model, adapter)  # type: ignore[arg-type]
     on = read_device(device)
@@ -122,13 +160,7 @@ def load_scorer(
     family = choose_family(source, _kind(kind, head, source.name))
     # A head on the policy's own trunk reads the policy's own ids.
     if options.policy_tokenizer is None and not family.head_apart:
-        warnings.warn(
-            f"{source.name} was loaded without policy_tokenizer=, so nothing compares the token "
-            "ids that it reads with the policy's: pass the policy's tokenizer",
-            UnknownPolicyWarning,
-            # The caller of load_scorer, which runs in `without_autograd`.
-            stacklevel=3,
-        )
+        warn_of_unknown_policy(source.name)
     if not family.heads:
         refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
         return _load_implicit(model, source, reference, options)
@@ -138,6 +170,17 @@ def load_scorer(
         return load_trunk_scorer(source, family, head, transform, reward, reference, options)
     given = {"bos": bos, "terminal": terminal, "transform": transform}
     return load_critic(source, model, kind, options, reward, reference, **given)
+
+
+def warn_of_unknown_policy(name: str) -> None:
+    """Says that nothing compares the token ids of a scorer with a policy's."""
+    warnings.warn(
+        f"{name} was loaded without policy_tokenizer=, so nothing compares the token ids that it "
+        "reads with the policy's: pass the policy's tokenizer",
+        UnknownPolicyWarning,
+        # The caller of load_scorer, which runs in `without_autograd`.
+        stacklevel=4,
+    )
 
 
 def settled_terminal(reward: object, terminal: TerminalRule | None) -> TerminalRule | None:

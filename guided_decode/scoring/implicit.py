@@ -163,8 +163,13 @@ class ImplicitScorer(OneProcess):
         return f"ImplicitScorer({self._tuned.model.name!r}, {self._reference.model.name!r})"
 
     @property
+    def model(self) -> PackedModel:
+        """The tuned policy."""
+        return self._tuned.model
+
+    @property
     def vocab_size(self) -> int:
-        return self._tuned.model.vocab_size
+        return self.model.vocab_size
 
     @property
     def reference(self) -> LogProbs:

@@ -1,0 +1,105 @@
+"""Where a server may listen, and whom it lets in."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import zmq
+import zmq.utils.z85
+
+from guided_decode.scoring.remote.address import IPC, check_address, is_ipv6, is_local
+from guided_decode.scoring.remote.keys import ServerKeys
+
+_ZAP = "inproc://zeromq.zap.01"
+_ZAP_FRAMES = 7
+
+
+def check_listening(address: str, keys: ServerKeys | None, *, insecure: bool) -> None:
+    """Raises ValueError: no address, or one that others reach, without keys."""
+    check_address(address, connects=False)
+    if keys is None and not insecure and not is_local(address):
+        raise ValueError(
+            f"listen={address!r} can be reached from other machines, and no keys were given: "
+            "expected key_file=..., as --new-key FILE makes it, a loopback or ipc:// address, or "
+            "insecure=True where the network keeps others out"
+        )
+
+
+class Gate:
+    """ZeroMQ's question whether a client may come in (ZAP): only with the clients' key."""
+
+    def __init__(self, context: "zmq.Context[Any]", keys: ServerKeys) -> None:
+        self._client = zmq.utils.z85.decode(keys.client_public)
+        self.socket = context.socket(zmq.REP)
+        self.socket.linger = 0
+        self.socket.bind(_ZAP)
+        self.refused = 0
+
+    def answer(self) -> None:
+        """Answers the questions that wait."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                asked = self.socket.recv_multipart(zmq.NOBLOCK)
+                lets_in = len(asked) == _ZAP_FRAMES and asked[5:] == [b"CURVE", self._client]
+                self.refused += not lets_in
+                verdict = (b"200", b"OK") if lets_in else (b"400", b"another key")
+                self.socket.send_multipart([b"1.0", asked[1], *verdict, b"", b""])
+
+
+@contextlib.contextmanager
+def listening(
+    context: "zmq.Context[Any]", address: str, keys: ServerKeys | None, message_bytes: int
+) -> Iterator["zmq.Socket[Any]"]:
+    """The server's socket.
+
+    Raises ValueError: the address cannot be listened on.
+    """
+    with contextlib.ExitStack() as stack:
+        socket = context.socket(zmq.ROUTER)
+        stack.callback(socket.close, 0)
+        socket.set(zmq.MAXMSGSIZE, message_bytes)
+        socket.set(zmq.IPV6, int(is_ipv6(address)))
+        # A client has one request at a time; one that does not read its answers loses them.
+        socket.set(zmq.SNDHWM, 8)
+        socket.set(zmq.RCVHWM, 8)
+        if keys is not None:
+            socket.curve_server = True
+            socket.curve_secretkey = keys.server_secret.encode()
+            socket.curve_publickey = keys.server_public.encode()
+        if address.startswith(IPC):
+            stack.enter_context(_own_path(address))
+        # What an ipc address creates is its owner's alone.
+        mask = os.umask(0o077)
+        try:
+            socket.bind(address)
+        except zmq.ZMQError as error:
+            raise _refusal(address, str(error)) from None
+        finally:
+            os.umask(mask)
+        yield socket
+
+
+@contextlib.contextmanager
+def _own_path(address: str) -> Iterator[None]:
+    """One server a path: ZeroMQ would take it away from another."""
+    import fcntl
+
+    path = Path(address.removeprefix(IPC))
+    try:
+        number = os.open(f"{path}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    except OSError as error:
+        raise _refusal(address, str(error.strerror)) from None
+    try:
+        try:
+            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise _refusal(address, "another scorer server listens there") from None
+        yield
+    finally:
+        os.close(number)
+
+
+def _refusal(address: str, reason: str) -> ValueError:
+    return ValueError(f"listen={address!r} cannot be listened on ({reason}): pass another address")

@@ -1,0 +1,252 @@
+"""Servers that go, come back, come back as others, or take too long."""
+
+import contextlib
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+
+from guided_decode import GuidanceConfig, PrefixHandle
+from guided_decode.guidance.step import guide_rows
+from guided_decode.scoring.remote import ScorerServerError
+from tests import models
+from tests.serving.served import ANYWHERE, CLOSE, client, critic, loaded, served
+
+CANDIDATES = torch.tensor([[3, 4, 5]])
+
+
+def until_answered(work, seconds=20):
+    """What `work` returns once it does not fail any more."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            return work()
+        except ScorerServerError:
+            if time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+def test_a_server_that_restarts_between_calls_is_asked_again_and_nobody_notices():
+    handle = PrefixHandle(models.prompts([100])[0])
+    local = critic()
+    with served(critic()) as server:
+        remote, address = client(server), server.address
+        remote.score([handle], CANDIDATES)
+    for _ in range(3):
+        with served(critic(), address):
+            handle.append(6)
+            wanted = local.score([handle], CANDIDATES)
+            torch.testing.assert_close(
+                remote.score([handle], CANDIDATES).values, wanted.values, **CLOSE
+            )
+    assert remote.wire_counters()["rows_asked_again"] == 3
+    assert remote.wire_counters()["reopened"] >= 1
+
+
+def test_while_it_is_away_calls_fail_and_soon_and_then_it_is_found():
+    handle = PrefixHandle(models.prompts([100])[0])
+    with served(critic()) as server:
+        remote, address = client(server), server.address
+        remote.score([handle], CANDIDATES)
+    with pytest.raises(ScorerServerError, match=f"{address} went away: rows cannot be scored"):
+        remote.score([handle], CANDIDATES)
+    begun = time.perf_counter()
+    for _ in range(50):
+        with pytest.raises(ScorerServerError, match=f"{address} does not answer: it is looked for"):
+            remote.score([handle], CANDIDATES)
+    # Decoding goes on without it: a call costs next to nothing.
+    assert time.perf_counter() - begun < 1.0
+    with served(critic(), address):
+        answer = until_answered(lambda: remote.score([handle], CANDIDATES))
+        torch.testing.assert_close(
+            answer.values, critic().score([handle], CANDIDATES).values, **CLOSE
+        )
+
+
+def test_rows_go_on_unguided_and_are_counted_while_it_is_away():
+    logits = torch.randn(2, models.VOCAB, generator=torch.Generator().manual_seed(0))
+    handles, config = [PrefixHandle(p) for p in models.prompts([5, 9])], GuidanceConfig(top_k=4)
+
+    def guided(scorer):
+        return guide_rows(scorer, logits, handles, config, on_error="passthrough")
+
+    wanted = guided(critic())
+    with served(critic()) as server:
+        remote, address = client(server), server.address
+        torch.testing.assert_close(guided(remote), wanted, rtol=0, atol=1e-4)
+    assert torch.equal(guided(remote), logits)
+    assert torch.equal(guided(remote), logits)
+    assert remote.stats.passthroughs == 4
+    with served(critic(), address):
+        until_answered(lambda: remote.score(handles, CANDIDATES.expand(2, -1)))
+        torch.testing.assert_close(guided(remote), wanted, rtol=0, atol=1e-4)
+    assert remote.stats.passthroughs == 4
+
+
+def test_another_scorer_at_the_address_is_never_taken_for_the_first():
+    handle = PrefixHandle([5, 6, 7])
+    with served(critic()) as server:
+        remote, address = client(server), server.address
+        wanted = remote.score([handle], CANDIDATES).values
+    other = critic(terminal="critic")
+    with served(other, address) as server:
+        for _ in range(3):
+            with pytest.raises(ScorerServerError, match=(
+                r"serves another scorer now: it was LlamaForTokenClassification \(101 tokens, "
+                r"terminal 'baseline'\) and is LlamaForTokenClassification \(101 tokens, terminal "
+                r"'critic'\); call load_scorer again"
+            )):  # fmt: skip
+                until_answered_or_other(remote, handle)
+        assert server.counts.rows == 0
+    with served(critic(), address):
+        got = until_answered(lambda: remote.score([handle], CANDIDATES)).values
+        torch.testing.assert_close(got, wanted, **CLOSE)
+
+
+def until_answered_or_other(remote, handle):
+    """Calls until the server that is there has said what it serves."""
+    end = time.monotonic() + 20
+    while True:
+        try:
+            return remote.score([handle], CANDIDATES)
+        except ScorerServerError as error:
+            if "another scorer" in str(error) or time.monotonic() > end:
+                raise
+            time.sleep(0.05)
+
+
+class Held:
+    """The tiny critic, whose next call waits until it is let go."""
+
+    def __init__(self):
+        self._scorer, self.go = critic(), threading.Event()
+        self.go.set()
+
+    def __getattr__(self, name):
+        return getattr(self._scorer, name)
+
+    def score(self, prefixes, candidates):
+        assert self.go.wait(20)
+        return self._scorer.score(prefixes, candidates)
+
+
+def test_an_answer_that_does_not_come_in_time_and_its_late_arrival():
+    scorer = Held()
+    handle = PrefixHandle([5, 6, 7])
+    with served(scorer) as server:
+        remote = loaded(server, timeout=0.3)
+        remote.score([handle], CANDIDATES)
+        scorer.go.clear()
+        with pytest.raises(ScorerServerError, match=r"gave no answer within 0\.3 s"):
+            remote.score([handle], CANDIDATES)
+        with pytest.raises(ScorerServerError, match="does not answer"):
+            remote.score([handle], CANDIDATES)
+        scorer.go.set()
+        handle.append(9)
+        got = until_answered(lambda: remote.score([handle], CANDIDATES[:, :1]))
+        wanted = critic().score([handle], CANDIDATES[:, :1])
+        torch.testing.assert_close(got.values, wanted.values, **CLOSE)
+
+
+def test_a_call_that_is_interrupted_leaves_the_next_one_right():
+    scorer = Held()
+    handle = PrefixHandle(models.prompts([70])[0])
+    with served(scorer) as server:
+        remote = client(server)
+        remote.score([handle], CANDIDATES)
+        scorer.go.clear()
+        handle.append(5)
+        main = threading.main_thread().ident
+        timer = threading.Timer(0.2, signal.pthread_kill, (main, signal.SIGINT))
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            remote.score([handle], CANDIDATES)
+        timer.join()
+        scorer.go.set()
+        handle.append(6)
+        got = remote.score([handle], CANDIDATES[:, :2])
+        wanted = critic().score([handle], CANDIDATES[:, :2])
+        torch.testing.assert_close(got.values, wanted.values, **CLOSE)
+
+
+def test_no_server_at_all():
+    begun = time.perf_counter()
+    from guided_decode.scoring.remote import RemoteScorer
+
+    with pytest.raises(ScorerServerError, match=(
+        r"no scorer server answers at tcp://127\.0\.0\.1:1 within 0\.3 s .*start one with "
+        r"guided-decode scorer MODEL --listen tcp://127\.0\.0\.1:1, and look whether it wants a key"
+    )):  # fmt: skip
+        RemoteScorer("tcp://127.0.0.1:1", connect_seconds=0.3)
+    assert time.perf_counter() - begun < 2
+
+
+def test_a_client_waits_for_a_server_that_is_starting():
+    with served(critic(), ANYWHERE) as server:
+        address = server.address
+    found = []
+
+    def connect():
+        from guided_decode.scoring.remote import RemoteScorer
+
+        found.append(RemoteScorer(address, connect_seconds=20))
+
+    thread = threading.Thread(target=connect)
+    thread.start()
+    time.sleep(0.5)
+    with served(critic(), address):
+        thread.join()
+        assert found[0].score([[5]], CANDIDATES)
+
+
+def test_what_is_in_work_when_the_end_comes_is_answered():
+    scorer = Held()
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(served(scorer))
+        clients = [client(server) for _ in range(4)]
+        scorer.go.clear()
+        answers = []
+        threads = [
+            threading.Thread(target=lambda c=c: answers.append(c.score([[5, 6]], CANDIDATES)))
+            for c in clients
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(0.3)
+        server.stop()
+        time.sleep(0.1)
+        scorer.go.set()
+        for thread in threads:
+            thread.join()
+    wanted = critic().score([[5, 6]], CANDIDATES).values
+    assert len(answers) == 4
+    for answer in answers:
+        torch.testing.assert_close(answer.values, wanted, **CLOSE)
+
+
+def test_a_process_that_ends_does_not_hang():
+    code = """
+        import torch
+        from guided_decode import PrefixHandle
+        from guided_decode.scoring.remote import RemoteScorer
+        remote = RemoteScorer({address!r})
+        handle = PrefixHandle([5, 6])
+        remote.score([handle], torch.tensor([[3]]))
+        print("scored")
+    """
+    with served(critic()) as server:
+        ended = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code).format(address=server.address)],
+            capture_output=True, text=True, timeout=60,
+        )  # fmt: skip
+        assert (ended.stdout, ended.returncode) == ("scored\n", 0), ended.stderr
+        end = time.monotonic() + 5
+        while server.sessions.clients and time.monotonic() < end:
+            time.sleep(0.05)
+        assert server.sessions.clients == 0
