@@ -9,6 +9,7 @@ from guided_decode.cli.models import models
 from guided_decode.cli.option_groups import grouped
 from guided_decode.cli.rewardbench import rewardbench
 from guided_decode.cli.score import score
+from guided_decode.cli.scorer import scorer
 from guided_decode.cli.serve import serve
 from guided_decode.cli.vllm_options import PassingOn
 
@@ -23,6 +24,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(grouped(generate))
 app.command(cls=PassingOn)(grouped(serve))
+app.command()(grouped(scorer))
 app.command()(grouped(score))
 app.command()(grouped(rewardbench))
 app.command()(models)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from guided_decode.checkpoints.registry import REGISTRY, Record, find
 from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.model_options import ScorerOptions
+from guided_decode.cli.remote_options import RemoteOptions
+from guided_decode.scoring.remote.address import is_address
 
 if TYPE_CHECKING:
     import torch
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
 
     from guided_decode.scorer import Scorer
 
+NOT_REMOTE = RemoteOptions()
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_POLICY, DEFAULT_SCORER = "tiny-tulu-sft", "tiny-tulu-value"
 
@@ -41,7 +44,7 @@ def pair(policy: str | None, scorer: str | None, *, head: str | None = None) -> 
     Raises Refusal: no model is called so, or the registry knows no partner of it.
     """
     for name in (policy, scorer):
-        if name is not None:
+        if name is not None and not is_address(name):
             location(name)
     if head is not None:
         policy = policy or scorer or DEFAULT_POLICY
@@ -174,19 +177,24 @@ def open_scorer(
     device: str | None = None,
     dtype: str = "auto",
     policy: Policy | None = None,
+    remote: RemoteOptions = NOT_REMOTE,
 ) -> Scorer:
     """`load_scorer` of a name that a command was given.
 
     policy: whose decoding it guides; a head on this one's hidden states shares its weights.
+    remote: how its server is met, where the name is an address; device and dtype are the server's.
     """
     from guided_decode import load_scorer
     from guided_decode.checkpoints.loading import UnknownPolicyWarning
 
-    location(name)
+    if not is_address(name):
+        location(name)
     for other in (options.reward, options.reference, options.head):
         if other is not None and not Path(other).is_file():
             location(other)
-    placed: dict[str, Any] = {"device": pick_device(device), "dtype": parse_dtype(dtype)}
+    placed: dict[str, Any] = {}
+    if not is_address(name):
+        placed = {"device": pick_device(device), "dtype": parse_dtype(dtype)}
     model: Any = name
     given = options.given()
     if policy is not None and options.head is not None and name == policy.name:
@@ -198,13 +206,20 @@ def open_scorer(
         with warnings.catch_warnings():
             # A command that names no policy guides none.
             warnings.simplefilter("ignore", UnknownPolicyWarning)
-            return load_scorer(model, policy_tokenizer=tokenizer, **placed, **given)
+            return load_scorer(model, policy_tokenizer=tokenizer, **placed, **given,
+                               **remote.given())  # fmt: skip
     except (ValueError, OSError, ImportError):
         raise
     except Exception as error:
         asked = options.cache_tokens
         room = "" if asked is None else f" with --cache-tokens {asked}"
         raise _cannot_load(f"scorer {name}{room}", error) from error
+
+
+def known_as(scorer: Scorer, given: str) -> str:
+    """What the registry may know a scorer as: a server says what it serves."""
+    described = getattr(scorer, "described", None)
+    return given if described is None else str(described.scorer.name)
 
 
 def parse_dtype(dtype: str) -> torch.dtype | None:

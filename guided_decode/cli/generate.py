@@ -15,13 +15,21 @@ from guided_decode.checkpoints.registry import find
 from guided_decode.cli import model_options as models
 from guided_decode.cli import row_options
 from guided_decode.cli.chats import format_of
-from guided_decode.cli.checkpoints import DEFAULT_SCORER, load_policy, open_scorer, pair
+from guided_decode.cli.checkpoints import (
+    DEFAULT_SCORER,
+    NOT_REMOTE,
+    known_as,
+    load_policy,
+    open_scorer,
+    pair,
+)
 from guided_decode.cli.compare import compare
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
 from guided_decode.cli.errors import Refusal, report, typed
 from guided_decode.cli.guidance_options import GuidanceOptions
 from guided_decode.cli.prompt_formats import warn_of_another_format
 from guided_decode.cli.prompts_in import Prompt, read_prompts
+from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.lab.demo import chosen
 
@@ -51,6 +59,7 @@ def generate(
     scorer_device: models.ScorerDevice = None,
     dtype: models.Dtype = "auto",
     reading: models.ScorerOptions = _AS_IT_IS,
+    remote: RemoteOptions = NOT_REMOTE,
     guidance: GuidanceOptions = _NO_OPTIONS,
     temperature: Temperature = 0.0,
     num_samples: Samples = 1,
@@ -65,6 +74,7 @@ def generate(
 ) -> None:
     """Answer prompts with guided decoding (without options: tiny-tulu, which is built in)."""
     names = pair(policy, scorer, head=reading.head)
+    refuse_placement(names[1], scorer_device=scorer_device)
     config = guidance.over(_defaults(names[1], guidance.rule))
     sampling = Sampling(temperature, num_samples, max_new_tokens, seed)
     streams = _streams(stream, sampling, plain_text=not (as_json or compare_plain))
@@ -80,10 +90,13 @@ def generate(
         names[0], device, dtype, adapter=own, trust_remote_code=reading.trust_remote_code
     )
     critic = open_scorer(
-        names[1], reading, device=scorer_device or device, dtype=dtype, policy=loaded
-    )
+        names[1], reading, device=scorer_device or device, dtype=dtype, policy=loaded,
+        remote=remote,
+    )  # fmt: skip
     if not raw:
-        warn_of_another_format(loaded.tokenizer, decoded_in, names[1], reading.bos)
+        warn_of_another_format(
+            loaded.tokenizer, decoded_in, known_as(critic, names[1]), reading.bos
+        )
     setup = Setup(loaded, critic, config, sampling, raw, decoded_in)
     answer = (
         partial(compare, as_json=as_json)

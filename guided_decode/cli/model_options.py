@@ -22,7 +22,10 @@ def _option(
 
 
 Policy = Annotated[str | None, _option(f"{_NAME} \\[the scorer's, or tiny-tulu-sft]")]
-Scorer = Annotated[str | None, _option(f"{_NAME} \\[the policy's, or tiny-tulu-value]")]
+Scorer = Annotated[
+    str | None,
+    _option(f"{_NAME}, or a scorer server's address \\[the policy's, or tiny-tulu-value]"),
+]
 Device = Annotated[str | None, _option("\\[a GPU if any]")]
 ScorerDevice = Annotated[str | None, _option("\\[--device]")]
 Dtype = Annotated[str, _option("of the weights", metavar="auto|float32|bfloat16|float16")]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,10 +14,23 @@ from guided_decode.cli import model_options as models
 from guided_decode.cli import row_options
 from guided_decode.cli.chat_scores import ChatScorer
 from guided_decode.cli.chats import format_of
-from guided_decode.cli.checkpoints import DEFAULT_SCORER, load_tokenizer, open_scorer
-from guided_decode.cli.errors import report
+from guided_decode.cli.checkpoints import (
+    DEFAULT_SCORER,
+    NOT_REMOTE,
+    Policy,
+    known_as,
+    load_tokenizer,
+    open_scorer,
+)
+from guided_decode.cli.errors import Refusal, report
+from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
+from guided_decode.cli.run_identity import fingerprint, run_identity
 from guided_decode.cli.score_rows import read_rows
 from guided_decode.cli.score_run import Job, identity, open_output, score_rest
+from guided_decode.scoring.remote.address import is_address
+
+if TYPE_CHECKING:
+    from guided_decode.scorer import Scorer as LoadedScorer
 
 Source = Annotated[
     Path,
@@ -29,7 +42,12 @@ Output = Annotated[
         metavar="OUTPUT", help="JSONL: one line for each; kept and continued; - is stdout"
     ),
 ]
-Scorer = Annotated[str, typer.Option(help="folder, registered name or Hub id")]
+Scorer = Annotated[
+    str, typer.Option(help="folder, registered name, Hub id, or a scorer server's address")
+]
+Tokenizer = Annotated[
+    str | None, typer.Option(help="whose ids the scorer reads \\[its own; with a server, needed]")
+]
 PerToken = Annotated[
     bool, typer.Option("--per-token", help="the value of each token of the response, too")
 ]
@@ -46,6 +64,8 @@ def score(
     dtype: models.Dtype = "auto",
     prompt_format: row_options.PromptFormat = None,
     reading: models.ScorerOptions = _AS_IT_IS,
+    remote: RemoteOptions = NOT_REMOTE,
+    tokenizer: Tokenizer = None,
     per_token: PerToken = False,
     batch_size: BatchSize = 16,
     on_error: row_options.OnError = row_options.Failing.STOP,
@@ -57,21 +77,30 @@ def score(
     """
     skip = on_error is row_options.Failing.SKIP
     rows = read_rows(source, skip=skip)
-    text_format = format_of(prompt_format, find(scorer))
-    settings = {"format": text_format, "per_token": per_token}
-    run = identity(scorer, reading, device, dtype, settings)
+    served = _served(scorer, tokenizer, reading, remote, device, dtype)
+    text_format = format_of(prompt_format, find(scorer if served is None else known_as(served, "")))
+    settings: dict[str, Any] = {"format": text_format, "per_token": per_token}
+    if tokenizer is not None:
+        settings["tokenizer"] = fingerprint(tokenizer)
+    if served is None:
+        run = identity(scorer, reading, device, dtype, settings)
+    else:
+        # Of its weights a server says their name.
+        run = run_identity({}, {"served": getattr(served, "described", None), **settings}, None)
     with open_output(source, output, rows, run, overwrite) as file:
         if file.done < len(rows):
-            tokenizer = load_tokenizer(
-                scorer,
-                scorer,
-                adapter=reading.adapter,
-                revision=reading.revision,
+            ids = load_tokenizer(
+                tokenizer or scorer,
+                tokenizer or scorer,
+                adapter=None if tokenizer else reading.adapter,
+                revision=None if tokenizer else reading.revision,
                 trust_remote_code=reading.trust_remote_code,
             )
-            critic = open_scorer(scorer, reading, device=device, dtype=dtype)
+            critic = served or open_scorer(
+                scorer, reading, device=device, dtype=dtype, remote=remote
+            )
             file.begin()
-            chats = ChatScorer(critic, tokenizer, text_format)
+            chats = ChatScorer(critic, ids, text_format)
             job = Job(partial(chats.score, per_token=per_token), run, skip)
             score_rest(job, rows, file, batch_size)
         scored = len(rows) - file.failed
@@ -79,3 +108,25 @@ def score(
         if file.failed:
             report(f"{file.failed} of {len(rows)} could not be scored")
             raise typer.Exit(1)
+
+
+def _served(
+    scorer: str,
+    tokenizer: str | None,
+    reading: models.ScorerOptions,
+    remote: RemoteOptions,
+    device: str | None,
+    dtype: str,
+) -> LoadedScorer | None:
+    """The scorer of a server; None where a model was named."""
+    if not is_address(scorer):
+        return None
+    if tokenizer is None:
+        raise Refusal(
+            f"--scorer {scorer} reads token ids, which are written here: pass --tokenizer, the "
+            "folder, registered name or Hub id of its model"
+        )
+    refuse_placement(scorer, device=device, dtype=None if dtype == "auto" else dtype)
+    own = load_tokenizer(tokenizer, tokenizer, trust_remote_code=reading.trust_remote_code)
+    # Whoever writes the ids is held to the server's tokenizer, as a policy is.
+    return open_scorer(scorer, reading, policy=Policy(tokenizer, None, own, None), remote=remote)

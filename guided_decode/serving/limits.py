@@ -7,18 +7,18 @@ from dataclasses import dataclass, fields
 class Limits:
     """Bounds of one server, over all its clients.
 
-    waiting_tokens: new tokens and candidates of requests that wait; more are refused as busy.
-    message_bytes: the most of one frame; a client that sends more is cut off.
-    sessions: prefixes whose tokens are kept. session_tokens: tokens of all of them together.
+    max_waiting_tokens: new tokens and candidates of requests that wait; more are refused as busy.
+    max_message_bytes: the most of one frame; a client that sends more is cut off.
+    max_sessions: prefixes whose tokens are kept. session_tokens: tokens of all of them together.
         Beyond either the one that was used least recently goes.
     session_seconds: after so long without use a prefix goes.
     round_tokens: new tokens and candidates of one round of scoring, which clients share evenly.
     """
 
-    waiting_tokens: int = 1 << 20
-    message_bytes: int = 64 << 20
-    sessions: int = 4096
-    session_tokens: int = 1 << 25
+    max_waiting_tokens: int = 1 << 20
+    max_message_bytes: int = 64 << 20
+    max_sessions: int = 4096
+    max_session_tokens: int = 1 << 25
     session_seconds: float = 600.0
     round_tokens: int = 8192
 

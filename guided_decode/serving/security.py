@@ -27,6 +27,13 @@ def check_listening(address: str, keys: ServerKeys | None, *, insecure: bool) ->
         )
 
 
+def require_free(address: str, keys: ServerKeys | None, *, insecure: bool) -> None:
+    """Raises ValueError: what a server that listens there would, before its model is loaded."""
+    check_listening(address, keys, insecure=insecure)
+    with zmq.Context() as context, listening(context, address, None, message_bytes=1):
+        pass
+
+
 class Gate:
     """ZeroMQ's question whether a client may come in (ZAP): only with the clients' key."""
 
@@ -75,7 +82,7 @@ def listening(
         try:
             socket.bind(address)
         except zmq.ZMQError as error:
-            raise _refusal(address, str(error)) from None
+            raise _refusal(address, zmq.strerror(error.errno or 0)) from None
         finally:
             os.umask(mask)
         yield socket

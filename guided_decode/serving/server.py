@@ -80,7 +80,7 @@ class ScorerServer:
                 self._gate = Gate(context, keys)
                 stack.callback(self._gate.socket.close, 0)
             self._socket = stack.enter_context(
-                listening(context, listen, keys, limits.message_bytes)
+                listening(context, listen, keys, limits.max_message_bytes)
             )
             self._wake, self._woken = os.pipe()
             stack.callback(os.close, self._wake)
@@ -241,7 +241,7 @@ class ScorerServer:
 
     def _check_room(self, request: wire.AskScores, buffers: Sequence[bytes]) -> None:
         asked = len(request.rows) + sum(map(len, buffers)) // TOKEN.itemsize
-        most, waits = self.limits.waiting_tokens, self._queue.tokens
+        most, waits = self.limits.max_waiting_tokens, self._queue.tokens
         if waits + asked > most:
             self.counts.busy += 1
             raise Unread(wire.Failed(

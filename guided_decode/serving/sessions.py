@@ -135,7 +135,7 @@ class Sessions:
 
     def _make_room(self, kept: _Session) -> None:
         limits = self._limits
-        while len(self._sessions) > limits.sessions or self.tokens > limits.session_tokens:
+        while len(self._sessions) > limits.max_sessions or self.tokens > limits.max_session_tokens:
             key, session = next(iter(self._sessions.items()))
             if session is kept:
                 break

@@ -151,7 +151,7 @@ def test_more_than_may_wait_is_refused_in_words():
         "0 tokens wait and 124 came, of at most 100: ask for fewer rows at a time, try again "
         "later, or start it with a larger --max-waiting-tokens"
     )
-    with served(scorer, limits=Limits(waiting_tokens=100)) as server:
+    with served(scorer, limits=Limits(max_waiting_tokens=100)) as server:
         one, two, three = (client(server) for _ in range(3))
         candidates = torch.tensor([[3, 4, 5]])
         with pytest.raises(ScorerBusyError, match=refusal):

@@ -22,7 +22,7 @@ from tests.serving.served import ANYWHERE, CLOSE, critic
 CLIENTS = 8
 MOST = 300
 # Few sessions and few tokens: what clients know is often gone.
-LIMITS = Limits(sessions=24, session_tokens=2_500, session_seconds=0.2, round_tokens=400)
+LIMITS = Limits(max_sessions=24, max_session_tokens=2_500, session_seconds=0.2, round_tokens=400)
 
 
 class Restarting:

@@ -46,7 +46,9 @@ def reply(dealer, seconds=5):
 
 @pytest.fixture(scope="module")
 def server():
-    with served(critic(), limits=Limits(message_bytes=100_000, waiting_tokens=60_000)) as server:
+    with served(
+        critic(), limits=Limits(max_message_bytes=100_000, max_waiting_tokens=60_000)
+    ) as server:
         yield server
 
 

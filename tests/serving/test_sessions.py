@@ -116,7 +116,7 @@ def test_a_client_that_leaves_and_sessions_that_close(known):
 
 
 def test_the_least_recently_used_goes_first():
-    sessions = Sessions(Limits(sessions=3))
+    sessions = Sessions(Limits(max_sessions=3))
     for number in (1, 2, 3):
         resolved(sessions, number, [number])
     resolved(sessions, 1, [], known=1, of=np.array([1]))
@@ -127,7 +127,7 @@ def test_the_least_recently_used_goes_first():
 
 
 def test_tokens_of_all_sessions_are_bounded():
-    sessions = Sessions(Limits(session_tokens=100))
+    sessions = Sessions(Limits(max_session_tokens=100))
     for number in range(1, 50):
         resolved(sessions, number, range(30))
         assert sessions.tokens <= 100
@@ -155,7 +155,7 @@ def test_what_is_not_used_goes():
 
 @pytest.mark.parametrize("bad", [0, -1, 1.5, 2**60])
 def test_limits_are_whole_and_above_zero(bad):
-    with pytest.raises(ValueError, match=f"waiting_tokens={bad}: expected at least 1"):
-        Limits(waiting_tokens=bad)
+    with pytest.raises(ValueError, match=f"max_waiting_tokens={bad}: expected at least 1"):
+        Limits(max_waiting_tokens=bad)
     with pytest.raises(ValueError, match="session_seconds=0: expected seconds above 0"):
         Limits(session_seconds=0)
