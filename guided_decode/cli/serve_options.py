@@ -10,6 +10,7 @@ import typer
 
 from guided_decode.cli import guidance_options as guidance
 from guided_decode.cli import model_options as models
+from guided_decode.cli import remote_options as remote
 
 
 def _option(panel: str | None, text: str, *names: str, metavar: str | None = None) -> Any:
@@ -70,6 +71,8 @@ class ServerSettings:
     trust_remote_code: TrustRemoteCode = False
     cache_tokens: models.CacheTokens = None
     max_forward_tokens: models.ForwardTokens = None
+    key_file: remote.KeyFile = None
+    timeout: remote.Timeout = None
     beta: guidance.Beta = None
     top_k: guidance.TopK = None
     top_p: guidance.TopP = None

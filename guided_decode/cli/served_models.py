@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from guided_decode.cli.vllm_options import VllmOptions
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from guided_decode.checkpoints.examination import Examined
     from guided_decode.integrations.vllm.server_config import ServerConfig
 
 
@@ -43,6 +45,13 @@ def examined(
     vocab = _check_policy(policy, config, options) if known else None
     if not config.guides:
         return dict(given)
+    if config.is_remote:
+        # Of a dry run nobody is asked.
+        if only_here:
+            return dict(given)
+        found = _meet_server(config, _policy_tokenizer(policy, options) if known else None)
+        _check_sizes(config, found, vocab)
+        return {**given, "kind": found.kind} if found.kind == "implicit" else dict(given)
     if Path(config.scorer).is_file():
         raise Refusal(
             f"{config.scorer} is a file: expected a folder, a registered name or a Hub id; a head "
@@ -90,6 +99,36 @@ def _check_scorer(
         f"scorer {config.scorer}",
         lambda: examine_scorer(config.scorer, policy_tokenizer=tokenizer, **how),
     )
+    _check_sizes(config, found, vocab)
+    kind: str = found.kind
+    return kind
+
+
+def _meet_server(config: ServerConfig, tokenizer: PreTrainedTokenizerBase | None) -> Examined:
+    """What a scorer server serves; the worker meets it again.
+
+    Raises ValueError or OSError: no server is there, or its scorer does not fit.
+    """
+    from guided_decode.checkpoints.examination import Examined
+    from guided_decode.checkpoints.loading import UnknownPolicyWarning, load_scorer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownPolicyWarning)
+        scorer: Any = load_scorer(
+            config.scorer, config.kind, dtype=config.dtype, bos=config.bos,
+            terminal=config.terminal, transform=config.transform, policy_tokenizer=tokenizer,
+            key_file=config.key_file, timeout=config.timeout,
+        )  # fmt: skip
+    scorer.close()
+    if config.kl_coef and scorer.reference is None:
+        raise Refusal(
+            f"kl_coef={config.kl_coef:g} was given, but the scorer at {config.scorer} has no "
+            "reference model: start its server with --reference"
+        )
+    return Examined(scorer.described.scorer.kind or config.kind, scorer.vocab_size)
+
+
+def _check_sizes(config: ServerConfig, found: Examined, vocab: int | None) -> None:
     if config.top_k is None and found.kind != "implicit":
         raise Refusal(
             f"top_k=null was given with a {found.kind}, which forwards every candidate: set top_k "
@@ -105,8 +144,6 @@ def _check_scorer(
         raise Refusal(
             f"top_k={config.top_k} is larger than the policy's vocabulary of {vocab} tokens"
         )
-    kind: str = found.kind
-    return kind
 
 
 def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> int | None:

@@ -153,6 +153,63 @@ def _ranks(parallel: Any) -> tuple[bool, Broadcast | None, Callable[[bool], bool
 
 
 def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) -> Scorer:
+    """The scorer, which fits the server's limits."""
+    model = vllm_config.model_config
+    if config.is_remote:
+        scorer, on = _load_remote(config, model), device
+    else:
+        scorer, on = _load_here(config, vllm_config, device)
+    if config.top_k is None and not scorer.scores_vocabulary:
+        raise ValueError(
+            f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
+            "set top_k (the whole vocabulary is for implicit rewards only)"
+        )
+    if scorer.vocab_size < config.max_top_k:
+        raise ValueError(
+            f"max_top_k={config.max_top_k} is larger than the scorer's vocabulary of "
+            f"{scorer.vocab_size} tokens: set a smaller one"
+        )
+    if on.type != "cpu" and not config.is_remote:
+        most = vllm_config.scheduler_config.max_num_seqs
+        with _explained(config, on):
+            warm_up.graphs(scorer, config, most, model.max_model_len)
+    if device.type != "cpu":
+        with _explained(config, on):
+            warm_up.steps(scorer, config, model.get_vocab_size(), device)
+    reason = scorer.refusal([0] * (model.max_model_len - 1), config.max_top_k)
+    if reason is not None:
+        logger.warning(
+            "requests near max_model_len=%d go unguided: %s", model.max_model_len, reason
+        )
+    logger.info("%r scores the candidates; defaults: %s", scorer, config.guidance)
+    return scorer
+
+
+def _load_remote(config: ServerConfig, model: Any) -> Scorer:
+    """The scorer of a server, which is up when the engine starts; later it may come and go."""
+    scorer = load_scorer(
+        config.scorer,
+        config.kind,
+        dtype=config.dtype,
+        bos=config.bos,
+        terminal=config.terminal,
+        transform=config.transform,
+        policy_tokenizer=_policy_tokenizer(model),
+        key_file=config.key_file,
+        timeout=config.timeout,
+    )
+    if config.kl_coef and scorer.reference is None:
+        raise ValueError(
+            f"kl_coef was given, but the scorer at {config.scorer} has no reference model: start "
+            "its server with --reference"
+        )
+    return scorer
+
+
+def _load_here(
+    config: ServerConfig, vllm_config: "VllmConfig", device: torch.device
+) -> tuple[Scorer, torch.device]:
+    """A scorer in this process, and where it is."""
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     # A step's scorer activations then stay below those of the policy, which vLLM profiles.
     forward = config.max_forward_tokens or min(_FORWARD_TOKENS, scheduler.max_num_batched_tokens)
@@ -181,29 +238,7 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
         )
         if on.type != "cpu":
             warm_up.forward(scorer, forward, model.max_model_len)
-    if config.top_k is None and not scorer.scores_vocabulary:
-        raise ValueError(
-            f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
-            "set top_k (the whole vocabulary is for implicit rewards only)"
-        )
-    if scorer.vocab_size < config.max_top_k:
-        raise ValueError(
-            f"max_top_k={config.max_top_k} is larger than the scorer's vocabulary of "
-            f"{scorer.vocab_size} tokens: set a smaller one"
-        )
-    if on.type != "cpu":
-        with _explained(config, on):
-            warm_up.graphs(scorer, config, scheduler.max_num_seqs, model.max_model_len)
-    if device.type != "cpu":
-        with _explained(config, on):
-            warm_up.steps(scorer, config, model.get_vocab_size(), device)
-    reason = scorer.refusal([0] * (model.max_model_len - 1), config.max_top_k)
-    if reason is not None:
-        logger.warning(
-            "requests near max_model_len=%d go unguided: %s", model.max_model_len, reason
-        )
-    logger.info("%r scores the candidates; defaults: %s", scorer, config.guidance)
-    return scorer
+    return scorer, on
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, ValidationError, model_validator
 
 from guided_decode.guidance.config import Baseline, GuidanceConfig, OnError, Rule, Tail
+from guided_decode.scoring.remote.address import is_address
 
 # The key of vLLM's additional_config, and the variable in which the front end finds the same.
 CONFIG_KEY = "guided_decode"
@@ -20,6 +21,11 @@ _SHOWN_KEYS = 3
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
+# What a scorer server was given, and takes from no client.
+_THE_SERVERS = (
+    "adapter", "reward", "reference", "revision", "device", "rope_theta", "allow_pickle", "trust_remote_code",
+    "cache_tokens", "max_forward_tokens",
+)  # fmt: skip
 _GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
 _DEFAULTS = GuidanceConfig()
 
@@ -28,7 +34,9 @@ class ServerConfig(BaseModel):
     """The value of `additional_config["guided_decode"]`.
 
     scorer: the critic; where kind is "trunk-head", the head on the policy's own hidden states,
-        which compares siblings and is logged, and guides no one.
+        which compares siblings and is logged, and guides no one; or the address of a scorer server,
+        tcp://HOST:PORT or ipc://PATH, which was given the options of loading itself.
+    key_file, timeout: of a scorer server, as in `load_scorer`.
     kind, adapter, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
     allow_pickle, trust_remote_code, cache_tokens, max_forward_tokens: as in `load_scorer`; device
     None is the policy's, cache_tokens None what max_num_seqs and max_model_len need, bounded.
@@ -63,6 +71,8 @@ class ServerConfig(BaseModel):
     trust_remote_code: bool = False
     cache_tokens: int | None = Field(default=None, ge=1)
     max_forward_tokens: int | None = Field(default=None, ge=1)
+    key_file: str | None = None
+    timeout: FiniteFloat | None = Field(default=None, gt=0)
 
     beta: FiniteFloat = _DEFAULTS.beta
     top_k: int | None = _DEFAULTS.top_k
@@ -106,11 +116,42 @@ class ServerConfig(BaseModel):
                 'guide_by_default was given with kind="trunk-head", which compares siblings and '
                 "guides no one: drop it"
             )
+        self._check_remote()
+        if self.is_remote:
+            # Its server knows whether there is one.
+            return self
         if guidance.kl_coef and self.reference is None:
             raise ValueError("kl_coef was given without a reference model: set reference")
         if self.terminal == "reward" and self.reward is None:
             raise ValueError('terminal="reward" was given without a reward model: set reward')
         return self
+
+    def _check_remote(self) -> None:
+        """Raises ValueError: an option that is a scorer server's own, or one for such a server."""
+        if not self.is_remote:
+            given = [name for name in ("key_file", "timeout") if getattr(self, name) is not None]
+            if given:
+                raise ValueError(
+                    f"{' and '.join(given)} came with scorer={self.scorer!r}, which is no scorer "
+                    "server's address: expected tcp://HOST:PORT or ipc://PATH; drop it"
+                )
+            return
+        given = [name for name in _THE_SERVERS if getattr(self, name)]
+        if given:
+            raise ValueError(
+                f"{' and '.join(given)} came with scorer={self.scorer!r}, whose server loaded its "
+                "scorer itself, on its own device: give that to guided-decode scorer, and drop it"
+            )
+        if not self.guides:
+            raise ValueError(
+                f'kind="trunk-head" came with scorer={self.scorer!r}: a head on the policy\'s own '
+                "hidden states is a file; set scorer to it, or drop kind"
+            )
+
+    @property
+    def is_remote(self) -> bool:
+        """Whether the scorer is on a scorer server."""
+        return is_address(self.scorer)
 
     @property
     def guides(self) -> bool:

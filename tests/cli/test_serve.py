@@ -208,9 +208,13 @@ def test_every_setting_reaches_the_configuration(tmp_path):
     expected |= dict.fromkeys(("guide_by_default", "allow_pickle", "trust_remote_code"), True)
     expected |= {"scorer": "tiny-tulu-value"}
     assert Dry(*flags).config == expected
+    # What a scorer server takes of its clients, beside what goes with every scorer.
+    remote = {"scorer": "tcp://10.0.0.1:7070", "key_file": "scorer.key.client", "timeout": 2.5}
+    flags = ["--scorer", remote["scorer"], "--key-file", remote["key_file"], "--timeout", "2.5"]
+    assert Dry("tiny-tulu-sft", *flags).config == remote
     from guided_decode.integrations.vllm.server_config import ServerConfig
 
-    assert {*expected, "adapter"} == set(ServerConfig.model_fields)
+    assert {*expected, "adapter", *remote} == set(ServerConfig.model_fields)
 
 
 @needs_vllm
@@ -225,6 +229,35 @@ def test_a_scorer_may_be_an_adapter_and_the_policy_not():
     refused(run(*given), "is a PEFT adapter, which vLLM serves on its base only: pass its base as "
             "POLICY with --enable-lora")  # fmt: skip
     refused(run("--dry-run", "--adapter", "/no/such"), "it is no folder or Hub id of one")
+
+
+@needs_vllm
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "--scorer tcp://.* is paired with no policy in the registry: pass POLICY"),
+        (("tiny-tulu-sft", "--scorer-device", "cpu"),
+         "--scorer-device came|device came with --scorer tcp://10.0.0.1:7070, whose server loaded "
+         "its scorer itself, on its own device: give that to guided-decode scorer, and drop it"),
+        (("tiny-tulu-sft", "--reward", "tiny-tulu-value", "--cache-tokens", "9"),
+         "reward and cache_tokens came with --scorer tcp://10.0.0.1:7070, whose server"),
+        (("tiny-tulu-sft", "--kind", "trunk-head"), "is a file; set scorer to it, or drop kind"),
+    ],
+)  # fmt: skip
+def test_what_a_scorer_server_was_given_itself_is_refused(words, message):
+    refused(run("--dry-run", *words, "--scorer", "tcp://10.0.0.1:7070"), message)
+
+
+@needs_vllm
+def test_a_scorer_server_is_met_before_vllm_loads():
+    from tests.serving.served import critic, served
+
+    with served(critic(reference=None)) as server:
+        words = ("tiny-tulu-sft", "--scorer", server.address)
+        # Another vocabulary than tiny-tulu's.
+        refused(run(*words), f"have different|the scorer at {server.address} has a vocabulary of")
+        assert server.counts.bytes_received > 0
+        assert server.sessions.clients == 0
 
 
 @needs_vllm
