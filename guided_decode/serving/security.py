@@ -80,7 +80,8 @@ def listening(
         # What an ipc address creates is its owner's alone.
         mask = os.umask(0o077)
         try:
-            socket.bind(address)
+            # To bind, ZeroMQ takes no name of a host.
+            socket.bind(address.replace("tcp://localhost:", "tcp://127.0.0.1:"))
         except zmq.ZMQError as error:
             raise _refusal(address, zmq.strerror(error.errno or 0)) from None
         finally:

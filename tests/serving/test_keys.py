@@ -113,6 +113,8 @@ def test_an_address_has_one_server(tmp_path):
     taken = r"cannot be listened on \(Address already in use"
     with served(critic()) as server, pytest.raises(ValueError, match=taken):
         ScorerServer(critic(), server.address)
+    with served(critic(), "tcp://localhost:0") as server:
+        assert RemoteScorer(server.address.replace("127.0.0.1", "localhost")).score(*ASKED)
     path = f"ipc://{tmp_path}/scorer"
     with served(critic(), path) as server:
         assert server.address == path

@@ -10,10 +10,11 @@ import time
 
 import pytest
 import torch
+import zmq
 
 from guided_decode import GuidanceConfig, PrefixHandle
 from guided_decode.guidance.step import guide_rows
-from guided_decode.scoring.remote import ScorerServerError
+from guided_decode.scoring.remote import RemoteScorer, ScorerServerError, wire
 from tests import models
 from tests.serving.served import ANYWHERE, CLOSE, client, critic, loaded, served
 
@@ -109,6 +110,19 @@ def test_another_scorer_at_the_address_is_never_taken_for_the_first():
         torch.testing.assert_close(got, wanted, **CLOSE)
 
 
+def test_a_server_that_came_back_with_less_room_is_the_same_and_says_so():
+    with served(critic()) as server:
+        remote, address = client(server), server.address
+        assert remote.refusal([5] * 300, 3) is None
+    with served(critic(cache_tokens=200), address):
+        until_answered(lambda: remote.score([[5]], CANDIDATES))
+        assert remote.refusal([5] * 100, 3) is None
+        assert remote.refusal([5] * 300, 3) == (
+            "cache_tokens=200 is too small for one row of LlamaForTokenClassification: its prefix "
+            "has 300 tokens and 3 candidates, so cache_tokens must be at least 303"
+        )
+
+
 def until_answered_or_other(remote, handle):
     """Calls until the server that is there has said what it serves."""
     end = time.monotonic() + 20
@@ -175,10 +189,52 @@ def test_a_call_that_is_interrupted_leaves_the_next_one_right():
         torch.testing.assert_close(got.values, wanted.values, **CLOSE)
 
 
+class Broken:
+    """The tiny critic, which fails when it is told to."""
+
+    def __init__(self):
+        self._scorer, self.error = critic(), None
+
+    def __getattr__(self, name):
+        return getattr(self._scorer, name)
+
+    def score(self, prefixes, candidates):
+        if self.error is not None:
+            raise self.error
+        return self._scorer.score(prefixes, candidates)
+
+
+def test_a_scorer_that_fails_is_told_and_the_server_goes_on():
+    scorer = Broken()
+    with served(scorer) as server:
+        remote = client(server)
+        scorer.error = RuntimeError("the scorer broke")
+        with pytest.raises(ScorerServerError, match="7.0.0.1:.*: RuntimeError: the scorer broke"):
+            remote.score([[5, 6]], CANDIDATES)
+        scorer.error = None
+        assert remote.score([[5, 6]], CANDIDATES)
+        assert server.counts.failed == 1
+
+
+def test_a_device_that_fails_ends_the_server_and_whoever_waits_is_told():
+    scorer = Broken()
+    scorer.error = torch.AcceleratorError("an illegal memory access")
+    told = []
+
+    def ask_a_server_that_fails():
+        with served(scorer) as server:
+            try:
+                client(server).score([[5, 6]], CANDIDATES)
+            except ScorerServerError as error:
+                told.append(str(error))
+
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        ask_a_server_that_fails()
+    assert told[0].endswith("AcceleratorError: an illegal memory access")
+
+
 def test_no_server_at_all():
     begun = time.perf_counter()
-    from guided_decode.scoring.remote import RemoteScorer
-
     with pytest.raises(ScorerServerError, match=(
         r"no scorer server answers at tcp://127\.0\.0\.1:1 within 0\.3 s .*start one with "
         r"guided-decode scorer MODEL --listen tcp://127\.0\.0\.1:1, and look whether it wants a key"
@@ -193,13 +249,31 @@ def test_a_client_waits_for_a_server_that_is_starting():
     found = []
 
     def connect():
-        from guided_decode.scoring.remote import RemoteScorer
-
         found.append(RemoteScorer(address, connect_seconds=20))
 
     thread = threading.Thread(target=connect)
     thread.start()
     time.sleep(0.5)
+    with served(critic(), address):
+        thread.join()
+        assert found[0].score([[5]], CANDIDATES)
+
+
+def test_a_greeting_that_was_lost_with_its_server_is_sent_again():
+    with served(critic(), ANYWHERE) as server:
+        address = server.address
+    found = []
+
+    def connect():
+        found.append(RemoteScorer(address, connect_seconds=20))
+
+    thread = threading.Thread(target=connect)
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as silent:
+        silent.linger = 0
+        silent.bind(address)
+        thread.start()
+        _, *greeting = silent.recv_multipart()
+        assert wire.read_request(greeting)[0] == wire.Hello()
     with served(critic(), address):
         thread.join()
         assert found[0].score([[5]], CANDIDATES)

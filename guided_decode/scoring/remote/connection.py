@@ -20,6 +20,7 @@ from guided_decode.scoring.remote.keys import ClientKeys
 
 # For a server that was there a moment ago.
 _AGAIN_SECONDS = 2.0
+_PAUSE_SECONDS = 0.1
 _BYE_MILLISECONDS = 200
 # A machine that vanished from the network is lost after so long; a busy server answers these, too.
 _HEARTBEAT_MILLISECONDS, _HEARTBEAT_LOST_MILLISECONDS = 2_000, 10_000
@@ -39,7 +40,7 @@ class Line:
     """A socket of its own process, to one server. Whoever uses it holds a lock.
 
     client: whose sessions the server keeps; a secret. sent, received: bytes so far, with headers.
-    welcome: the server's, as it was met first. reopened: how often a lost server was found again.
+    welcome: the server's, as it was met last. reopened: how often a lost server was found again.
     """
 
     def __init__(
@@ -64,6 +65,12 @@ class Line:
         self._socket: Any = None
         self._monitor: Any = None
         self._last_id = 0
+
+    @property
+    def met(self) -> wire.Welcome:
+        """The server's welcome, once it was met."""
+        assert self.welcome is not None
+        return self.welcome
 
     def open(self) -> wire.Welcome:
         """Meets the server. Raises ScorerServerError: none answers in time, or another scorer."""
@@ -209,10 +216,21 @@ class Line:
         self._connect()
 
     def _await_welcome(self, seconds: float) -> wire.Welcome:
+        """Raises _LineLost: none came in time."""
         end = time.monotonic() + seconds
         while True:
-            # Until it is there, a server that refuses connections is one that is being started.
-            reply, _ = self._receive(end, "nothing listens there, or it has not started yet")
+            try:
+                reply, _ = self._receive(end)
+            except TimeoutError:
+                # A server that refuses connections may be one that is being started.
+                raise _LineLost("nothing listens there, or it has not started yet") from None
+            except _LineLost:
+                if time.monotonic() + _PAUSE_SECONDS >= end:
+                    raise
+                # Whoever got the greeting is gone.
+                time.sleep(_PAUSE_SECONDS)
+                self._connect()
+                continue
             if isinstance(reply, wire.Welcome):
                 return reply
             if isinstance(reply, wire.Failed) and reply.reason == "version":
@@ -223,7 +241,7 @@ class Line:
         end = time.monotonic() + self.timeout
         while True:
             try:
-                reply, buffers = self._receive(end, watch=True)
+                reply, buffers = self._receive(end)
             except TimeoutError:
                 self._lose(f"gave no answer within {self.timeout:g} s")
             # An answer to a call that was interrupted may still come.
@@ -237,17 +255,11 @@ class Line:
             raise _LineLost(str(error)) from None
         self.sent += sum(map(len, message))
 
-    def _receive(
-        self, end: float, late: str | None = None, *, watch: bool = False
-    ) -> tuple[wire.Reply, Sequence[bytes]]:
-        """One message, by then. watch: a line that breaks raises _LineLost at once.
-
-        Raises TimeoutError, or _LineLost where the caller says why.
-        """
+    def _receive(self, end: float) -> tuple[wire.Reply, Sequence[bytes]]:
+        """One message, by then. Raises TimeoutError, or _LineLost: the line broke first."""
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        if watch:
-            poller.register(self._monitor, zmq.POLLIN)
+        poller.register(self._monitor, zmq.POLLIN)
         while True:
             left = max(0, round((end - time.monotonic()) * 1000))
             events = dict(poller.poll(left))
@@ -258,8 +270,6 @@ class Line:
             if self._monitor in events:
                 raise _LineLost("the connection broke")
             if not left:
-                if late is not None:
-                    raise _LineLost(late)
                 raise TimeoutError
 
     def _read(self, message: list[bytes]) -> tuple[wire.Reply, Sequence[bytes]]:

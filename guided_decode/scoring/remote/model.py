@@ -29,11 +29,16 @@ class RemoteModel(OneProcess):
     prefixes that were not, because the server knew them.
     """
 
-    def __init__(self, client: Client, target: str, model: wire.Model) -> None:
+    def __init__(self, client: Client, target: str) -> None:
         self._client = client
         self._target = target
-        self._model = model
         self.stats = ScorerStats()
+
+    @property
+    def _model(self) -> wire.Model:
+        """As the server says now: one that came back may have more or less room."""
+        model: wire.Model = getattr(self._client.line.met.scorer, self._target)
+        return model
 
     @property
     def vocab_size(self) -> int:
@@ -100,9 +105,7 @@ class RemoteModel(OneProcess):
 
     @property
     def _digest(self) -> bytes:
-        welcome = self._client.line.welcome
-        assert welcome is not None
-        return welcome.digest
+        return self._client.line.met.digest
 
     def _unexpected(self, reply: wire.Reply) -> str:
         raise ScorerServerError(

@@ -94,11 +94,11 @@ class RemoteScorer(RemoteCritic):
                 raise ValueError(f"{name}={seconds!r}: expected seconds above 0")
         client = Client(address, keys, connect_seconds, timeout)
         self.described = described = client.line.open().scorer
-        super().__init__(client, wire.SCORER, described.scorer)
+        super().__init__(client, wire.SCORER)
         if described.reward is not None:
-            self.reward = RemoteCritic(client, wire.REWARD, described.reward)
+            self.reward = RemoteCritic(client, wire.REWARD)
         if described.reference is not None:
-            self.reference = RemoteReference(client, wire.REFERENCE, described.reference)
+            self.reference = RemoteReference(client, wire.REFERENCE)
 
     def __repr__(self) -> str:
         kind = "" if self._model.kind is None else f", {self._model.kind}"

@@ -220,8 +220,11 @@ def other_version(message: Sequence[bytes]) -> int | None:
 
 
 def digest_of(described: Described) -> bytes:
-    """The digest that stands for a scorer in requests."""
-    return blake2b(_encoder.encode(described), digest_size=DIGEST_BYTES).digest()
+    """The digest that stands for a scorer in requests; how much room it has is not part of it."""
+    every = [described.scorer, described.reward, described.reference]
+    roomless = [each and msgspec.structs.replace(each, room=0) for each in every]
+    text = _encoder.encode([*roomless, described.tokenizer])
+    return blake2b(text, digest_size=DIGEST_BYTES).digest()
 
 
 def _read(
