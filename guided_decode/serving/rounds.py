@@ -62,7 +62,8 @@ def score_together(model: Any, slices: Sequence[Slice]) -> None:
 def _answers(
     model: Any, prefixes: list[Any], candidates: torch.Tensor
 ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-    if not isinstance(model, Scorer):
+    # `isinstance` of a protocol takes longer than all else here.
+    if not hasattr(model, "score"):
         return model.log_probs(prefixes, candidates).float().cpu().numpy(), None
     scores = model.score(prefixes, candidates)
     return scores.values.float().cpu().numpy(), scores.baseline.float().cpu().numpy()

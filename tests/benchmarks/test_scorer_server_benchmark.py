@@ -25,6 +25,7 @@ def test_a_case_is_timed_and_what_it_sends_does_not_grow_with_the_prefix(tmp_pat
     for result in results:
         assert len(result.added) == len(result.local) == 5
         assert result.difference < 1e-4
+        assert all(0 < wire < whole for wire, whole in zip(result.wire, result.remote, strict=True))
         # Values and baselines of three rows, and a few bytes around them.
         assert 3 * 5 * 4 < result.bytes_received < 3 * 5 * 4 + 40
     # A row's length may take two bytes more.

@@ -27,15 +27,16 @@ def as_bytes(tokens: NDArray[np.integer]) -> bytes:
 class PrefixHash:
     """The hash of the tokens seen so far. chain[b]: h(b), of the first b blocks."""
 
-    __slots__ = ("_digest", "_tail", "chain")
+    __slots__ = ("_digest", "_length", "_tail", "chain")
 
     def __init__(self) -> None:
         self.chain = [b""]
+        self._length = 0
         self._tail = b""
         self._digest: bytes | None = None
 
     def __len__(self) -> int:
-        return (len(self.chain) - 1) * BLOCK + len(self._tail) // TOKEN.itemsize
+        return self._length
 
     @property
     def digest(self) -> bytes:
@@ -53,10 +54,11 @@ class PrefixHash:
             self.chain.append(_hash(self.chain[-1], tail[done : done + _BLOCK_BYTES]))
             done += _BLOCK_BYTES
         self._tail, self._digest = tail[done:], None
+        self._length += len(new) // TOKEN.itemsize
 
     def at(self, length: int, tokens: NDArray[np.integer]) -> bytes:
         """The hash of the first `length` tokens, of which `tokens` has at least as many."""
-        if length == len(self):
+        if length == self._length:
             return self.digest
         blocks = length // BLOCK
         return _hash(self.chain[blocks], as_bytes(tokens[blocks * BLOCK : length]))
