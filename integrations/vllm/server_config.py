@@ -23,8 +23,8 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 
 # What a scorer server was given, and takes from no client.
 _THE_SERVERS = (
-    "adapter", "reward", "reference", "revision", "device", "rope_theta", "allow_pickle", "trust_remote_code",
-    "cache_tokens", "max_forward_tokens",
+    "adapter", "reward", "reference", "revision", "device", "rope_theta", "allow_pickle",
+    "trust_remote_code", "cache_tokens", "max_forward_tokens",
 )  # fmt: skip
 _GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
 _DEFAULTS = GuidanceConfig()

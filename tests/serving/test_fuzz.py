@@ -72,7 +72,8 @@ class Fuzz:
 
     def __post_init__(self) -> None:
         self.random = random.Random(self.seed)
-        self.local = critic(reference=models.tiny("llama", "lm"))
+        # Small, so that what grows in this process is no cache that fills.
+        self.local = critic(cache_tokens=2_000, reference=models.tiny("llama", "lm"))
         self.stems = models.prompts([3, 40, 66, 130, 200], seed=1)
         self.handles: list[PrefixHandle] = []
 
