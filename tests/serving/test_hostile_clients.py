@@ -37,7 +37,7 @@ def peer(server, **options):
         context.term()
 
 
-def reply(dealer, seconds=5):
+def reply(dealer, seconds=60):
     """The next reply, or None."""
     if not dealer.poll(seconds * 1000):
         return None
