@@ -12,7 +12,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-COMMAND = [sys.executable, "-m", "guided_decode.cli", "scorer"]
+COMMAND = [sys.executable, "-m", "guided_decode", "scorer"]
 _END_SECONDS = 30
 
 
