@@ -24,7 +24,7 @@ HELD_OUT, VALIDATION = 1_000, 500
 SEED = 20_261_122
 
 # Not the links of an editable install in strict mode: what is copied from here is written to.
-_ASSETS = Path(__file__).resolve().parent / "assets" / "tiny_tulu"
+_ASSETS = Path(__file__).resolve().parent.parent / "assets" / "tiny_tulu"
 _ANSWER = re.compile(r"(?:^|\n)Answer: (\d+)(?:</s>)?\s*$")
 
 
