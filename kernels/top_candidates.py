@@ -204,8 +204,8 @@ def top_candidates_triton(logits: Tensor, cut: Cut) -> TopCandidates:
         LOG_K=log_k,
         LOG_GROUP=_LOG_GROUP,
         LOG_BLOCKS=log_blocks,
-        # With more than 4 keys a thread some variants spill.
-        num_warps=max(4, most_keys // 128),
+        # With more than 4 keys a thread some variants spill; the largest of all, with more than 2.
+        num_warps=max(4, most_keys // (128 if log_k + log_blocks < 16 else 64)),
     )
     return TopCandidates(candidates, None if cut.gate is None else gated)
 

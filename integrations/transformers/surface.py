@@ -5,6 +5,7 @@ from guided_decode.integrations.host_surface import Name, Surface, called, overr
 _ATTENTION = "guided_decode/forward/attention.py"
 _CACHE = "guided_decode/forward/cache_argument.py"
 _CONFIG_CHECKS = "guided_decode/checkpoints/config_checks.py"
+_ADAPTERS = "guided_decode/checkpoints/adapter_files.py"
 _LOADING = "guided_decode/checkpoints/trunk.py"
 _NEXT_LOGITS = "guided_decode/scoring/next_logits.py"
 _PACKED = "guided_decode/forward/packed_model.py"
@@ -189,6 +190,10 @@ _MODELS = (
     Name("transformers.AutoModelForCausalLM", _LOADING),
     Name("transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
          _CONFIG_CHECKS),
+    Name("transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+         _ADAPTERS),
+    Name("transformers.models.auto.modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+         _ADAPTERS),
 )  # fmt: skip
 
 _CONFIGS = (
