@@ -15,7 +15,7 @@ import zmq
 from guided_decode import GuidanceConfig, PrefixHandle
 from guided_decode.guidance.step import guide_rows
 from guided_decode.scoring.remote import RemoteScorer, ScorerServerError, wire
-from tests import models
+from tests import PATIENCE, models
 from tests.serving.served import ANYWHERE, CLOSE, client, critic, loaded, served
 
 CANDIDATES = torch.tensor([[3, 4, 5]])
@@ -125,7 +125,7 @@ def test_a_server_that_came_back_with_less_room_is_the_same_and_says_so():
 
 def until_answered_or_other(remote, handle):
     """Calls until the server that is there has said what it serves."""
-    end = time.monotonic() + 20
+    end = time.monotonic() + PATIENCE
     while True:
         try:
             return remote.score([handle], CANDIDATES)
@@ -146,7 +146,7 @@ class Held:
         return getattr(self._scorer, name)
 
     def score(self, prefixes, candidates):
-        assert self.go.wait(20)
+        assert self.go.wait(PATIENCE)
         return self._scorer.score(prefixes, candidates)
 
 
@@ -317,7 +317,7 @@ def test_a_process_that_ends_does_not_hang():
     with served(critic()) as server:
         ended = subprocess.run(
             [sys.executable, "-c", textwrap.dedent(code).format(address=server.address)],
-            capture_output=True, text=True, timeout=60,
+            capture_output=True, text=True, timeout=PATIENCE,
         )  # fmt: skip
         assert (ended.stdout, ended.returncode) == ("scored\n", 0), ended.stderr
         end = time.monotonic() + 5

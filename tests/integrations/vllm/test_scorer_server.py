@@ -11,7 +11,7 @@ from dataclasses import asdict
 import pytest
 import torch
 
-from tests import models, oracle
+from tests import PATIENCE, models, oracle
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.mixed_requests import ASKED, PROMPTS, SAMPLING
 from tests.integrations.vllm.vllm_steps import (
@@ -193,7 +193,7 @@ def test_an_engines_tokens_are_brute_forces_also_after_its_scorer_was_killed(bru
 
         with process.started(*SCORER, listen=listen):
             one = vllm_parts.params(1, vllm_parts.asked(GuidanceConfig(beta=1.0)))
-            end = time.monotonic() + 60
+            end = time.monotonic() + PATIENCE
             while not report()["up"] and time.monotonic() < end:
                 vllm_parts.generate(llm, PROMPTS[:1], one)
             lost = report()["passthroughs"]

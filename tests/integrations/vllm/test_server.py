@@ -101,7 +101,8 @@ def test_guided_and_plain_answers_are_those_of_generate(server, greedy):
 def test_streamed_answers_are_the_same(server, greedy):
     for message in MESSAGES[:2]:
         parts = list(pieces(server, message, vllm_xargs=GUIDE))
-        assert len(parts) > 10
+        # How many depends on who is faster, the engine or its reader.
+        assert len(parts) > 1
         assert "".join(parts) == greedy[message][1]
         assert "".join(pieces(server, message)) == greedy[message][0]
 
