@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from guided_decode.search.budget import BudgetSpent
-from guided_decode.search.requests import Extend, Judge, Sampling
+from guided_decode.search.methods.pieces import grow
+from guided_decode.search.requests import Sampling
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
 from guided_decode.search.seeds import derive
 
@@ -40,20 +40,11 @@ def prune_and_refill(
     rounds = pruned = 0
     stopped = None
     try:
-        while going := [i for i, beam in enumerate(beams) if not beam.finished]:
-            answers = yield Extend(
-                [prompt + beams[i].tokens for i in going], 1,
-                [min(block, max_tokens - len(beams[i].tokens)) for i in going], sampling,
-                [derive(seed, rounds, i) for i in going],
+        while any(not beam.finished for beam in beams):
+            grown = yield from grow(
+                prompt, beams, block=block, max_tokens=max_tokens, sampling=sampling,
+                seeds=[derive(seed, rounds, i) for i in range(n)],
             )  # fmt: skip
-            grown = list(beams)
-            for i, (continuation,) in zip(going, answers, strict=True):
-                child = beams[i].extended(continuation)
-                ended = child.finished or len(child.tokens) >= max_tokens
-                grown[i] = replace(child, finished=ended)
-            scores = yield Judge([grown[i].judged(prompt) for i in going])
-            for i, score in zip(going, scores, strict=True):
-                grown[i] = grown[i].scored(score)
             beams, dropped = _refilled(grown, margin)
             rounds, pruned = rounds + 1, pruned + dropped
     except BudgetSpent as limit:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 from guided_decode.search.budget import BudgetSpent
-from guided_decode.search.requests import Extend, Judge, Sampling
+from guided_decode.search.methods.pieces import grow
+from guided_decode.search.requests import Sampling
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
 from guided_decode.search.seeds import derive, uniform
 
@@ -59,21 +59,13 @@ def sequential_monte_carlo(
     resampled: list[int] = []
     stopped = None
     try:
-        while going := [i for i, beam in enumerate(beams) if not beam.finished]:
-            answers = yield Extend(
-                [prompt + beams[i].tokens for i in going], 1,
-                [min(block, max_tokens - len(beams[i].tokens)) for i in going], sampling,
-                [derive(seed, len(ess), i) for i in going],
+        while any(not beam.finished for beam in beams):
+            grown = yield from grow(
+                prompt, beams, block=block, max_tokens=max_tokens, sampling=sampling,
+                seeds=[derive(seed, len(ess), i) for i in range(particles)],
             )  # fmt: skip
-            grown = list(beams)
-            for i, (continuation,) in zip(going, answers, strict=True):
-                child = beams[i].extended(continuation)
-                ended = child.finished or len(child.tokens) >= max_tokens
-                grown[i] = replace(child, finished=ended)
-            scores = yield Judge([grown[i].judged(prompt) for i in going])
-            for i, score in zip(going, scores, strict=True):
-                log_weights[i] += beta * (score - (beams[i].score or 0.0))
-                grown[i] = grown[i].scored(score)
+            for i, (new, old) in enumerate(zip(grown, beams, strict=True)):
+                log_weights[i] += beta * ((new.score or 0.0) - (old.score or 0.0))
             beams = grown
             ess.append(effective_sample_size(log_weights))
             unfinished = any(not beam.finished for beam in beams)

@@ -1,0 +1,43 @@
+"""One piece more of responses that grow side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Generator as Coroutine
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from guided_decode.search.requests import Extend, Judge, Request, Sampling, Tokens
+from guided_decode.search.result import Candidate
+
+
+def grow(
+    prompt: Tokens,
+    beams: Sequence[Candidate],
+    *,
+    block: int,
+    max_tokens: int,
+    sampling: Sampling,
+    seeds: Sequence[int],
+) -> Coroutine[Request, Any, list[Candidate]]:
+    """The beams with one piece more each, and valued; those at their end as they are.
+
+    seeds: one a beam. A response that reaches max_tokens is at its end.
+    """
+    going = [i for i, beam in enumerate(beams) if not beam.finished]
+    answers = yield Extend(
+        [prompt + beams[i].tokens for i in going],
+        1,
+        [min(block, max_tokens - len(beams[i].tokens)) for i in going],
+        sampling,
+        [seeds[i] for i in going],
+    )
+    grown = list(beams)
+    for i, (continuation,) in zip(going, answers, strict=True):
+        child = beams[i].extended(continuation)
+        ended = child.finished or len(child.tokens) >= max_tokens
+        grown[i] = replace(child, finished=ended)
+    scores = yield Judge([grown[i].judged(prompt) for i in going])
+    for i, score in zip(going, scores, strict=True):
+        grown[i] = grown[i].scored(score)
+    return grown
