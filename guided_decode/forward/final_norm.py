@@ -52,13 +52,15 @@ def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
         return module.norm
     if not isinstance(module, nn.Module):
         return None
-    norm = _as_record(module)
+    norm = norm_of(module)
     if norm is not None:
         trunk.norm = TakenNorm(norm, module)
     return norm
 
 
-def _as_record(module: nn.Module) -> Norm | None:
+@torch.no_grad()
+def norm_of(module: nn.Module) -> Norm | None:
+    """What a module is, where it gives what `rms_norm` gives on its weights; else None."""
     weight = getattr(module, "weight", None)
     eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):

@@ -16,6 +16,7 @@ from guided_decode.cache.radix_node import NO_INTS
 from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
 from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
+from guided_decode.forward.fused_norms import fuse_norms
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_shapes, most_graph_tokens
@@ -116,6 +117,7 @@ class PackedModel(OneProcess):
     def _prepare(self) -> None:
         self.model.set_attn_implementation(ATTENTION_NAME)
         use_onednn(self.model)
+        fuse_norms(self.model)
         self._watch = self._new_watch()
 
     def _new_watch(self) -> WeightWatch:
