@@ -244,31 +244,37 @@ def _absorb(
 ):  # fmt: skip
     """Takes some keys into a running softmax: slot is [N], seen is [M, N], q is [M, BLOCK_D].
 
-    highest, mass: float32 [M], the largest score and Σ exp(score − highest). total: [M, BLOCK_V].
+    seen: None where every row sees every key; else a slot below 0 is none.
+    highest, mass: float32 [M], the largest score and Σ 2 ** (score − highest), scores in bits: of
+    log₂, which the hardware has. total: [M, BLOCK_V].
     """
     d = tl.arange(0, BLOCK_D)
     v = tl.arange(0, BLOCK_V)
-    live = slot >= 0
-    slot = tl.where(live, slot, 0).to(tl.int64)
-    key = tl.load(
-        keys + slot[None, :] * key_stride + d[:, None],
-        mask=live[None, :] & (d < HEAD_DIM)[:, None], other=0.0,
-    )  # fmt: skip
-    score = tl.dot(q, key, input_precision="ieee") * scaling
+    key_mask = d[:, None] < HEAD_DIM
+    value_mask = v[None, :] < VALUE_DIM
+    if seen is not None:
+        live = slot >= 0
+        slot = tl.where(live, slot, 0)
+        key_mask = key_mask & live[None, :]
+        value_mask = value_mask & live[:, None]
+    slot = slot.to(tl.int64)
+    key = tl.load(keys + slot[None, :] * key_stride + d[:, None], mask=key_mask, other=0.0)
+    score = tl.dot(q, key, input_precision="ieee")
     if softcap is not None:
         # tanh(x) = 1 − 2 / (exp(2x) + 1)
-        score = softcap * (1.0 - 2.0 / (tl.exp(score * (2.0 / softcap)) + 1.0))
-    score = tl.where(seen, score, float("-inf"))
+        score = softcap * (1.0 - 2.0 / (tl.exp(score * (2.0 * scaling / softcap)) + 1.0))
+        score *= 1.4426950408889634
+    else:
+        score *= scaling * 1.4426950408889634
+    if seen is not None:
+        score = tl.where(seen, score, float("-inf"))
     higher = tl.maximum(highest, tl.max(score, 1))
     # Of what has seen nothing yet, −inf − (−inf) would be NaN.
     finite = tl.where(higher == float("-inf"), 0.0, higher)
-    weight = tl.exp(score - finite[:, None])
-    decay = tl.exp(highest - finite)
+    weight = tl.exp2(score - finite[:, None])
+    decay = tl.exp2(highest - finite)
     mass = mass * decay + tl.sum(weight, 1)
-    value = tl.load(
-        values + slot[:, None] * value_stride + v[None, :],
-        mask=live[:, None] & (v < VALUE_DIM)[None, :], other=0.0,
-    )  # fmt: skip
+    value = tl.load(values + slot[:, None] * value_stride + v[None, :], mask=value_mask, other=0.0)
     total = tl.dot(weight.to(value.dtype), value, total * decay[:, None], input_precision="ieee")
     return higher, mass, total
 
@@ -347,13 +353,26 @@ def _attend_kernel(
             )  # fmt: skip
 
     high = tl.max(position)
-    low = tl.maximum(tl.min(tl.where(position >= 0, position, high)) - window + 1, 0)
+    lowest = tl.min(tl.where(position >= 0, position, high))
+    # From here all queries see a column, up to the lowest of their positions.
+    common = high - window + 1
+    low = tl.maximum(lowest - window + 1, 0)
     part = tl.cdiv(tl.cdiv(tl.maximum(high - low, 0), tl.num_programs(2)), BLOCK_N) * BLOCK_N
     low += split * part
     high = tl.minimum(high, low + part)
+    before = tl.cdiv(tl.maximum(tl.minimum(common, high) - low, 0), BLOCK_N)
+    whole = tl.maximum(tl.minimum(lowest, high) - low - before * BLOCK_N, 0) // BLOCK_N
+    blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
     table += tl.load(segment + 2).to(tl.int64) * table_stride
-    for first in range(low, high, BLOCK_N):
-        column = first + n
+    for block in range(before, before + whole):
+        slot = tl.load(table + low + block * BLOCK_N + n)
+        highest, mass, total = _absorb(
+            q, highest, mass, total, slot, None, keys, values, scaling, softcap,
+            key_stride, value_stride, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+        )  # fmt: skip
+    # The others: where a window begins, and the last ones.
+    for block in tl.range(0, blocks - whole, num_stages=1):
+        column = low + tl.where(block < before, block, block + whole) * BLOCK_N + n
         slot = tl.load(table + column, mask=column < high, other=-1)
         behind = position[:, None] - column[None, :]
         seen = (behind > 0) & (behind < window) & (column < high)[None, :]
@@ -364,10 +383,12 @@ def _attend_kernel(
 
     v = tl.arange(0, BLOCK_V)
     place = token.to(tl.int64) * tl.num_programs(1) * group + head
-    total /= tl.where(mass > 0.0, mass, 1.0)[:, None]
+    # Padding has taken keys in as well.
+    mass = tl.where(position >= 0, mass, 0.0)
+    total = tl.where(mass[:, None] > 0.0, total / mass[:, None], 0.0)
     if lse is not None:
         place += split * tokens.to(tl.int64) * tl.num_programs(1) * group
-        tl.store(lse + place, highest + tl.log(mass), mask=inside)
+        tl.store(lse + place, (highest + tl.log2(mass)) * 0.6931471805599453, mask=inside)
     tl.store(
         output + place[:, None] * VALUE_DIM + v[None, :], total.to(output.dtype.element_ty),
         mask=inside[:, None] & (v < VALUE_DIM)[None, :],

@@ -8,7 +8,7 @@ from torch import Tensor
 from guided_decode.kernels.jit import FLOATS, next_power_of_two
 from guided_decode.kernels.merge_splits import MAX_SPLITS
 
-# Enough programs for two on each multiprocessor of an H100 or H200.
+# What an H100 or H200 runs at once, two on each multiprocessor: a few more would run alone.
 _PROGRAMS = 264
 # A split reads at least so much of the prefix: a shorter one costs more to merge than it saves.
 _SHORTEST_SPLIT = 256
@@ -27,11 +27,15 @@ class Tile(NamedTuple):
 # holds a segment's queries is taken, else the largest. None of them spills on sm_80 or sm_90.
 TILES = {
     (False, 64): (Tile(16, 128, 4, 5), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
-    (False, 128): (Tile(16, 64, 4, 5), Tile(64, 64, 8, 3)),
+    (False, 128): (Tile(16, 128, 4, 4), Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
     (False, 256): (Tile(16, 32, 4, 5), Tile(64, 32, 8, 2)),
     (True, 64): (Tile(16, 32, 8, 2),),
     (True, 128): (Tile(16, 32, 8, 2),),
     (True, 256): (Tile(16, 16, 8, 1),),
+}
+# From sm_90 on, where a warpgroup multiplies: measured on an H200.
+HOPPER_TILES = TILES | {
+    (False, 128): (Tile(16, 128, 4, 4), Tile(32, 64, 4, 4), Tile(64, 64, 4, 5)),
 }
 
 
@@ -39,7 +43,7 @@ def tile_of(query: Tensor, values: Tensor, max_queries: int) -> Tile | None:
     """The launch table's entry; None where a group has more heads, or heads more dimensions."""
     _, heads, head_dim = query.shape
     group = heads // values.shape[1]
-    tiles = _tiles(query.dtype, group, max(head_dim, values.shape[2]))
+    tiles = _tiles(query.dtype, group, max(head_dim, values.shape[2]), _is_hopper(query.device))
     if not tiles:
         return None
     return next((tile for tile in tiles if tile.m >= group * max_queries), tiles[-1])
@@ -53,13 +57,18 @@ def has_tile(dtype: torch.dtype, group: int, head_dim: int) -> bool:
     return bool(_tiles(dtype, group, head_dim))
 
 
-def _tiles(dtype: torch.dtype, group: int, head_dim: int) -> tuple[Tile, ...]:
+def _is_hopper(device: torch.device) -> bool:
+    """Whether it is of sm_90 or later; a device that is not here is taken for one."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _tiles(dtype: torch.dtype, group: int, head_dim: int, hopper: bool = True) -> tuple[Tile, ...]:
     size = next_power_of_two(max(head_dim, 64))
-    tiles = TILES.get((dtype == torch.float32, size), ())
+    tiles = (HOPPER_TILES if hopper else TILES).get((dtype == torch.float32, size), ())
     return tiles if dtype in FLOATS and tiles and group <= tiles[-1].m else ()
 
 
 def splits_of(programs: int, max_prefix: int) -> int:
     """Into how many parts the prefix is cut, so that a small batch fills the GPU."""
-    wanted = -(-_PROGRAMS // max(1, programs))
+    wanted = _PROGRAMS // max(1, programs)
     return max(1, min(wanted, -(-max_prefix // _SHORTEST_SPLIT), MAX_SPLITS))

@@ -7,6 +7,7 @@ from itertools import product
 import pytest
 import torch
 
+from guided_decode.kernels import lookahead_tiles
 from guided_decode.kernels.jit import FLOATS
 from guided_decode.kernels.lookahead_attention import (
     PackedReads,
@@ -15,7 +16,7 @@ from guided_decode.kernels.lookahead_attention import (
     lookahead_attention_reference,
     lookahead_attention_triton,
 )
-from guided_decode.kernels.lookahead_tiles import TILES, Tile, splits_of, tile_of
+from guided_decode.kernels.lookahead_tiles import HOPPER_TILES, TILES, Tile, splits_of, tile_of
 from tests.kernels.kernel_cases import (
     ARCHITECTURES,
     DEVICE,
@@ -208,7 +209,8 @@ def test_kernel_knows_windows_and_soft_caps(window, softcap, dtype, monkeypatch)
 
 
 @runs_kernels
-@pytest.mark.parametrize("tile", sorted({(t.m, t.n) for tiles in TILES.values() for t in tiles}))
+@pytest.mark.parametrize("tile", sorted({(t.m, t.n) for tiles in (*TILES.values(),
+                         *HOPPER_TILES.values()) for t in tiles}))  # fmt: skip
 def test_kernel_holds_for_every_tile(tile, monkeypatch):
     # In float32, which the tiles of 16 bits would never see.
     monkeypatch.setattr(module, "tile_of", lambda *_: Tile(*tile, warps=8, stages=1))
@@ -246,7 +248,9 @@ def test_public_function_replays_in_a_cuda_graph(dtype):
 
 def test_a_small_batch_is_split_and_a_large_one_is_not():
     assert splits_of(8, 4096) == 16
-    assert splits_of(40, 4096) == 7
+    assert splits_of(40, 4096) == 6
+    # 384 programs would run 264 of them, and then 120.
+    assert splits_of(128, 4096) == 2
     assert splits_of(40, 512) == 2
     assert splits_of(1, 1 << 20) == 64
     assert splits_of(640, 4096) == 1
@@ -263,6 +267,13 @@ def test_a_tile_holds_all_candidates_of_a_row_where_it_can():
     assert tile(Heads(4, 1, 128, 128), 4000).m == 64
     assert tile(Heads(71, 1, 128, 128), 1) is None
     assert tile(Heads(1, 1, 288, 288), 1) is None
+
+
+@pytest.fixture
+def architecture(request, monkeypatch):
+    """What a launch that is compiled for it is tiled for."""
+    monkeypatch.setattr(lookahead_tiles, "_is_hopper", lambda device: request.param >= 90)
+    return request.param
 
 
 def meta(heads, queries, prefix, dtype, softcap=None):
@@ -284,7 +295,7 @@ def meta(heads, queries, prefix, dtype, softcap=None):
     lookahead_attention_triton(query, reads, queries, prefix)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
 def test_the_usual_variants_compile_without_spills(monkeypatch, architecture):
     made = recorded(monkeypatch)
     # Llama-2 13B and Llama-3 8B at k 16, Gemma at k 8, and the float32 that parity is claimed in.
@@ -299,7 +310,7 @@ def test_the_usual_variants_compile_without_spills(monkeypatch, architecture):
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("dim", [64, 80, 96, 128, 160, 192, 256])
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("architecture", ARCHITECTURES, indirect=True)
 def test_every_variant_compiles_without_spills(monkeypatch, architecture, dim):
     made = recorded(monkeypatch)
     tiled = product(FLOATS, (16, 64, 128), (100, 4096), (None, 30.0))
