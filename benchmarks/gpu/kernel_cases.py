@@ -21,6 +21,7 @@ from guided_decode.kernels.lm_head_value import (
     lm_head_value_triton,
 )
 from guided_decode.kernels.norm import Norm
+from guided_decode.kernels.norm_rows import norm_rows_reference, norm_rows_triton
 from guided_decode.kernels.top_candidates import (
     Cut,
     top_candidates_reference,
@@ -73,6 +74,7 @@ def makers(device: str, dtype: torch.dtype = torch.bfloat16) -> list[Maker]:
         found += [
             Maker(partial(lm_head_case, size, rows, device, dtype), closer),
             Maker(partial(value_head_case, size, rows, device, dtype), closer),
+            Maker(partial(norm_rows_case, size, rows, device, dtype), closer),
             Maker(partial(top_candidates_case, size, rows, 16, device), closer),
             Maker(partial(guide_logits_case, size, rows, 16, device), closer),
             Maker(partial(guide_sample_case, size, rows, 16, device), closer),
@@ -98,6 +100,20 @@ def value_head_case(size: Size, rows: int, device: str, dtype: torch.dtype) -> K
         [lambda x=x: value_head_reference(x, weight, None, norm, None) for x in hidden],
         lambda: value_head_reference(hidden[0].float(), weight, None, norm, None),
         tolerance=1e-3,
+    )
+
+
+def norm_rows_case(size: Size, rows: int, device: str, dtype: torch.dtype) -> KernelCase:
+    moved = (2 * rows + 1) * size.hidden * dtype.itemsize
+    hidden = torch.randn(rotations(moved), rows, size.hidden, device=device, dtype=dtype)
+    norm = Norm(torch.rand(size.hidden, device=device).to(dtype), 1e-5, 0.0)
+    return KernelCase(
+        "norm_rows",
+        f"{rows} rows of {size.hidden}",
+        moved,
+        [lambda x=x: norm_rows_triton(x, norm, True) for x in hidden],
+        [lambda x=x: norm_rows_reference(x, norm, True) for x in hidden],
+        lambda: norm_rows_reference(hidden[0].double(), norm, False),
     )
 
 

@@ -74,14 +74,16 @@ class Suite:
 
 
 def jobs(gpu: bool, tests: Path = _TESTS) -> list[Job]:
-    """Every file with such tests; vLLM's own part runs its file."""
+    """Every file with tests for a GPU, or without one with tests that compile; vLLM's own part runs
+    its file."""
     found = []
     for file in sorted(tests.rglob("test_*.py")):
         text, place = file.read_text(), file.relative_to(tests).as_posix()
         if gpu and _MARKED.search(text) and place != _VLLM_FILE:
             parts = _SHARDS.get(place, 1)
             found += [Job(file, "gpu", f"{i + 1}/{parts}") for i in range(parts)]
-        if _COMPILE in text and file.parent.name == "kernels":
+        # A GPU's time is for what only a GPU can do.
+        if not gpu and _COMPILE in text and file.parent.name == "kernels":
             found.append(Job(file, "compile"))
     # The slowest first.
     return sorted(found, key=lambda job: (job.kind != "gpu", -job.file.stat().st_size))

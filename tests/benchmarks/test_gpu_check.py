@@ -280,7 +280,8 @@ def test_the_tests_of_a_file_are_counted_and_their_failures_kept(tmp_path):
         @pytest.mark.gpu
         def test_three(): pytest.skip("no")
     """)  # fmt: skip
-    found = suites.jobs(gpu=True, tests=tmp_path)
+    found = [*suites.jobs(gpu=True, tests=tmp_path), *suites.jobs(gpu=False, tests=tmp_path)]
+    # A card's time is not spent on what needs none.
     assert [(job.file, job.kind) for job in found] == [(file, "gpu"), (file, "compile")]
     first, second = suites.run_jobs(found, 60, tmp_path / "logs")
     assert (first.passed, first.failed, first.skipped, first.problem) == (1, 1, 1, None)
