@@ -44,6 +44,7 @@ _LIKE_A_MARK = re.compile(r"<!--\s*run")
 _INLINE = re.compile(r"(?<!`)(`+)(?!`)(.+?)(?<!`)\1(?!`)", re.DOTALL)
 _OTHERS_FOLDERS = ("build", "dist", "out")
 _HISTORY = "CHANGELOG.md"
+_REPORTS = "benchmarks/results/"
 
 
 # The clauses with their words.
@@ -84,7 +85,8 @@ class Inline:
 
 
 def markdown_files(root: Path = ROOT) -> list[str]:
-    """Every Markdown file of the repository but its history, which speaks of the past."""
+    """Every Markdown file of the repository but those that speak of the past: its history, and
+    reports of benchmarks."""
     folders = [
         folder
         for folder in root.iterdir()
@@ -94,7 +96,8 @@ def markdown_files(root: Path = ROOT) -> list[str]:
         and not (folder / "pyvenv.cfg").exists()
     ]
     paths = [*root.glob("*.md"), *(path for folder in folders for path in folder.rglob("*.md"))]
-    return sorted(path.relative_to(root).as_posix() for path in paths if path.name != _HISTORY)
+    names = (path.relative_to(root).as_posix() for path in paths if path.name != _HISTORY)
+    return sorted(name for name in names if not name.startswith(_REPORTS))
 
 
 def read_blocks(file: str, text: str | None = None) -> list[Block]:
