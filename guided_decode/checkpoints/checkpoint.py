@@ -9,7 +9,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from guided_decode.checkpoints.config_checks import check_config, settle_rope
 from guided_decode.checkpoints.families import BosRule, Family
 from guided_decode.checkpoints.head import choose_transform, read_head
+from guided_decode.checkpoints.how_loaded import HowLoaded
 from guided_decode.checkpoints.kinds import choose_family
+from guided_decode.checkpoints.placement import DeviceMap
+from guided_decode.checkpoints.quantization import Quantization, check_stored, refuse_twice
 from guided_decode.checkpoints.registry import Record
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
@@ -50,7 +53,7 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    model: ModelLike,
+    model: ModelLike | Source,
     kind: str = "auto",
     *,
     dtype: torch.dtype | None = None,
@@ -62,6 +65,8 @@ def load_checkpoint(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     rope_theta: float | None = None,
+    quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> Checkpoint:
     """A critic of any kind but "implicit" and "trunk-head".
 
@@ -78,6 +83,8 @@ def load_checkpoint(
         allow_pickle: read pickled weights where there are no safetensors.
         trust_remote_code: run code that comes with the checkpoint.
         rope_theta: overrides the config's.
+        quantization: of the trunk while it loads; its head stays in full precision.
+        device_map: of several devices, by the checkpoint's or its trunk's names of modules.
 
     Raises:
         ValueError: the checkpoint does not fit its kind, or cannot be scored in packed form;
@@ -98,11 +105,11 @@ def load_checkpoint(
             f"{source.name} was given as {family.kind}, whose head comes apart from the policy: "
             "expected a critic or reward model; load it with load_scorer(policy, head=...)"
         )
-    check_config(source.name, source.config)
+    how = _how_loaded(source, quantization, device_map)
     _settle_rope(source, family, rope_theta)
     head = read_head(source, family, wanted)
     read = choose_transform(source, family, wanted, len(head.weight))
-    trunk = load_trunk(source, dtype, device)
+    trunk = load_trunk(source, dtype, device, how)
     return Checkpoint(
         name=source.name,
         family=family,
@@ -116,7 +123,7 @@ def load_checkpoint(
 
 
 def load_causal_lm(
-    model: ModelLike,
+    model: ModelLike | Source,
     *,
     dtype: torch.dtype | None = None,
     device: torch.device | str | None = None,
@@ -124,6 +131,8 @@ def load_causal_lm(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     rope_theta: float | None = None,
+    quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """A language model on its own config, in eval mode: one of an implicit pair, or a reference.
 
@@ -139,9 +148,9 @@ def load_causal_lm(
             f"{source.name} is a {source.architecture}: a reference or implicit reward expects a "
             f"class that ends in {' or '.join(family.architectures)}; pass a language model"
         )
-    check_config(source.name, source.config)
+    how = _how_loaded(source, quantization, device_map)
     _settle_rope(source, family, rope_theta)
-    return load_language_model(source, dtype, device)
+    return load_language_model(source, dtype, device, how)
 
 
 def load_policy_trunk(
@@ -150,6 +159,8 @@ def load_policy_trunk(
     dtype: torch.dtype | None,
     device: torch.device | str | None,
     rope_theta: float | None,
+    quantization: Quantization | None = None,
+    device_map: DeviceMap | None = None,
 ) -> PreTrainedModel:
     """The decoder of a causal LM, on its own config, for a head that comes apart from it.
 
@@ -161,9 +172,32 @@ def load_policy_trunk(
             f"{source.name} is a {source.architecture}: {family.kind} expects the policy itself, a "
             f"class that ends in {' or '.join(family.architectures)}, and its head as head="
         )
-    check_config(source.name, source.config)
+    how = _how_loaded(source, quantization, device_map)
     _settle_rope(source, family, rope_theta)
-    return load_trunk(source, dtype, device)
+    return load_trunk(source, dtype, device, how)
+
+
+def _how_loaded(
+    source: Source, quantization: Quantization | None, device_map: DeviceMap | None
+) -> HowLoaded:
+    """How its weights are to be read.
+
+    Raises ValueError: it cannot be scored in packed form, is quantised by what is not known or
+    not installed, or cannot be quantised or spread as it was asked.
+    """
+    check_config(source.name, source.config)
+    in_memory = source.instance is not None
+    if not in_memory:
+        check_stored(source.name, source.config)
+    if quantization is not None:
+        refuse_twice(source.name, quantization, source.config, in_memory=in_memory)
+    if device_map is not None and in_memory:
+        raise ValueError(
+            f"device_map={device_map!r} was given for {source.name}, a model in memory, whose "
+            "weights have their places: expected its name or path; drop it, or load it so with "
+            "transformers' from_pretrained"
+        )
+    return HowLoaded(quantization, device_map)
 
 
 def _settle_rope(source: Source, family: Family, rope_theta: float | None) -> None:

@@ -19,13 +19,6 @@ _BATCH_DEPENDENT_ROPE = frozenset({"dynamic", "longrope"})
 
 def check_config(name: str, config: PreTrainedConfig) -> None:
     """Raises ValueError: the model cannot be scored in packed form, and why."""
-    method = _quantisation(config)
-    if method is not None:
-        raise ValueError(
-            f"{name} is quantised ({method}): weights of a trunk and its head are read in full "
-            "precision only, from a folder or in memory; pass the checkpoint before quantisation, "
-            "or the model's dequantize()"
-        )
     reason = _misfit(config)
     if reason is not None:
         raise ValueError(
@@ -51,17 +44,6 @@ def _misfit(config: PreTrainedConfig) -> str | None:
     if ropes & _BATCH_DEPENDENT_ROPE:
         return f"has rope_type {', '.join(sorted(ropes & _BATCH_DEPENDENT_ROPE))}"
     return None
-
-
-def _quantisation(config: PreTrainedConfig) -> str | None:
-    """How the weights were quantised; None where they were not."""
-    settings = getattr(config, "quantization_config", None)
-    if not settings:
-        return None
-    fields = settings if isinstance(settings, dict) else settings.to_dict()
-    method = getattr(fields.get("quant_method"), "value", fields.get("quant_method"))
-    bits = next((n for n in (4, 8) if fields.get(f"load_in_{n}bit")), None)
-    return f"{method or 'method unknown'}{f', {bits} bits' if bits else ''}"
 
 
 def _is_bidirectional(config: PreTrainedConfig) -> bool:

@@ -15,10 +15,12 @@ from guided_decode.checkpoints.following import critic_head_origin, trunk_head_o
 from guided_decode.checkpoints.loading_options import (
     LoadingOptions,
     check_tokenizer,
+    options_for,
     options_of_companions,
     packed_model,
 )
 from guided_decode.checkpoints.misgiven import misgiven_object
+from guided_decode.checkpoints.quantised_layers import is_quantised
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
 from guided_decode.checkpoints.special_ids import conventions
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
@@ -35,7 +37,6 @@ from guided_decode.scoring.trunk_scorer import TrunkScorer
 
 def load_critic(
     source: Source,
-    model: ModelLike,
     kind: str,
     options: LoadingOptions,
     reward: "ModelLike | Scorer | None" = None,
@@ -46,7 +47,7 @@ def load_critic(
 
     Args as of `loading.load_scorer`; `given`: bos, terminal and transform.
     """
-    checkpoint = load_checkpoint(model, kind, **given, **options.of_weights)
+    checkpoint = load_checkpoint(source, kind, **given, **options.of_weights)
     check_tokenizer(options, checkpoint.tokenizer, checkpoint.trunk, source)
     return CriticScorer(
         packed_model(checkpoint.trunk, checkpoint.name, options),
@@ -69,8 +70,13 @@ def load_trunk_scorer(
     options: LoadingOptions,
 ) -> TrunkScorer:
     """A head on the policy's own hidden states; arguments as of `loading.load_scorer`."""
-    trunk = load_policy_trunk(source, family, options.dtype, options.device, options.rope_theta)
+    trunk = load_policy_trunk(
+        source, family, options.dtype, options.device, options.rope_theta,
+        options.quantization, options.device_map,
+    )  # fmt: skip
     of_head = options.of_files | {"revision": None, "transform": transform}
+    # Of weights that were quantised nobody knows what they were.
+    of_head["exact"] = not (source.is_gguf or is_quantised(trunk))
 
     def read(trunk: PreTrainedModel) -> TrunkHead:
         # A head may know its trunk by its weights, the norm's among them.
@@ -118,7 +124,8 @@ def _load_reference(
         return reference
     own = replace(options, revision=None, rope_theta=None)
     source = open_source(reference, **own.of_files)
-    model = load_causal_lm(reference, **own.of_weights)
+    own = options_for(own, source)
+    model = load_causal_lm(source, **own.of_weights)
     check_tokenizer(own, load_tokenizer(source), model, source)
     return LanguageModel(packed_model(model, source.name, own))
 
@@ -134,4 +141,4 @@ def _load_reward(reward: "ModelLike | Scorer | None", options: LoadingOptions) -
         return reward
     own = replace(options, revision=None, rope_theta=None)
     source = open_source(reward, **own.of_files)
-    return load_critic(source, reward, "auto", own)
+    return load_critic(source, "auto", options_for(own, source))

@@ -10,9 +10,15 @@ from guided_decode.checkpoints.adapter_loading import refuse_without_peft
 from guided_decode.checkpoints.checkpoint import load_tokenizer
 from guided_decode.checkpoints.config_checks import check_config, settle_rope
 from guided_decode.checkpoints.families import BosRule, Family
+from guided_decode.checkpoints.gguf_weights import refuse_packed
 from guided_decode.checkpoints.head import choose_transform, read_head
 from guided_decode.checkpoints.kinds import choose_family
 from guided_decode.checkpoints.loading import reference_of, refuse_for_implicit, settled_terminal
+from guided_decode.checkpoints.quantization import (
+    check_stored,
+    read_quantization,
+    refuse_twice,
+)
 from guided_decode.checkpoints.source import Source, open_source
 from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 from guided_decode.scorer import TerminalRule
@@ -42,6 +48,8 @@ def examine_scorer(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     rope_theta: float | None = None,
+    quantization: str | None = None,
+    gguf_file: str | None = None,
 ) -> Examined:
     """What is known of a scorer by its config, its tokenizer, its head and the headers of its
     weights; arguments as of `load_scorer`.
@@ -53,8 +61,12 @@ def examine_scorer(
         "allow_pickle": allow_pickle,
         "trust_remote_code": trust_remote_code,
     }
+    quantized = read_quantization(quantization)
     given = model if adapter is None else Adapted(model, adapter)
-    source = open_source(given, revision=revision, **of_files)
+    source = open_source(given, revision=revision, gguf_file=gguf_file, **of_files)
+    if quantized is not None:
+        refuse_twice(source.name, quantized, source.config, in_memory=False)
+        refuse_packed(source, quantized)
     family = choose_family(source, kind, bos=bos, terminal=terminal)
     _examine(source, family, rope_theta, policy_tokenizer)
     vocab = int(source.config.get_text_config().vocab_size)
@@ -87,6 +99,7 @@ def _examine(
     if source.adapter is not None:
         refuse_without_peft(source)
     check_config(source.name, source.config)
+    check_stored(source.name, source.config)
     settle_rope(source.name, source.config, family, rope_theta)
     tokenizer = _tokenizer(source)
     if policy_tokenizer is not None and tokenizer is not None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from guided_decode.checkpoints.families import FAMILIES, Family
 from guided_decode.checkpoints.misgiven import adapter_layers
+from guided_decode.checkpoints.quantised_layers import is_plain
 from guided_decode.checkpoints.source import Source
 from guided_decode.checkpoints.weight_files import HEADS_BESIDE, pickled_head
 from guided_decode.scoring.transforms import Normalise, Transform
@@ -50,12 +51,17 @@ def read_head(source: Source, family: Family, transform: Transform | None = None
         )
     module = head_module(source, family)
     if module is None:
+        _refuse_quantised(source, family)
         wanted = ", ".join(f"{place}.weight" for place in family.heads)
         raise ValueError(
             f"{source.name} has no head that {family.kind} expects (one of {wanted}): a critic "
             f"without its head scores at random; {_where_else(source, family)}"
         )
-    weight = source.tensor(f"{module}.weight").float()
+    stored = source.tensor(f"{module}.weight")
+    if not is_plain(stored):
+        kind = type(stored).__name__ if type(stored) is not Tensor else str(stored.dtype)[6:]
+        raise _quantised(source, module, kind)
+    weight = stored.float()
     _check_shape(source, family, module, weight, transform)
     head = Head(weight, _read_bias(source, family, module))
     for part, tensor in (("weight", head.weight), ("bias", head.bias)):
@@ -67,8 +73,35 @@ def read_head(source: Source, family: Family, transform: Transform | None = None
     return head
 
 
+def _refuse_quantised(source: Source, family: Family) -> None:
+    """Raises ValueError: of the head there are packed weights only."""
+    for module in family.heads:
+        starts = (f"{module}.weight_", f"{module}._weight", f"{module}.q")
+        packed = sorted(name for name in source.tensor_names if name.startswith(starts))
+        if packed:
+            raise _quantised(source, module, packed[0])
+
+
+def _quantised(source: Source, module: str, what: str) -> ValueError:
+    where = (
+        f"its name or path, or load it with [{module!r}] as llm_int8_skip_modules or "
+        "modules_to_not_convert of its quantization config"
+        if source.instance is not None
+        else "a checkpoint that was saved so"
+    )
+    return ValueError(
+        f"{source.name} has its head {module} quantised ({what}): expected full precision, since "
+        f"every value is read off it; pass {where}"
+    )
+
+
 def _where_else(source: Source, family: Family) -> str:
     """Where the head may be instead, or what to pass."""
+    if source.is_gguf:
+        return (
+            "a GGUF file has a trunk only: pass head=, the checkpoint that it was converted from "
+            "or a safetensors file with its head"
+        )
     if source.instance is not None and (layer := adapter_layers(source.instance)) is not None:
         return (
             f"PEFT has wrapped its layers ({layer}): pass merge_and_unload() of the PEFT model, "

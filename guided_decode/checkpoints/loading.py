@@ -9,21 +9,29 @@ from guided_decode.checkpoints.adapted import Adapted
 from guided_decode.checkpoints.checkpoint import load_causal_lm
 from guided_decode.checkpoints.critic_loading import load_critic, load_trunk_scorer
 from guided_decode.checkpoints.families import BosRule
+from guided_decode.checkpoints.head_beside import with_head_beside
 from guided_decode.checkpoints.kinds import choose_family
 from guided_decode.checkpoints.loading_options import (
     LoadingOptions,
     Tokenizer,
     check_tokenizer,
+    options_for,
     options_of_companions,
     packed_model,
     read_tokenizer,
 )
+from guided_decode.checkpoints.placement import DeviceMapLike, first_device, read_device_map
 from guided_decode.checkpoints.precision import (
     Device,
     DType,
     read_device,
     read_dtype,
     settled_dtype,
+)
+from guided_decode.checkpoints.quantization import (
+    QuantizationLike,
+    check_device,
+    read_quantization,
 )
 from guided_decode.checkpoints.remote_loading import is_remote, load_remote
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
@@ -65,23 +73,27 @@ def load_scorer(
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
     rope_theta: float | None = None,
+    quantization: QuantizationLike | None = None,
+    gguf_file: str | None = None,
+    device_map: DeviceMapLike | None = None,
     key_file: str | Path | None = None,
     timeout: float | None = None,
 ) -> Scorer:
     """A scorer that follows the conventions its checkpoint's trainer used.
 
     Args:
-        model: a registered name, a Hub id, a local path, or a transformers model in memory, whose
-            weights are then shared and which is not changed. A PEFT adapter's folder or Hub id
-            stands for the adapted base, into which it is merged where that is exact; a PeftModel
-            for what is active in it; an `Adapted` for a model with a certain adapter. Or the
-            address of a scorer server (`guided-decode scorer`), tcp://HOST:PORT or ipc://PATH,
-            which was given the options of loading itself: kind, bos, terminal, transform and dtype
-            are then what it has to have.
+        model: a registered name, a Hub id, a local path (a GGUF file too), or a transformers model
+            in memory, whose weights are then shared and which is not changed. A PEFT adapter's
+            folder or Hub id stands for the adapted base, into which it is merged where that is
+            exact; a PeftModel for what is active in it; an `Adapted` for a model with a certain
+            adapter. Or the address of a scorer server (`guided-decode scorer`), tcp://HOST:PORT or
+            ipc://PATH, which was given the options of loading itself: kind, bos, terminal,
+            transform and dtype are then what it has to have.
         kind: the checkpoint family (`guided_decode.checkpoints.families`), or "remote"; "auto"
             decides on positive evidence.
         head: for kind="trunk-head", where `model` is the policy: a value head on its hidden states
-            (`trunk_head_loading.load_trunk_head` says in which forms).
+            (`trunk_head_loading.load_trunk_head` says in which forms). For a GGUF file of another
+            kind: the checkpoint that it was converted from, or a safetensors file with its head.
         adapter: of the model, as of `Adapted`: its name in memory or its folder; None: what the
             model is by itself.
         reward: a reward model that scores responses that end, in the critic's units; implies
@@ -103,6 +115,13 @@ def load_scorer(
         allow_pickle: read pickled weights where there are no safetensors.
         trust_remote_code: run code that comes with the checkpoint.
         rope_theta: overrides the config's.
+        quantization: of weights that come in full precision, the scorer's and its companions':
+            "bnb-4bit", "bnb-8bit", "int8", "int4" or "fp8", or a quantization config of
+            transformers; heads stay in full precision. None reads each checkpoint as it is stored.
+        gguf_file: which GGUF file of the folder or Hub repository `model` has the weights.
+        device_map: instead of a device: "auto" and accelerate's other words, or a dict of modules
+            to devices; each layer's cache lies where the layer does. With a dict, companions are
+            spread by "auto".
         key_file: the clients' key file of a scorer server that wants keys.
         timeout: seconds that a scorer server may take for an answer; None is 60.
 
@@ -139,14 +158,21 @@ def load_scorer(
                 "allow_pickle": allow_pickle,
                 "trust_remote_code": trust_remote_code,
                 "rope_theta": rope_theta,
+                "quantization": quantization,
+                "gguf_file": gguf_file,
+                "device_map": device_map,
             },
         )
     if adapter is not None:
         model = Adapted(model, adapter)  # type: ignore[arg-type]
-    on = read_device(device)
+    on, spread = read_device(device), read_device_map(device_map, device)
+    quantized = read_quantization(quantization)
+    target = on if spread is None else first_device(spread)
     options = LoadingOptions(
         device=on,
-        dtype=settled_dtype(model, on, read_dtype(dtype)),
+        dtype=settled_dtype(
+            model, target, read_dtype(dtype), None if quantized is None else quantized.dtype
+        ),
         revision=revision,
         allow_pickle=allow_pickle,
         trust_remote_code=trust_remote_code,
@@ -155,21 +181,26 @@ def load_scorer(
         live_tokens=live_tokens,
         max_forward_tokens=max_forward_tokens,
         policy_tokenizer=read_tokenizer(policy_tokenizer),
+        quantization=quantized,
+        device_map=spread,
     )
-    source = open_source(model, **options.of_files)
+    if quantized is not None:
+        check_device(quantized, target, options.dtype)
+    source = open_source(model, gguf_file=gguf_file, **options.of_files)
+    source, kind, head = with_head_beside(source, kind, head, allow_pickle=allow_pickle)
     family = choose_family(source, _kind(kind, head, source.name))
     # A head on the policy's own trunk reads the policy's own ids.
     if options.policy_tokenizer is None and not family.head_apart:
         warn_of_unknown_policy(source.name)
     if not family.heads:
         refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
-        return _load_implicit(model, source, reference, options)
+        return _load_implicit(source, reference, options)
     terminal = settled_terminal(reward, terminal)
     if head is not None:
         family = choose_family(source, family.kind, bos=bos, terminal=terminal)
         return load_trunk_scorer(source, family, head, transform, reward, reference, options)
     given = {"bos": bos, "terminal": terminal, "transform": transform}
-    return load_critic(source, model, kind, options, reward, reference, **given)
+    return load_critic(source, kind, options, reward, reference, **given)
 
 
 def warn_of_unknown_policy(name: str) -> None:
@@ -211,16 +242,16 @@ def _kind(kind: str, head: object, name: str) -> str:
 
 
 def _load_implicit(
-    model: ModelLike,
     source: Source,
     reference: "ModelLike | LogProbs | None",
     options: LoadingOptions,
 ) -> ImplicitScorer:
     start = reference_of(source, reference)
-    tuned = load_causal_lm(model, **options.of_weights)
+    tuned = load_causal_lm(source, **options.of_weights)
     base_options = replace(options, revision=None)
-    base = load_causal_lm(start, **base_options.of_weights)
     base_source = open_source(start, **base_options.of_files)
+    base_options = options_for(base_options, base_source)
+    base = load_causal_lm(base_source, **base_options.of_weights)
     tokenizer = load_tokenizer(source)
     check_tokenizer(options, tokenizer, tuned, source)
     own = options_of_companions(options, tokenizer, "the reference")

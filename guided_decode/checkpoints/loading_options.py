@@ -7,6 +7,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from guided_decode.checkpoints.placement import DeviceMap
+from guided_decode.checkpoints.quantised_layers import is_plain, is_quantised
+from guided_decode.checkpoints.quantization import Quantization, stored_method
 from guided_decode.checkpoints.source import Source
 from guided_decode.checkpoints.tokenizer_files import read_policy_tokenizer
 from guided_decode.checkpoints.tokenizer_match import Sides, check_rows, check_tokenizers
@@ -35,6 +38,8 @@ class LoadingOptions:
     policy_tokenizer: PreTrainedTokenizerBase | None
     writer: str = "the policy"
     reader: str = "the critic"
+    quantization: Quantization | None = None
+    device_map: DeviceMap | None = None
 
     @property
     def of_files(self) -> dict[str, Any]:
@@ -43,7 +48,7 @@ class LoadingOptions:
 
     @property
     def of_weights(self) -> dict[str, Any]:
-        names = ("device", "dtype", "rope_theta")
+        names = ("device", "dtype", "rope_theta", "quantization", "device_map")
         return self.of_files | {name: getattr(self, name) for name in names}
 
 
@@ -51,14 +56,27 @@ def packed_model(
     model: PreTrainedModel, name: str, options: LoadingOptions, bytes_beside: int = 0
 ) -> PackedModel:
     """The model on its slot pool, checked against its stock self."""
-    packed = PackedModel(
-        model,
-        name,
-        cache_tokens=options.cache_tokens,
-        live_tokens=options.live_tokens,
-        max_forward_tokens=options.max_forward_tokens,
-        bytes_beside=bytes_beside,
-    )
+    try:
+        packed = PackedModel(
+            model,
+            name,
+            cache_tokens=options.cache_tokens,
+            live_tokens=options.live_tokens,
+            max_forward_tokens=options.max_forward_tokens,
+            bytes_beside=bytes_beside,
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        # Quantised layers that are not ready, or have no kernels for this device or dtype.
+        if not is_quantised(model):
+            raise
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"{name} is quantised and its own forward fails on {model.device} in "
+            f"{str(model.dtype)[6:]} ({said}): expected a model that runs there; pass another "
+            "device or dtype, or its name instead of the model"
+        ) from error
     try:
         check_packed(packed)
     except ValueError:
@@ -70,7 +88,7 @@ def packed_model(
 def _refuse_non_finite(model: PreTrainedModel, name: str) -> None:
     """Raises ValueError: a weight is NaN or infinite, so that nothing can be compared."""
     for weight, tensor in model.named_parameters():
-        if not bool(tensor.isfinite().all()):
+        if is_plain(tensor) and not bool(tensor.isfinite().all()):
             raise ValueError(
                 f"{name} has NaN or infinity in {weight}: expected numbers; save or download the "
                 f"checkpoint again, or pass a wider dtype than {str(tensor.dtype)[6:]}"
@@ -109,6 +127,20 @@ def check_tokenizer(
     in_memory = source.instance is not None
     sides = Sides(options.writer, options.reader)
     check_tokenizers(policy, tokenizer, sides, rows=rows if in_memory else None)
+
+
+def options_for(options: LoadingOptions, source: Source) -> LoadingOptions:
+    """The options of a companion: what is quantised already, or lies in memory, stays as it is.
+
+    A dict of devices names modules of the scorer; its companions then are spread by accelerate.
+    """
+    as_it_is = source.instance is not None or source.is_gguf or stored_method(source.config)
+    spread = options.device_map if isinstance(options.device_map, str) else "auto"
+    return replace(
+        options,
+        quantization=None if as_it_is else options.quantization,
+        device_map=None if options.device_map is None or source.instance is not None else spread,
+    )
 
 
 def options_of_companions(

@@ -1,4 +1,4 @@
-"""What is given as a model and is none: adapters, trunk heads, GGUF files, wrapped models."""
+"""What is given as a model and is none: adapters, trunk heads, wrapped models."""
 
 from pathlib import Path
 
@@ -26,8 +26,11 @@ def misgiven_file(path: str | Path) -> str | None:
     if path.is_dir() and not (path / "config.json").is_file():
         if (path / FILE_NAME).is_file():
             return _trunk_head(str(path))
-        if found := sorted(path.glob("*.gguf")):
-            return _gguf(f"{path} has no config.json but {found[0].name}, which")
+        if found := sorted(each.name for each in path.glob("*.gguf")):
+            return (
+                f"{path} has no config.json but {', '.join(found)}: pass gguf_file="
+                f"{found[0]!r}, or the path of a GGUF file"
+            )
     return None
 
 
@@ -72,8 +75,6 @@ def adapter_layers(model: PreTrainedModel) -> str | None:
 
 
 def _single_file(path: Path) -> str:
-    if path.suffix == ".gguf":
-        return _gguf(f"{path}")
     if path.name == FILE_NAME:
         return _trunk_head(str(path))
     return f"{path} is a file: expected the folder of a checkpoint, with its config.json"
@@ -87,11 +88,4 @@ def _trunk_head(name: str) -> str:
     return (
         f"{name} is a head on the policy's own trunk ({KIND}), no model: pass the policy as the "
         f"model and this as its head, load_scorer(POLICY, head={name!r})"
-    )
-
-
-def _gguf(what: str) -> str:
-    return (
-        f"{what} is a GGUF file, made for llama.cpp: expected a folder that save_pretrained wrote; "
-        "pass the checkpoint that it was converted from"
     )

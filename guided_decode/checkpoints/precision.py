@@ -59,10 +59,16 @@ def read_device(given: Device | None) -> torch.device | None:
 
 
 def settled_dtype(
-    model: object, device: torch.device | None, dtype: torch.dtype | None
+    model: object,
+    device: torch.device | None,
+    dtype: torch.dtype | None,
+    computed: torch.dtype | None = None,
 ) -> torch.dtype | None:
-    """The dtype that was asked for; float32 for files on a CPU; None keeps the checkpoint's."""
+    """The dtype that was asked for, or the only one that a quantisation computes in; float32 for
+    files on a CPU; None keeps the checkpoint's."""
     on_cpu = device is None or device.type == "cpu"
+    if computed is not None and dtype is None:
+        return computed
     if dtype is not None or is_in_memory(model) or not on_cpu:
         return dtype
     return torch.float32

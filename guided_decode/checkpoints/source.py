@@ -22,6 +22,7 @@ from guided_decode.checkpoints.adapter_layers import (
     settled_copy,
 )
 from guided_decode.checkpoints.arrival import damaged
+from guided_decode.checkpoints.gguf_file import gguf_config, gguf_of
 from guided_decode.checkpoints.misgiven import (
     misgiven_file,
     misgiven_object,
@@ -31,6 +32,7 @@ from guided_decode.checkpoints.registry import Record, find
 from guided_decode.checkpoints.weight_files import (
     WeightFiles,
     open_adapter_weights,
+    open_gguf_weights,
     open_weights,
 )
 
@@ -65,6 +67,17 @@ class Source:
     base: "Source | None" = None
     adapter: AdapterFiles | None = None
     memory: "InMemory | None" = None
+
+    @property
+    def decoder_files(self) -> WeightFiles | None:
+        """The files with the decoder's weights: of an adapter's its base's."""
+        return self.weights if self.base is None else self.base.weights
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether its trunk comes from a GGUF file."""
+        files = self.decoder_files
+        return files is not None and files.gguf is not None
 
     @property
     def own_names(self) -> frozenset[str]:
@@ -110,26 +123,38 @@ class InMemory:
 
 
 def open_source(
-    model: ModelLike,
+    model: "ModelLike | Source",
     *,
     revision: str | None = None,
     allow_pickle: bool = False,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> Source:
-    """A registered name, a Hub id, a local path or a model in memory.
+    """A registered name, a Hub id, a local path or a model in memory; one that is open stays so.
 
     A PEFT adapter, or a model with one, is the model that it makes of its base.
 
     Raises ValueError: nothing is found under the name, it has no config or no weights, or its
-    weights are pickles that were not allowed; or it is something else than a model (a trunk head, a
-    GGUF file), or a file of it did not arrive whole, or there is no such adapter.
+    weights are pickles that were not allowed; or it is something else than a model (a trunk head),
+    or a file of it did not arrive whole, or there is no such adapter.
     """
+    if isinstance(model, Source):
+        return model
     given, adapters = (model.model, model.names) if isinstance(model, Adapted) else (model, None)
     if isinstance(given, PreTrainedModel | PeftModelLike):
+        if gguf_file is not None:
+            raise ValueError(
+                f"gguf_file={gguf_file!r} came with a model in memory: expected the folder or Hub "
+                "id that has the file; drop it"
+            )
         return _of_instance(given, adapters)
     if not isinstance(given, str | Path):
         raise ValueError(misgiven_object(given))
-    how: _How = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+    how: _How = {
+        "allow_pickle": allow_pickle,
+        "trust_remote_code": trust_remote_code,
+        "gguf_file": gguf_file,
+    }
     location = _location(given)
     adapter = adapter_of(location, revision, adapters)
     if adapter is None:
@@ -144,6 +169,7 @@ def open_source(
 class _How(TypedDict):
     allow_pickle: bool
     trust_remote_code: bool
+    gguf_file: str | None
 
 
 def _location(name: str | Path) -> str:
@@ -158,7 +184,11 @@ def _of_files(
     *,
     allow_pickle: bool,
     trust_remote_code: bool,
+    gguf_file: str | None,
 ) -> Source:
+    gguf = gguf_of(location, gguf_file, revision)
+    if gguf is not None:
+        return _of_gguf(str(name), *gguf, find(name), revision, trust_remote_code)
     if (reason := misgiven_file(location)) is not None:
         raise ValueError(reason)
     config = _read_config(str(name), location, revision, trust_remote_code)
@@ -204,6 +234,21 @@ def _of_adapter(adapter: AdapterFiles, base: Source, **how: Unpack[_How]) -> Sou
         base=base,
         adapter=adapter,
     )
+
+
+def _of_gguf(
+    name: str,
+    location: str,
+    file: str,
+    record: Record | None,
+    revision: str | None,
+    trust_remote_code: bool,
+) -> Source:
+    weights = open_gguf_weights(location, file, revision)
+    assert weights.gguf is not None
+    config = gguf_config(name, location, weights.gguf, revision, trust_remote_code)
+    architecture = _architecture(name, config)
+    return Source(name, architecture, config, record, weights, None, trust_remote_code)
 
 
 def _read_config(

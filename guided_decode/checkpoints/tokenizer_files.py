@@ -7,6 +7,7 @@ from transformers.utils import cached_file
 
 from guided_decode.checkpoints.adapter_files import adapter_of
 from guided_decode.checkpoints.arrival import damaged
+from guided_decode.checkpoints.gguf_file import GgufFile, gguf_of
 from guided_decode.checkpoints.registry import find
 from guided_decode.checkpoints.source import Source
 
@@ -22,12 +23,44 @@ def load_tokenizer(source: Source) -> PreTrainedTokenizerBase | None:
     Raises ValueError: a file of it did not arrive whole, or is none of a tokenizer.
     """
     if source.weights is not None:
-        location, revision = source.weights.location, source.weights.revision
-        found = _read(location, revision, source.trust_remote_code, False)
+        weights, trusted = source.weights, source.trust_remote_code
+        found = _read(weights.location, weights.revision, trusted, False)
+        if found is None and weights.gguf is not None and weights.gguf.has_tokenizer:
+            inside = _load(
+                weights.location, weights.revision, trust_remote_code=trusted, local=False,
+                gguf_file=weights.gguf.path.name,
+            )  # fmt: skip
+            return _with_special_tokens(inside, weights.gguf)
         # A trainer saves an adapter's tokenizer beside it, or leaves it with the base.
         return found if found is not None or source.base is None else load_tokenizer(source.base)
     name = source.config.name_or_path
     return _read(str(name), None, False, True) if name else None
+
+
+def _with_special_tokens(
+    tokenizer: PreTrainedTokenizerBase, file: GgufFile
+) -> PreTrainedTokenizerBase:
+    """The tokenizer with the BOS and EOS of the file's header: transformers 5.16 confuses them."""
+    for name in ("bos", "eos"):
+        token_id = file.fields.get(f"tokenizer.ggml.{name}_token_id")
+        if token_id is not None and getattr(tokenizer, f"{name}_token_id") != token_id:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(int(token_id)))
+    return tokenizer
+
+
+def tokenizer_place(
+    location: str, revision: str | None, gguf_file: str | None = None
+) -> tuple[str, dict[str, str]]:
+    """What `AutoTokenizer.from_pretrained` takes of a checkpoint, and what more by name.
+
+    The tokenizer's files win over a GGUF file that they lie beside.
+    """
+    gguf = gguf_of(location, gguf_file, revision)
+    if gguf is None:
+        return location, {}
+    folder, file = gguf
+    beside = any(_has(folder, name, revision, False) for name in _FILES)
+    return folder, {} if beside else {"gguf_file": file}
 
 
 def read_policy_tokenizer(location: str) -> PreTrainedTokenizerBase:
@@ -80,14 +113,21 @@ def _has(location: str, name: str, revision: str | None, local: bool) -> bool:
 
 
 def _load(
-    location: str, revision: str | None, *, trust_remote_code: bool, local: bool
+    location: str,
+    revision: str | None,
+    *,
+    trust_remote_code: bool,
+    local: bool,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
+    given = {} if gguf_file is None else {"gguf_file": gguf_file}
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
             location,
             revision=revision,
             trust_remote_code=trust_remote_code,
             local_files_only=local,
+            **given,
         )
     # Its files are read by many hands, in Rust too, which raise what comes: KeyError for
     # added_tokens, JSONDecodeError, plain Exception.

@@ -1,25 +1,25 @@
 """Models as decoders of their own: on their own config, ready to score and never to train."""
 
-import logging
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, PreTrainedModel
 
 from guided_decode.checkpoints.adapter_loading import put_on, refuse_without_peft
+from guided_decode.checkpoints.gguf_weights import load_gguf
+from guided_decode.checkpoints.how_loaded import AS_STORED, HowLoaded
+from guided_decode.checkpoints.load_report import check_report, from_pretrained, of_trunk
 from guided_decode.checkpoints.own_copy import own_copy
+from guided_decode.checkpoints.quantised_layers import is_quantised, settle_bitsandbytes
 from guided_decode.checkpoints.source import Source
 from guided_decode.forward.weights import Origin, comes_from
 
-_SHOWN = 5
-
 
 def load_trunk(
-    source: Source, dtype: torch.dtype | None, device: torch.device | str | None
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    how: HowLoaded = AS_STORED,
 ) -> PreTrainedModel:
     """The decoder without a head: token ids in, last hidden states out.
 
@@ -27,11 +27,15 @@ def load_trunk(
     """
     if source.instance is not None:
         return _copy(source, dtype, device, trunk=True)
-    return _finish(_load(source, AutoModel, dtype), None, device)
+    loaded = _load(source, dtype, device, how, trunk=True)
+    return _finish(loaded, dtype, device, source.name)
 
 
 def load_language_model(
-    source: Source, dtype: torch.dtype | None, device: torch.device | str | None
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    how: HowLoaded = AS_STORED,
 ) -> PreTrainedModel:
     """The decoder with its language-model head.
 
@@ -44,7 +48,8 @@ def load_language_model(
                 "expected a causal LM; pass one"
             )
         return _copy(source, dtype, device)
-    return _finish(_load(source, AutoModelForCausalLM, dtype), None, device)
+    loaded = _load(source, dtype, device, how, trunk=False)
+    return _finish(loaded, dtype, device, source.name)
 
 
 def load_decoded(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -52,7 +57,7 @@ def load_decoded(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
 
     Raises ValueError: as `load_language_model`.
     """
-    return _load(source, AutoModelForCausalLM, dtype)
+    return _load(source, dtype, None, AS_STORED, trunk=False)
 
 
 def _copy(
@@ -66,7 +71,8 @@ def _copy(
     model, memory = source.instance, source.memory
     assert model is not None
     assert memory is not None
-    copied = _finish(own_copy(model.base_model if trunk else model), dtype, device)
+    own = own_copy(model.base_model if trunk else model)
+    copied = _finish(own, dtype, device, source.name)
 
     def again() -> PreTrainedModel:
         return _copy(memory.source(), dtype, device, trunk=trunk)
@@ -75,103 +81,87 @@ def _copy(
 
 
 def _finish(
-    model: PreTrainedModel, dtype: torch.dtype | None, device: torch.device | str | None
+    model: PreTrainedModel,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    name: str,
 ) -> PreTrainedModel:
     model.set_attn_implementation("eager")
     model.requires_grad_(False)
+    quantised = is_quantised(model)
+    if quantised:
+        settle_bitsandbytes(model, name)
+    if quantised or _is_spread(model):
+        _refuse_another_place(model, dtype, device, name)
+        return model.eval()
     return model.eval().to(device=device, dtype=dtype)
 
 
-def _load(source: Source, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    if source.adapter is None:
-        return _load_files(source, auto_class, dtype)
-    refuse_without_peft(source)
-    model = _load_files(source, auto_class, dtype)
-    if not put_on(model, source):
-        model = _load_files(source, auto_class, dtype)
+def _is_spread(model: PreTrainedModel) -> bool:
+    """Whether accelerate keeps its layers on several devices."""
+    return len({weight.device for weight in model.parameters()}) > 1
+
+
+def _refuse_another_place(
+    model: PreTrainedModel,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    name: str,
+) -> None:
+    """Raises ValueError: weights that are quantised, or on several devices, stay as they are."""
+    here = model.device
+    wanted = here if device is None else torch.device(device)
+    same = wanted.type == here.type and wanted.index in (None, here.index)
+    if not same or dtype not in (None, model.dtype):
+        what = "lies on several devices" if _is_spread(model) else f"is quantised, on {here}"
+        raise ValueError(
+            f"{name} {what} and computes in {str(model.dtype)[6:]}: it was asked for in "
+            f"{str(dtype or model.dtype)[6:]} on {wanted}; load it so, or leave both out"
+        )
+
+
+def _load(
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    how: HowLoaded,
+    *,
+    trunk: bool,
+) -> PreTrainedModel:
+    """The model of a source's files: of an adapter's its base, with the adapter in it."""
+    if source.adapter is not None:
+        refuse_without_peft(source)
+    read = load_gguf if source.is_gguf else _load_files
+    model = read(source, dtype, device, how, trunk=trunk)
+    if source.adapter is not None and not put_on(model, source):
+        model = read(source, dtype, device, how, trunk=trunk)
         put_on(model, source, merge=False)
     return model
 
 
-def _load_files(source: Source, auto_class: Any, dtype: torch.dtype | None) -> PreTrainedModel:
-    """The model of a source's files, of an adapter's its base."""
-    weights = source.weights if source.base is None else source.base.weights
+def _load_files(
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    how: HowLoaded,
+    *,
+    trunk: bool,
+) -> PreTrainedModel:
+    weights = source.decoder_files
     assert weights is not None
-    try:
-        with _no_load_report():
-            model, report = auto_class.from_pretrained(
-                weights.location,
-                config=source.config,
-                revision=weights.revision,
-                dtype="auto" if dtype is None else dtype,
-                use_safetensors=not weights.pickle,
-                trust_remote_code=source.trust_remote_code,
-                # Named below, with both shapes: transformers names them in its table only.
-                ignore_mismatched_sizes=True,
-                key_mapping={f"^{re.escape(weights.wrapper)}": ""} if weights.wrapper else None,
-                output_loading_info=True,
-            )
-    except (
-        RuntimeError, AssertionError, TypeError, KeyError, AttributeError, OSError, SafetensorError
-    ) as error:  # fmt: skip
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ValueError(
-            f"{source.name}: {_misfit(source.config) or 'its weights do not fit its config'}; "
-            f"expected the two of one model; {said}"
-        ) from error
-    _refuse("lacks weights", source, report["missing_keys"])
-    _refuse_shapes(source, report["mismatched_keys"])
-    extra = [key for key in report["unexpected_keys"] if "layers." in key and "inv_freq" not in key]
-    _refuse("has weights that its config has no place for", source, extra)
-    loaded: PreTrainedModel = model
-    return loaded
-
-
-def _misfit(config: PreTrainedConfig) -> str | None:
-    """Why no model can be made from a config, where it is a usual reason."""
-    text = config.get_text_config()
-    pad, vocab = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
-    if isinstance(pad, int) and isinstance(vocab, int) and pad >= vocab:
-        return (
-            f"pad_token_id {pad} in its config.json is outside the vocabulary of {vocab} tokens, "
-            f"ids 0 to {vocab - 1}: set it to one of them or to null"
-        )
-    return None
-
-
-def _refuse_shapes(source: Source, mismatched: Any) -> None:
-    if mismatched:
-        shown = "; ".join(
-            f"{name} has the shape {list(stored)}, where the config makes {list(wanted)}"
-            for name, stored, wanted in sorted(mismatched)[:_SHOWN]
-        )
-        raise ValueError(
-            f"{source.name}: its weights do not fit its config; expected the two of one model; "
-            f"{shown}; save both together again, or mend the config"
-        )
-
-
-def _refuse(what: str, source: Source, keys: Any) -> None:
-    names = sorted(keys)
-    if names:
-        more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-        raise ValueError(
-            f"{source.name} {what}: {', '.join(names[:_SHOWN])}{more}; expected exactly those of "
-            f"a {source.config.model_type} decoder with {source.config.num_hidden_layers} layers; "
-            "save or download the checkpoint again"
-        )
-
-
-@contextmanager
-def _no_load_report() -> Iterator[None]:
-    """Silences transformers' table of weights that it did not use: the head is read apart."""
-    logger = logging.getLogger("transformers.modeling_utils")
-
-    def drop(record: logging.LogRecord) -> bool:
-        return False
-
-    logger.addFilter(drop)
-    try:
-        yield
-    finally:
-        logger.removeFilter(drop)
+    auto_class = how.auto_class(source, trunk=trunk)
+    given = {
+        "config": source.config,
+        "revision": weights.revision,
+        "dtype": "auto" if dtype is None else dtype,
+        "use_safetensors": not weights.pickle,
+        "trust_remote_code": source.trust_remote_code,
+        "key_mapping": {f"^{re.escape(weights.wrapper)}": ""} if weights.wrapper else None,
+    }
+    given |= how.options(source, dtype, device, auto_class, trunk=trunk)
+    model, report = from_pretrained(source, auto_class, given)
+    how.check_placed(model, source.name)
+    if trunk and auto_class is not AutoModel:
+        model, report = of_trunk(model, report)
+    check_report(source, report)
+    return model

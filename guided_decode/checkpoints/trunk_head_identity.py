@@ -49,8 +49,13 @@ def fingerprint(trunk: nn.Module) -> str | None:
     return digest.hexdigest()[:32]
 
 
-def check_recorded(trunk: PreTrainedModel, policy: str, recorded: TrunkRecord, head: str) -> None:
-    """Raises ValueError: the head file names another trunk than the policy's."""
+def check_recorded(
+    trunk: PreTrainedModel, policy: str, recorded: TrunkRecord, head: str, *, exact: bool = True
+) -> None:
+    """Raises ValueError: the head file names another trunk than the policy's.
+
+    exact: False for a trunk that was quantised, of which only the sizes are compared.
+    """
     own = record_trunk(trunk, policy)
     fields = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
     for field in fields:
@@ -61,8 +66,10 @@ def check_recorded(trunk: PreTrainedModel, policy: str, recorded: TrunkRecord, h
                 f"{policy} has {ours}: a head reads the hidden states of one trunk only; pass the "
                 "policy that it was trained on, or train a head for this one (recipes.trunk_head)"
             )
-    if None not in (recorded.fingerprint, own.fingerprint) and (
-        recorded.fingerprint != own.fingerprint
+    if (
+        exact
+        and None not in (recorded.fingerprint, own.fingerprint)
+        and (recorded.fingerprint != own.fingerprint)
     ):
         raise ValueError(
             f"{head} was trained on {recorded.name}, whose weights are not those of the policy "

@@ -71,7 +71,10 @@ def read_trunk_head(
     elif not isinstance(head, PreTrainedModel) and (file := _own_file(head, revision)) is not None:
         found = _of_file(file, name)
     else:
-        options = {"allow_pickle": allow_pickle, "trust_remote_code": trust_remote_code}
+        options: dict[str, Any] = {
+            "allow_pickle": allow_pickle,
+            "trust_remote_code": trust_remote_code,
+        }
         found = _of_checkpoint(open_source(head, revision=revision, **options))
     if transform is not None:
         found = replace(found, transform=parse_transform(transform))
@@ -80,7 +83,7 @@ def read_trunk_head(
 
 
 def load_trunk_head(
-    head: HeadLike, trunk: PreTrainedModel, policy: str, **options: Any
+    head: HeadLike, trunk: PreTrainedModel, policy: str, *, exact: bool = True, **options: Any
 ) -> TrunkHead:
     """A head that fits the policy's trunk, on its device in float32.
 
@@ -88,6 +91,7 @@ def load_trunk_head(
         head: as of `read_trunk_head`; a checkpoint's trunk has to be the policy's.
         trunk: the policy's.
         policy: its name, for errors.
+        exact: whether the trunk's weights are those that it was trained with, and not quantised.
         options: those of `read_trunk_head`.
 
     Raises:
@@ -96,16 +100,18 @@ def load_trunk_head(
     """
     found, name = read_trunk_head(head, **options), _name(head)
     if found.trunk is not None:
-        check_recorded(trunk, policy, found.trunk, name)
+        check_recorded(trunk, policy, found.trunk, name, exact=exact)
     hidden = int(trunk.config.get_text_config().hidden_size)
     if found.hidden_size != hidden:
         raise ValueError(
             f"{name} reads hidden states of size {found.hidden_size}, but those of the policy "
             f"{policy} have {hidden}: expected a head that was trained on this policy's trunk"
         )
-    if isinstance(head, PreTrainedModel) or (
+    apart = isinstance(head, PreTrainedModel) or (
         isinstance(head, str | Path) and _own_file(head, options.get("revision")) is None
-    ):
+    )
+    if apart and exact:
+        assert isinstance(head, str | Path | PreTrainedModel)
         options.pop("transform", None)
         source = open_source(head, **options)
         if source.adapter is None:

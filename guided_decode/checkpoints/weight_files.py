@@ -3,7 +3,7 @@
 import json
 import pickle
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from guided_decode.checkpoints.arrival import opened_safetensors, unreadable
+from guided_decode.checkpoints.gguf_file import GgufFile, open_gguf
 
 _SAFETENSORS = ("model.safetensors", "model.safetensors.index.json")
 _PICKLE = ("pytorch_model.bin", "pytorch_model.bin.index.json")
@@ -27,10 +28,11 @@ _WRAPPERS = ("pretrained_model.", "rwtransformer.", "rwtranrsformer.")
 
 
 class Stored(NamedTuple):
-    """Where a tensor lies, and what it is called there."""
+    """Where a tensor lies, and what it is called there; location None is the checkpoint's own."""
 
     file: str
     name: str
+    location: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +41,8 @@ class WeightFiles:
 
     location: a folder or a Hub id. tensors: where each lies, by its name without `wrapper`, the
     prefix that its trainer's own class put before the language model's names. pickle: whether the
-    files are pickles, which the caller has allowed. folder: where in the location they lie.
+    files are pickles, which the caller has allowed. folder: where in the location they lie. gguf:
+    the file that has the trunk, whose `tensors` are then what is no part of it.
     """
 
     location: str
@@ -48,6 +51,7 @@ class WeightFiles:
     pickle: bool
     wrapper: str = ""
     folder: str = ""
+    gguf: GgufFile | None = None
 
     @property
     def names(self) -> frozenset[str]:
@@ -57,8 +61,13 @@ class WeightFiles:
     def read(self, name: str) -> Tensor:
         """One tensor, on the CPU, in the dtype it is stored in."""
         stored = self.tensors[name]
-        path = _fetch(self.location, stored.file, self.revision)
+        elsewhere = stored.location is not None
+        revision = None if elsewhere else self.revision
+        path = _fetch(stored.location or self.location, stored.file, revision)
         assert path is not None, f"{self.location} lists {stored.file} but does not have it"
+        if path.suffix == ".gguf":
+            assert self.gguf is not None
+            return self.gguf.read(stored.name)
         if path.suffix == ".bin":
             return _unpickle(path)[stored.name]
         with opened_safetensors(path) as opened:
@@ -77,9 +86,11 @@ def open_weights(location: str, revision: str | None, allow_pickle: bool) -> Wei
         return _weight_files(location, revision, files, allow_pickle, pickled=False)
     pickles = [name for name in _PICKLE if _fetch(location, name, revision) is not None]
     if not pickles:
+        packed = sorted(each.name for each in Path(location).glob("*.gguf"))
         raise ValueError(
             f"{location} has no weights: expected {_SAFETENSORS[0]}, or {_SAFETENSORS[1]} and its "
-            "shards; pass the folder that save_pretrained wrote"
+            "shards; pass "
+            + (f"gguf_file={packed[0]!r}" if packed else "the folder that save_pretrained wrote")
         )
     if not allow_pickle:
         raise ValueError(
@@ -89,6 +100,45 @@ def open_weights(location: str, revision: str | None, allow_pickle: bool) -> Wei
     files = _tensor_files(location, revision, *_PICKLE)
     assert files is not None
     return _weight_files(location, revision, files, allow_pickle, pickled=True)
+
+
+def open_gguf_weights(location: str, file: str, revision: str | None) -> WeightFiles:
+    """A GGUF file, with the head that lies in it or beside it.
+
+    Raises ValueError: it did not arrive whole, or a file beside it did not.
+    """
+    gguf = open_gguf(location, file, revision)
+    tensors = {name: Stored(file, stored) for name, stored in gguf.stored_names.items()}
+    beside = {} if not Path(location).is_dir() else _safetensors_beside(location, revision)
+    return WeightFiles(location, revision, tensors | beside, pickle=False, gguf=gguf)
+
+
+def _safetensors_beside(location: str, revision: str | None) -> dict[str, Stored]:
+    """The tensors of the checkpoint that a GGUF file was converted from, and of a head alone."""
+    files = _tensor_files(location, revision, *_SAFETENSORS) or {}
+    path = _fetch(location, HEADS_BESIDE[0], revision)
+    files |= {} if path is None else dict.fromkeys(_names(path), path.name)
+    return {name: Stored(file, name) for name, file in files.items() if _is_beside_trunk(name)}
+
+
+def _is_beside_trunk(name: str) -> bool:
+    return not name.startswith(("model.", "transformer.", "layers.", "lm_head."))
+
+
+def with_head(weights: WeightFiles, head: str | Path, allow_pickle: bool) -> WeightFiles:
+    """The same, with the head of a safetensors file or of another checkpoint.
+
+    Raises ValueError: there is no such file or checkpoint.
+    """
+    path = Path(head)
+    if path.is_file():
+        found = {name: Stored(path.name, name, str(path.parent)) for name in _names(path)}
+    else:
+        other = open_weights(str(head), None, allow_pickle)
+        found = {name: Stored(stored.file, stored.name, other.location)
+                 for name, stored in other.tensors.items()}  # fmt: skip
+    own = {name: stored for name, stored in found.items() if _is_beside_trunk(name)}
+    return replace(weights, tensors={**weights.tensors, **own})
 
 
 def _weight_files(

@@ -77,7 +77,7 @@ def location(name: str) -> str:
     Raises Refusal for what is none of these. That a Hub id exists shows only when it is loaded.
     """
     record = find(name)
-    if Path(name).is_dir():
+    if Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file()):
         return _quieten(name)
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise Refusal(f"{name}: no such folder")
@@ -148,16 +148,19 @@ def load_tokenizer(
     adapter: str | None = None,
     revision: str | None = None,
     trust_remote_code: bool = False,
+    gguf_file: str | None = None,
 ) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, padding on the left. Raises Refusal where it has none."""
     from transformers import AutoTokenizer
 
-    from guided_decode.checkpoints.tokenizer_files import tokenizer_home
+    from guided_decode.checkpoints.tokenizer_files import tokenizer_home, tokenizer_place
 
     home, revision = tokenizer_home(location(name), revision, adapter)
     try:
+        where, given = tokenizer_place(home, revision, gguf_file)
         tokenizer = AutoTokenizer.from_pretrained(
-            home,
+            where,
+            **given,
             padding_side="left",
             revision=revision,
             trust_remote_code=trust_remote_code,
@@ -194,7 +197,9 @@ def open_scorer(
             location(other)
     placed: dict[str, Any] = {}
     if not is_address(name):
-        placed = {"device": pick_device(device), "dtype": parse_dtype(dtype)}
+        # A device map says where all goes; a device beside it is refused.
+        on = device if options.device_map is not None else pick_device(device)
+        placed = {"device": on, "dtype": parse_dtype(dtype)}
     model: Any = name
     given = options.given()
     if policy is not None and options.head is not None and name == policy.name:
@@ -253,7 +258,9 @@ def _quieten(where: str) -> str:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    # torchao, which transformers imports where it is installed, speaks of kernels it has none for.
+    for talker in ("huggingface_hub", "torchao", "torch.utils._pytree", "bitsandbytes"):
+        logging.getLogger(talker).setLevel(logging.ERROR)
     if Path(where).is_dir():
         transformers_logging.disable_progress_bar()
     return where

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass, fields
 from typing import Annotated, Any
 
 import typer
+
+from guided_decode.cli.errors import Refusal
 
 _PANEL = "Models"
 _MOST_TOKENS = 2**31 - 1
@@ -48,6 +51,16 @@ Transform = Annotated[
     str | None, _option("of the head's output: sigmoid, softmax:1, ... \\[the family's]")
 ]
 RopeTheta = Annotated[float | None, _option("in place of the scorer's config's")]
+QUANTIZATIONS = "bnb-4bit|bnb-8bit|int8|int4|fp8"
+Quantization = Annotated[
+    str | None, _option("of the scorer's weights, not of its head", metavar=QUANTIZATIONS)
+]
+GgufFile = Annotated[str | None, _option("which file of the scorer's folder has its weights")]
+DeviceMap = Annotated[
+    str | None,
+    _option("of the scorer over several devices, instead of a device",
+            metavar='auto|balanced|{"MODULE": "DEVICE", ...}'),
+]  # fmt: skip
 AllowPickle = Annotated[
     bool, _option("read pickled weights where there are no others", "--allow-pickle")
 ]
@@ -80,11 +93,28 @@ class ScorerOptions:
     trust_remote_code: TrustRemoteCode = False
     cache_tokens: CacheTokens = None
     max_forward_tokens: ForwardTokens = None
+    quantization: Quantization = None
+    gguf_file: GgufFile = None
+    device_map: DeviceMap = None
 
     def given(self) -> dict[str, Any]:
         """What was given, by name, and is not what `load_scorer` does by itself."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
         own["kind"] = None if self.kind == "auto" else self.kind
+        own["device_map"] = read_device_map(self.device_map)
         return {
             name: value for name, value in own.items() if value is not None and value is not False
         }
+
+
+def read_device_map(given: str | None) -> Any:
+    """A device map as it is typed: a word, or a JSON object of modules and devices."""
+    if given is None or not given.lstrip().startswith("{"):
+        return given
+    try:
+        return json.loads(given)
+    except json.JSONDecodeError as error:
+        raise Refusal(
+            f"--device-map {given}: {error}; expected a word such as auto, or a JSON object, "
+            '{"MODULE": "DEVICE", ...}'
+        ) from None

@@ -100,7 +100,7 @@ def rewardbench(
         if file.done < len(rows):
             tokenizer = load_tokenizer(
                 model, model, adapter=reading.adapter, revision=reading.revision,
-                trust_remote_code=reading.trust_remote_code,
+                trust_remote_code=reading.trust_remote_code, gguf_file=reading.gguf_file,
             )  # fmt: skip
             scorer = open_scorer(model, reading, device=device, dtype=dtype)
             file.begin()

@@ -17,7 +17,10 @@ _CHUNK = 1 << 24
 
 
 def run_identity(
-    models: Mapping[str, str | None], settings: Mapping[str, object], revision: str | None
+    models: Mapping[str, str | None],
+    settings: Mapping[str, object],
+    revision: str | None,
+    gguf_file: str | None = None,
 ) -> str:
     """A short name for all that the scores follow from, besides the chats.
 
@@ -26,9 +29,10 @@ def run_identity(
             its name, and of what is on the Hub its commit.
         settings: whatever else changes scores, as text.
         revision: of the scorer's repository.
+        gguf_file: of the scorer's folder, that has its weights.
     """
     contents = {
-        role: fingerprint(name, revision if role == "scorer" else None)
+        role: fingerprint(name, *((revision, gguf_file) if role == "scorer" else ()))
         for role, name in models.items()
         if name is not None
     }
@@ -41,18 +45,24 @@ def digest(value: object) -> str:
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-def fingerprint(name: str, revision: str | None = None) -> str:
+def fingerprint(name: str, revision: str | None = None, gguf_file: str | None = None) -> str:
     """The contents of a model: of its files here, or the commit of its repository.
 
     Raises Refusal for a name that is no model's.
     """
-    if Path(name).is_file():
-        return _of_file(Path(name))
+    path = Path(name)
+    if path.is_file() and path.suffix != ".gguf":
+        return _of_file(path)
     where = location(name)
+    if path.suffix == ".gguf":
+        # What lies beside it is read, too: a config, a head, a tokenizer.
+        where, gguf_file = str(path.parent), path.name
     if not Path(where).is_dir():
         return f"{where}@{_commit(where, revision)}"
     record = find(name)
-    files = sorted(path for path in Path(where).iterdir() if path.suffix in _READ)
+    files = sorted(
+        path for path in Path(where).iterdir() if path.suffix in _READ or path.name == gguf_file
+    )
     contents = {path.name: _of_file(path) for path in files if path.is_file()}
     known = [None if record is None else record.name, contents]
     base = base_of(where)

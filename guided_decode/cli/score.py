@@ -95,6 +95,7 @@ def score(
                 adapter=None if tokenizer else reading.adapter,
                 revision=None if tokenizer else reading.revision,
                 trust_remote_code=reading.trust_remote_code,
+                gguf_file=None if tokenizer else reading.gguf_file,
             )
             critic = served or open_scorer(
                 scorer, reading, device=device, dtype=dtype, remote=remote

@@ -31,7 +31,9 @@ from guided_decode.cli.scored_file import ScoredFile, ScoredStream
 
 STDOUT = STDIN
 # What changes the cost of a score, or whether there is one, and not the score.
-_SAME_SCORES = ("cache_tokens", "max_forward_tokens", "allow_pickle", "trust_remote_code")
+_SAME_SCORES = (
+    "cache_tokens", "max_forward_tokens", "allow_pickle", "trust_remote_code", "device_map",
+)  # fmt: skip
 
 
 def identity(
@@ -58,7 +60,7 @@ def identity(
     settled = parse_dtype(dtype) or ("float32" if on_cpu else dtype)
     own = {name: value for name, value in given.items() if name not in (*others, *_SAME_SCORES)}
     own |= {"dtype": str(settled).removeprefix("torch."), **settings}
-    return run_identity({"scorer": scorer, **others}, own, reading.revision)
+    return run_identity({"scorer": scorer, **others}, own, reading.revision, reading.gguf_file)
 
 
 def open_output(

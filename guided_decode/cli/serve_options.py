@@ -34,6 +34,10 @@ Dtype = Annotated[
 TrustRemoteCode = Annotated[
     bool, _of_scorer("run code that comes with the scorer", "--scorer-trust-remote-code")
 ]
+Quantization = Annotated[
+    str | None,
+    _of_scorer("of the scorer's weights", "--scorer-quantization", metavar=models.QUANTIZATIONS),
+]
 ByDefault = Annotated[
     bool,
     _option("Guidance", "guide every request that does not say guide: 0", "--guide-by-default"),
@@ -71,6 +75,9 @@ class ServerSettings:
     trust_remote_code: TrustRemoteCode = False
     cache_tokens: models.CacheTokens = None
     max_forward_tokens: models.ForwardTokens = None
+    quantization: Quantization = None
+    gguf_file: models.GgufFile = None
+    device_map: models.DeviceMap = None
     key_file: remote.KeyFile = None
     timeout: remote.Timeout = None
     beta: guidance.Beta = None
@@ -94,4 +101,5 @@ class ServerSettings:
     def given(self) -> dict[str, Any]:
         """Those that were given; what was not is the server's default."""
         own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own["device_map"] = models.read_device_map(self.device_map)
         return {n: value for n, value in own.items() if value is not None and value is not False}

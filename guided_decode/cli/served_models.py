@@ -40,6 +40,8 @@ def examined(
 
     config = parse_config(given, "the configuration")
     _check_device(config.device)
+    for place in (config.device_map or {}).values() if isinstance(config.device_map, dict) else ():
+        _check_device(place)
     _check_value_log(config.value_log)
     known = _is_known(policy, only_here=only_here)
     vocab = _check_policy(policy, config, options) if known else None
@@ -52,7 +54,7 @@ def examined(
         found = _meet_server(config, _policy_tokenizer(policy, options) if known else None)
         _check_sizes(config, found, vocab)
         return {**given, "kind": found.kind} if found.kind == "implicit" else dict(given)
-    if Path(config.scorer).is_file():
+    if Path(config.scorer).is_file() and not config.scorer.endswith(".gguf"):
         raise Refusal(
             f"{config.scorer} is a file: expected a folder, a registered name or a Hub id; a head "
             "on the policy's own hidden states is served with --kind trunk-head"
@@ -71,7 +73,7 @@ def examined(
 def _is_known(name: str, *, only_here: bool) -> bool:
     """Whether a model may be looked at: of an adapter also the base."""
     where = location(name)
-    if not only_here or not Path(where).is_dir():
+    if not only_here or not Path(where).exists():
         return not only_here
     base = base_of(where)
     # What is no model is named by who reads it.
@@ -93,7 +95,8 @@ def _check_scorer(
     from guided_decode.checkpoints.examination import examine_scorer
 
     names = ("kind", "adapter", "reward", "reference", "bos", "terminal", "transform", "rope_theta",
-             "revision", "allow_pickle", "trust_remote_code")  # fmt: skip
+             "revision", "allow_pickle", "trust_remote_code", "quantization",
+             "gguf_file")  # fmt: skip
     how = {name: getattr(config, name) for name in names}
     found = _in_one_line(
         f"scorer {config.scorer}",
@@ -215,7 +218,7 @@ def _in_one_line(what: str, read: Any) -> Any:
         raise Refusal(f"the {what} cannot be read: {one_line(error)}") from error
 
 
-def _check_device(device: str | None) -> None:
+def _check_device(device: str | int | None) -> None:
     import torch
 
     if device is None:

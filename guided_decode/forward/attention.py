@@ -32,7 +32,7 @@ class SlotCache:
         self, key: Tensor, value: Tensor, layer: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
         """Stores key and value, [1, kv_heads, tokens, head_dim], and returns them."""
-        pool, slots = self._batch.pool, self._batch.slots
+        pool, slots = self._batch.pool, self._batch.on(key.device).slots
         pool.keys[layer].index_copy_(0, slots, key[0].transpose(0, 1))
         pool.layer_values[layer].index_copy_(0, slots, value[0].transpose(0, 1))
         return key, value
@@ -67,6 +67,7 @@ def packed_attention(
     """
     _refuse_unknown(module, attention_mask, dropout, packed, unknown)
     assert packed is not None
+    packed = packed.on(query.device)
     scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
     keys, values = packed.pool.keys[layer], packed.pool.layer_values[layer]

@@ -17,7 +17,7 @@ class OneDnnLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         weight, bias = self.weight, self.bias
-        ours = input.is_cpu and input.dtype is weight.dtype is torch.float32
+        ours = input.is_cpu and input.dtype is weight.dtype is torch.float32 and _is_plain(weight)
         if ours and not torch.is_grad_enabled():
             return _onednn(input, weight, bias)
         return F.linear(input, weight, bias)
@@ -27,7 +27,8 @@ def use_onednn(model: nn.Module) -> None:
     """Switches the plain linear layers of a model, in place, where there is something to gain.
 
     Only modules of exactly the class nn.Linear, with float32 weights on a CPU and no gradients:
-    their parameters stay what they are.
+    their parameters stay what they are. Quantised weights, which may lie in an nn.Linear as tensors
+    of a class of their own, keep their library's products.
     """
     if not (torch.backends.mkldnn.is_available() and _is_there()):
         return
@@ -51,6 +52,12 @@ def _is_there() -> bool:
         return False
 
 
+def _is_plain(weight: Tensor) -> bool:
+    """Whether it is numbers as they are: torchao's tensors say that they are float32, too."""
+    return type(weight) in (nn.Parameter, Tensor)
+
+
 def _is_suited(weight: Tensor) -> bool:
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    return on_cpu and not weight.requires_grad and weight.is_contiguous()
+    plain = on_cpu and _is_plain(weight)
+    return plain and not weight.requires_grad and weight.is_contiguous()

@@ -53,6 +53,9 @@ def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
     if not isinstance(module, nn.Module):
         return None
     norm = norm_of(module)
+    if norm is not None and norm.weight.device != trunk.device:
+        # Of a trunk on several devices: hidden states are read where its inputs go.
+        return None
     if norm is not None:
         trunk.norm = TakenNorm(norm, module)
     return norm

@@ -36,6 +36,7 @@ class PackedBatch:
     on the device; None where attention goes by `segments`. most_queries, most_positions: bounds
     of the segments' tokens and of the positions.
     stretches: by sliding window, what was worked out from the segments, once for all layers.
+    copies: by device, the same batch for the layers that lie there.
     """
 
     stacked: Tensor
@@ -49,11 +50,51 @@ class PackedBatch:
     most_queries: int = 0
     most_positions: int = 0
     stretches: dict[int | None, list[Stretch]] = field(default_factory=dict)
+    copies: "dict[torch.device, PackedBatch]" = field(default_factory=dict)
 
     @property
     def dtype(self) -> torch.dtype:
         """Of the model's keys."""
         return self.pool.keys[0].dtype
+
+    def on(self, device: torch.device) -> "PackedBatch":
+        """The batch for layers on a device, copied there once a forward.
+
+        Of the slot table only the rows and columns that the batch reads.
+        """
+        if device == self.stacked.device:
+            return self
+        if device not in self.copies:
+            self.copies[device] = self.copied(device)
+        return self.copies[device]
+
+    def copied(self, device: torch.device) -> "PackedBatch":
+        """The same batch on a device, over a table of its own."""
+        rows = [segment.table_row for segment in self.segments]
+        width = max(segment.length for segment in self.segments)
+        used = torch.tensor(rows, dtype=torch.int64).to(self.table.device, non_blocking=True)
+        tokens = len(self.token_ids)
+        # Each of the three begins at a multiple of 16 bytes, as they do here.
+        padded = torch.empty(3, tokens + tokens % 2, dtype=torch.int64, device=device)
+        stacked = padded[:, :tokens].copy_(self.stacked, non_blocking=True)
+        token_ids, positions, slots = stacked.unbind()
+        segments = [replace(each, table_row=i) for i, each in enumerate(self.segments)]
+        own = self.segment_table
+        if own is not None:
+            own = own.to(device, non_blocking=True, copy=True)
+            own[:, 2] = torch.arange(len(rows), dtype=own.dtype, device=device)
+        return replace(
+            self,
+            stacked=stacked,
+            token_ids=token_ids,
+            positions=positions,
+            slots=slots,
+            segments=segments,
+            table=self.table[used, :width].to(device, non_blocking=True),
+            segment_table=own,
+            stretches={},
+            copies={},
+        )
 
 
 def pack(

@@ -19,7 +19,7 @@ from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.fused_norms import fuse_norms
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
-from guided_decode.forward.pool_size import default_capacity, layer_shapes, most_graph_tokens
+from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
 from guided_decode.forward.stream_order import StreamOrder
 from guided_decode.forward.weights import WeightWatch, origin_of
 from guided_decode.growable import Ints
@@ -92,7 +92,7 @@ class PackedModel(OneProcess):
         config = model.config.get_text_config()
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
-        shapes = layer_shapes(model)
+        shapes, places = layer_layout(model)
         self.has_kernel = _has_kernel(config.num_attention_heads, shapes, model.dtype)
         if self.fused and model.device.type == "cuda" and not self.has_kernel:
             logger.warning(
@@ -100,18 +100,18 @@ class PackedModel(OneProcess):
                 "slowly and without CUDA graphs", name, model.dtype,
             )  # fmt: skip
         capacity = cache_tokens or min(
-            live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside)
+            live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside, places)
         )
         self.most_graph_tokens = most_graph_tokens(model)
         widest = min(self.max_positions or _TABLE[1], capacity, _TABLE[1])
         self.cache = PrefixCache(
-            SlotPool(capacity, shapes, model.dtype, model.device),
+            SlotPool(capacity, shapes, model.dtype, model.device, places),
             # CUDA graphs read the table where it lies: one that grew would cost all of them.
             table_size=(_TABLE[0], widest) if self.fused else None,
         )
         # How often the model was not what it was, for those who keep something made of it.
         self.changes = 0
-        self._order = StreamOrder(model.device)
+        self._orders = [StreamOrder(place) for place in dict.fromkeys((model.device, *places))]
         self._prepare()
 
     def _prepare(self) -> None:
@@ -140,7 +140,8 @@ class PackedModel(OneProcess):
 
         Raises ValueError: as `follow`.
         """
-        self._order.begin()
+        for order in self._orders:
+            order.begin()
         self.follow()
 
     def follow(self) -> None:
@@ -281,8 +282,9 @@ class PackedModel(OneProcess):
             "use_cache": True,
         }
         if read is not None:
-            return self.model(**inputs, logits_to_keep=read).logits[0]
-        return self.model(**inputs).last_hidden_state[0]
+            return self.model(**inputs, logits_to_keep=read).logits[0].to(self.device)
+        # Of a model on several devices it comes from the last one.
+        return self.model(**inputs).last_hidden_state[0].to(self.device)
 
 
 def _has_kernel(heads: int, shapes: list[tuple[int, int, int]], dtype: torch.dtype) -> bool:

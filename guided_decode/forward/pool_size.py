@@ -20,13 +20,15 @@ _WORKSPACE_BYTES = 96 << 20
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
 
 
-def layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
-    """(kv_heads, key_dim, value_dim) of each layer, read off a forward of one token."""
+def layer_layout(
+    model: PreTrainedModel,
+) -> tuple[list[tuple[int, int, int]], list[torch.device]]:
+    """(kv_heads, key_dim, value_dim) of each layer and its device, by a forward of one token."""
     model.set_attn_implementation("eager")
     with torch.no_grad():
         token = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
         layers = returned_cache(model(input_ids=token, use_cache=True)).layers
-    shapes = []
+    shapes, places = [], []
     for layer in layers:
         keys, values = getattr(layer, "keys", None), getattr(layer, "values", None)
         if keys is None or values is None:
@@ -35,20 +37,34 @@ def layer_shapes(model: PreTrainedModel) -> list[tuple[int, int, int]]:
                 "shared): expected attention with its own keys and values in every layer"
             )
         shapes.append((keys.shape[1], keys.shape[3], values.shape[3]))
-    return shapes
+        places.append(keys.device)
+    return shapes, places
 
 
 def default_capacity(
-    shapes: list[tuple[int, int, int]], model: PreTrainedModel, bytes_beside: int
+    shapes: list[tuple[int, int, int]],
+    model: PreTrainedModel,
+    bytes_beside: int,
+    places: list[torch.device] | None = None,
 ) -> int:
-    """Slots of the pool where the caller asks for no number: what a share of memory holds."""
-    numbers = sum(heads * (k + v) for heads, k, v in shapes)
-    token_bytes = numbers * model.dtype.itemsize + 4 + bytes_beside
-    budget = _MOST_BYTES.get(model.device.type, 2 << 30)
-    if model.device.type == "cuda":
-        budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(model.device)[0]))
+    """Slots of the pool where the caller asks for no number: what a share of memory holds.
+
+    places: the layers' devices, each of which has to have room for its own layers.
+    """
+    held = {model.device: 4 + bytes_beside}
+    for (heads, k, v), place in zip(shapes, places or [model.device] * len(shapes), strict=True):
+        held[place] = held.get(place, 0) + heads * (k + v) * model.dtype.itemsize
+    room = min(_budget(model, place) // token_bytes for place, token_bytes in held.items())
+    return max(1, min(1 << 17, room))
+
+
+def _budget(model: PreTrainedModel, place: torch.device) -> int:
+    """Bytes that a pool may take on a device."""
+    budget = _MOST_BYTES.get(place.type, 2 << 30)
+    if place.type == "cuda":
+        budget = min(budget, int(_MEMORY_SHARE * torch.cuda.mem_get_info(place)[0]))
         budget -= graph_bytes(model)
-    return max(1, min(1 << 17, budget // token_bytes))
+    return budget
 
 
 def most_graph_tokens(model: PreTrainedModel) -> int:

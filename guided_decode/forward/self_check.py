@@ -78,4 +78,5 @@ def _stock_outputs(model: PackedModel, prefix: Ints, candidates: Ints) -> Tensor
         output = model.model(input_ids=ids.to(model.device), use_cache=False)
     finally:
         model.model.set_attn_implementation(ATTENTION_NAME)
-    return (output.logits if hasattr(output, "logits") else output.last_hidden_state)[:, -1]
+    last = (output.logits if hasattr(output, "logits") else output.last_hidden_state)[:, -1]
+    return last.to(model.device)

@@ -72,7 +72,8 @@ class CriticScorer(OneProcess):
             eos_token_id: the token at which a finished response is read.
             reward: the reward model of the "reward" terminal rule.
             reference: the model of kl_coef.
-            graphs: steps of the usual shapes replay CUDA graphs; None: on a CUDA device.
+            graphs: steps of the usual shapes replay CUDA graphs; None: on a CUDA device. Never of a
+                model on several devices.
             head_origin: where the head is, in memory; it is followed as the trunk is.
         """
         if terminal == "reward" and reward is None:
@@ -94,7 +95,9 @@ class CriticScorer(OneProcess):
         # Of the model's changes, those that the head and the graphs have followed.
         self._followed = model.changes
         self._graphs: GraphedForward | None = None
-        if graphs if graphs is not None else model.device.type == "cuda":
+        wanted = graphs if graphs is not None else model.device.type == "cuda"
+        # A graph belongs to one device.
+        if wanted and not model.cache.pool.is_spread:
             capture = model.device.type == "cuda"
             self._graphs = GraphedForward(model, self._write_values, capture=capture)
 

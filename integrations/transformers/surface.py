@@ -6,7 +6,10 @@ _ATTENTION = "guided_decode/forward/attention.py"
 _CACHE = "guided_decode/forward/cache_argument.py"
 _CONFIG_CHECKS = "guided_decode/checkpoints/config_checks.py"
 _ADAPTERS = "guided_decode/checkpoints/adapter_files.py"
+_HOW_LOADED = "guided_decode/checkpoints/how_loaded.py"
 _LOADING = "guided_decode/checkpoints/trunk.py"
+_REPORT = "guided_decode/checkpoints/load_report.py"
+_QUANTIZATION = "guided_decode/checkpoints/quantization.py"
 _NEXT_LOGITS = "guided_decode/scoring/next_logits.py"
 _PACKED = "guided_decode/forward/packed_model.py"
 _POOL_SIZE = "guided_decode/forward/pool_size.py"
@@ -177,17 +180,28 @@ _MODELS = (
     Name("transformers.PreTrainedModel.get_output_embeddings", _NEXT_LOGITS, takes=called()),
     Name(
         "transformers.PreTrainedModel.from_pretrained",
-        _LOADING,
+        _REPORT,
         takes=called("pretrained_model_name_or_path",
                      by_name=("config", "revision", "use_safetensors",
                               "ignore_mismatched_sizes"), any_name=True),
     ),
-    Name("transformers.utils.loading_report.LoadStateDictInfo", _LOADING,
+    Name("transformers.utils.loading_report.LoadStateDictInfo", _REPORT,
          has=("missing_keys", "mismatched_keys", "unexpected_keys"),
          why="what output_loading_info gives"),
-    Name("transformers.modeling_utils", _LOADING, why="its logger is silenced"),
+    Name("transformers.modeling_utils", _REPORT, why="its logger is silenced"),
     Name("transformers.AutoModel", _LOADING),
-    Name("transformers.AutoModelForCausalLM", _LOADING),
+    Name("transformers.AutoModelForCausalLM", _HOW_LOADED),
+    Name("transformers.AutoModelForSequenceClassification", _HOW_LOADED),
+    Name("transformers.AutoModelForTokenClassification", _HOW_LOADED),
+    Name("transformers.models.auto.modeling_auto.MODEL_MAPPING", _HOW_LOADED),
+    Name("transformers.BitsAndBytesConfig", _QUANTIZATION),
+    Name("transformers.BitsAndBytesConfig.__init__", _QUANTIZATION,
+         takes=called(by_name=("load_in_4bit", "bnb_4bit_quant_type", "bnb_4bit_use_double_quant",
+                               "bnb_4bit_compute_dtype", "load_in_8bit", "llm_int8_threshold"),
+                      any_name=True)),
+    Name("transformers.TorchAoConfig", _QUANTIZATION),
+    Name("transformers.quantizers.auto.AUTO_QUANTIZATION_CONFIG_MAPPING", _QUANTIZATION),
+    Name("transformers.utils.quantization_config.QuantizationConfigMixin", _QUANTIZATION),
     Name("transformers.models.auto.modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
          _CONFIG_CHECKS),
     Name("transformers.models.auto.modeling_auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",

@@ -222,7 +222,7 @@ def _load_here(
             adapter=config.adapter,
             reward=config.reward,
             reference=config.reference,
-            device=on,
+            device=on if config.device_map is None else None,
             dtype=None if config.dtype is None else getattr(torch, config.dtype),
             cache_tokens=config.cache_tokens,
             live_tokens=scheduler.max_num_seqs * row_tokens,
@@ -235,6 +235,9 @@ def _load_here(
             allow_pickle=config.allow_pickle,
             trust_remote_code=config.trust_remote_code,
             rope_theta=config.rope_theta,
+            quantization=config.quantization,
+            gguf_file=config.gguf_file,
+            device_map=config.device_map,
         )
         if on.type != "cpu":
             warm_up.forward(scorer, forward, model.max_model_len)
@@ -252,9 +255,9 @@ def _explained(config: ServerConfig, device: torch.device) -> Iterator[None]:
             raise
         raise ValueError(
             f"the scorer {config.scorer} does not fit on {device}: {error}. Take a smaller one, "
-            "dtype=bfloat16, a smaller cache_tokens or max_forward_tokens, another device "
-            '("cuda:1", "cpu"), or more GPUs for the policy (--tensor-parallel-size), which leaves '
-            "room on each"
+            "dtype=bfloat16, quantization=bnb-4bit, a smaller cache_tokens or max_forward_tokens, "
+            'another device ("cuda:1", "cpu"), or more GPUs for the policy '
+            "(--tensor-parallel-size), which leaves room on each"
         ) from error
 
 

@@ -24,7 +24,8 @@ _SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 60
 # What a scorer server was given, and takes from no client.
 _THE_SERVERS = (
     "adapter", "reward", "reference", "revision", "device", "rope_theta", "allow_pickle",
-    "trust_remote_code", "cache_tokens", "max_forward_tokens",
+    "trust_remote_code", "cache_tokens", "max_forward_tokens", "quantization", "gguf_file",
+    "device_map",
 )  # fmt: skip
 _GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
 _DEFAULTS = GuidanceConfig()
@@ -38,8 +39,9 @@ class ServerConfig(BaseModel):
         tcp://HOST:PORT or ipc://PATH, which was given the options of loading itself.
     key_file, timeout: of a scorer server, as in `load_scorer`.
     kind, adapter, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
-    allow_pickle, trust_remote_code, cache_tokens, max_forward_tokens: as in `load_scorer`; device
-    None is the policy's, cache_tokens None what max_num_seqs and max_model_len need, bounded.
+    allow_pickle, trust_remote_code, cache_tokens, max_forward_tokens, quantization, gguf_file,
+    device_map: as in `load_scorer`; device None is the policy's, cache_tokens None what
+    max_num_seqs and max_model_len need, bounded.
     beta to kl_coef: the defaults of `GuidanceConfig` for requests that are guided.
     guide_by_default: guides every request that does not say `guide: 0`; else those that ask.
     max_top_k, max_beta: what a request may ask for; None for max_beta sets no limit.
@@ -71,6 +73,9 @@ class ServerConfig(BaseModel):
     trust_remote_code: bool = False
     cache_tokens: int | None = Field(default=None, ge=1)
     max_forward_tokens: int | None = Field(default=None, ge=1)
+    quantization: str | None = None
+    gguf_file: str | None = None
+    device_map: str | dict[str, str | int] | None = None
     key_file: str | None = None
     timeout: FiniteFloat | None = Field(default=None, gt=0)
 
@@ -120,6 +125,10 @@ class ServerConfig(BaseModel):
         if self.is_remote:
             # Its server knows whether there is one.
             return self
+        if self.device is not None and self.device_map is not None:
+            raise ValueError(
+                f"device={self.device!r} and device_map were both given: expected one of the two"
+            )
         if guidance.kl_coef and self.reference is None:
             raise ValueError("kl_coef was given without a reference model: set reference")
         if self.terminal == "reward" and self.reward is None:

@@ -82,6 +82,9 @@ def test_what_its_server_has_may_be_asked_for(server):
         ({"rope_theta": 1e4}, "rope_theta= came with"),
         ({"allow_pickle": True}, "allow_pickle= came with"),
         ({"trust_remote_code": True}, "trust_remote_code= came with"),
+        ({"quantization": "int8", "gguf_file": "x.gguf", "device_map": "auto"},
+         "quantization=, gguf_file=, device_map= came with {at}, whose server loaded its scorer "
+         "itself: give them to guided-decode scorer, and drop them here"),
         ({"timeout": 0}, "timeout=0: expected seconds above 0"),
     ],
 )  # fmt: skip

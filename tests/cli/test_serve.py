@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
+from transformers import AutoModelForTokenClassification
 from typer.testing import CliRunner
 
 from guided_decode.cli.app import app
@@ -24,6 +25,8 @@ from guided_decode.lab.demo import chosen
 from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from guided_decode.tiny_tulu import model_path
 from tests import ROOT
+from tests.checkpoints.gguf_files import write_gguf
+from tests.checkpoints.quantised_models import needs
 from tests.models import scratch
 
 PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
@@ -214,7 +217,8 @@ def test_every_setting_reaches_the_configuration(tmp_path):
     assert Dry("tiny-tulu-sft", *flags).config == remote
     from guided_decode.integrations.vllm.server_config import ServerConfig
 
-    assert {*expected, "adapter", *remote} == set(ServerConfig.model_fields)
+    apart = {"adapter", "quantization", "gguf_file", "device_map"}
+    assert {*expected, *apart, *remote} == set(ServerConfig.model_fields)
 
 
 @needs_vllm
@@ -241,6 +245,9 @@ def test_a_scorer_may_be_an_adapter_and_the_policy_not():
          "its scorer itself, on its own device: give that to guided-decode scorer, and drop it"),
         (("tiny-tulu-sft", "--reward", "tiny-tulu-value", "--cache-tokens", "9"),
          "reward and cache_tokens came with --scorer tcp://10.0.0.1:7070, whose server"),
+        (("tiny-tulu-sft", "--scorer-quantization", "int8", "--gguf-file", "a.gguf",
+          "--device-map", "auto"),
+         "quantization and gguf_file and device_map came with --scorer tcp://10.0.0.1:7070, whose"),
         (("tiny-tulu-sft", "--kind", "trunk-head"), "is a file; set scorer to it, or drop kind"),
     ],
 )  # fmt: skip
@@ -258,6 +265,37 @@ def test_a_scorer_server_is_met_before_vllm_loads():
         refused(run(*words), f"have different|the scorer at {server.address} has a vocabulary of")
         assert server.counts.bytes_received > 0
         assert server.sessions.clients == 0
+
+
+@needs_vllm
+@needs("torchao")
+def test_how_a_scorers_weights_are_read():
+    dry = Dry("--scorer-quantization", "int8", "--device-map", '{"": "cpu"}')
+    assert dry.config["quantization"] == "int8"
+    assert dry.config["device_map"] == {"": "cpu"}
+    assert Dry("--device-map", "auto").config["device_map"] == "auto"
+    known = "expected one of bnb-4bit, bnb-8bit, int8, int4, fp8"
+    unknown = run("--scorer-quantization", "nf4", "--dry-run")
+    refused(unknown, f"--scorer-quantization nf4: {known}")
+    refused(run("--device-map", '{"": ', "--dry-run"), r"--device-map .*expected a word such as")
+    refused(run("--device-map", '{"": "cuda:99"}', "--dry-run"), "cuda:99.* cannot be used")
+    both = ("--device-map", "auto", "--scorer-device", "cpu", "--dry-run")
+    refused(run(*both), "were both given: expected one")
+
+
+@needs_vllm
+@needs("gguf")
+def test_a_scorer_that_is_a_gguf_file(tmp_path):
+    value = AutoModelForTokenClassification.from_pretrained(model_path("value"))
+    write_gguf(tmp_path / "value.gguf", value, "F16")
+    save_file({"score.weight": value.score.weight.detach()}, tmp_path / "value_head.safetensors")
+    dry = Dry("tiny-tulu-sft", "--scorer", tmp_path / "value.gguf", "--kind", "ppo-critic")
+    assert dry.config["scorer"] == str(tmp_path / "value.gguf")
+    folder = ("tiny-tulu-sft", "--scorer", tmp_path, "--kind", "ppo-critic", "--gguf-file")
+    by_folder = Dry(*folder, "value.gguf")
+    assert by_folder.config["gguf_file"] == "value.gguf"
+    wrong = (*folder, "other.gguf", "--dry-run")
+    refused(run(*wrong), r"has no other.gguf: expected one of its GGUF files .value.gguf")
 
 
 @needs_vllm

@@ -10,6 +10,7 @@ from guided_decode import load_scorer
 from guided_decode.forward import cpu_linear
 from guided_decode.forward.cpu_linear import OneDnnLinear, use_onednn
 from tests import models
+from tests.checkpoints.quantised_models import needs
 
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch was built without oneDNN"
@@ -83,3 +84,31 @@ def test_a_scorer_switches_its_own_copy_and_not_the_callers_model():
     assert all(type(module) is OneDnnLinear for module in linear)
     assert not any(isinstance(module, OneDnnLinear) for module in mine.modules())
     assert linear[0].weight.data_ptr() in {p.data_ptr() for p in mine.parameters()}
+
+
+@needs("torchao")
+def test_quantised_weights_in_a_plain_linear_keep_their_own_products():
+    """torchao leaves the class of the layer, and its weights say that they are float32."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = frozen(64, 32)
+    quantize_(model, Int8WeightOnlyConfig())
+    assert type(model[0]) is nn.Linear
+    assert model[0].weight.dtype == torch.float32
+    x = torch.randn(3, 64)
+    own = model(x)
+    use_onednn(model)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), own, rtol=0, atol=0)
+
+
+@needs("torchao")
+def test_a_layer_that_is_quantised_after_it_was_switched():
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    model = frozen(64, 32)
+    use_onednn(model)
+    assert type(model[0]) is OneDnnLinear
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=lambda module, name: name == "0")
+    x = torch.randn(3, 64)
+    torch.testing.assert_close(model(x), x @ model[0].weight.dequantize().T, rtol=0, atol=1e-5)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from guided_decode.checkpoints.quantised_layers import is_plain
 from tests import PATIENCE, models
+from tests.checkpoints.quantised_models import needs
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.vllm_steps import CPU, built, engine
 
@@ -39,6 +41,15 @@ def test_a_scorer_that_does_not_fit_is_refused_with_what_can_be_done():
 def test_the_whole_vocabulary_is_refused_for_a_critic_at_start():
     with pytest.raises(ValueError, match="top_k=null was given with CriticScorer"):
         built(top_k=None)
+
+
+@needs("torchao")
+def test_a_scorers_weights_are_quantised_and_placed_as_the_server_says():
+    own = vllm_parts.scorer_config(quantization="int8", device_map={"": "cpu"})
+    scorer = build_engine(vllm_parts.vllm_config(own), CPU).scorer
+    assert not is_plain(scorer.model.model.layers[0].mlp.up_proj.weight)
+    with pytest.raises(ValueError, match="device='cpu' and device_map were both given: expected"):
+        built(device="cpu", device_map="auto")
 
 
 def test_the_cache_is_as_large_as_the_batch_needs():
