@@ -187,14 +187,15 @@ def open_scorer(
     policy: whose decoding it guides; a head on this one's hidden states shares its weights.
     remote: how its server is met, where the name is an address; device and dtype are the server's.
     """
-    from guided_decode import load_scorer
-    from guided_decode.checkpoints.loading import UnknownPolicyWarning
-
     if not is_address(name):
         location(name)
     for other in (options.reward, options.reference, options.head):
         if other is not None and not Path(other).is_file():
             location(other)
+    # After that has quietened what transformers imports.
+    from guided_decode import load_scorer
+    from guided_decode.checkpoints.loading import UnknownPolicyWarning
+
     placed: dict[str, Any] = {}
     if not is_address(name):
         # A device map says where all goes; a device beside it is refused.

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 FAILED = 1
 _PANEL = "Server"
 Model = Annotated[
-    str | None, typer.Argument(help="folder, registered name or Hub id \\[tiny-tulu-value]")
+    str | None,
+    typer.Argument(help="folder, GGUF file, registered name or Hub id \\[tiny-tulu-value]"),
 ]
 Listen = Annotated[str, typer.Option(help="tcp://HOST:PORT or ipc://PATH", rich_help_panel=_PANEL)]
 KeyFile = Annotated[
@@ -117,19 +118,26 @@ def _read_of(
     name: str, reading: models.ScorerOptions
 ) -> tuple[str, PreTrainedTokenizerBase | None]:
     """The family and the tokenizer of a scorer that was loaded, for its clients to compare."""
+    from guided_decode.checkpoints.adapted import Adapted
+    from guided_decode.checkpoints.head_beside import with_head_beside
     from guided_decode.checkpoints.kinds import choose_family
     from guided_decode.checkpoints.source import open_source
     from guided_decode.checkpoints.tokenizer_files import load_tokenizer
     from guided_decode.scoring.trunk_head import KIND as TRUNK_HEAD
 
+    where = location(name) if Path(name).exists() else name
     source = open_source(
-        location(name) if Path(name).is_dir() else name,
+        where if reading.adapter is None else Adapted(where, reading.adapter),
         revision=reading.revision,
         allow_pickle=reading.allow_pickle,
         trust_remote_code=reading.trust_remote_code,
+        gguf_file=reading.gguf_file,
     )
-    kind = TRUNK_HEAD if reading.head is not None else reading.kind or "auto"
-    return choose_family(source, kind).kind, load_tokenizer(source)
+    source, kind, head = with_head_beside(
+        source, reading.kind or "auto", reading.head, allow_pickle=reading.allow_pickle
+    )
+    found = choose_family(source, kind if head is None else TRUNK_HEAD)
+    return found.kind, load_tokenizer(source)
 
 
 @contextlib.contextmanager

@@ -112,6 +112,10 @@ def test_score_through_it_writes_what_the_local_scorer_does(server, tmp_path):
          "--kind reward-model was given, but the scorer at tcp://.* has 'ppo-critic': start"),
         (("generate", "--prompt", "x", "--policy", "tiny-tulu-sft", "--cache-tokens", "9"),
          "--cache-tokens came with tcp://.*, whose server loaded its scorer itself: give it to"),
+        (("generate", "--prompt", "x", "--policy", "tiny-tulu-sft", "--quantization", "int8"),
+         "--quantization came with tcp://.*, whose server loaded its scorer itself: give it to"),
+        (("score", "-", "-", "--tokenizer", "tiny-tulu-value", "--device-map", '{"": "cpu"}',
+          "--gguf-file", "a.gguf"), "--gguf-file, --device-map came with tcp://.*: give them to"),
         (("generate", "--prompt", "x", "--policy", "tiny-tulu-sft", "--timeout", "0"),
          "--timeout 0.*: expected seconds above 0"),
         (("score", "-", "-"), "--scorer tcp://.* reads token ids, which are written here: pass "
