@@ -12,7 +12,7 @@ from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.radix import RadixTree
 from guided_decode.cache.radix_node import NO_INTS, Node
 from guided_decode.cache.row_work import RowWork
-from guided_decode.cache.slot_tables import SlotTables
+from guided_decode.cache.slot_tables import Piece, SlotTables
 from guided_decode.growable import Ints
 from guided_decode.prefix import HandleState, PrefixHandle
 
@@ -72,7 +72,7 @@ class PrefixCache(OneProcess):
         )
         # Slot tables of this batch's plain prefixes, and of handles that are not placed yet.
         self._scratch: set[int] = set()
-        self._pieces: list[tuple[int, int, Ints]] = []
+        self._pieces: list[Piece] = []
         self._placed = 0
 
     def __copy__(self) -> "PrefixCache":
@@ -146,10 +146,14 @@ class PrefixCache(OneProcess):
         self._pieces.clear()
         self.tree.begin_batch()
 
-    def write_tables(self) -> None:
-        """Brings the device's slot tables up to date with the rows placed so far."""
-        self.tables.write(self._pieces)
-        self._pieces.clear()
+    def write_tables(self) -> list[Piece]:
+        """Brings the device's slot tables up to date with the rows placed so far.
+
+        Returns what it wrote, for tables elsewhere that follow these.
+        """
+        written, self._pieces = self._pieces, []
+        self.tables.write(written)
+        return written
 
     def place(
         self,

@@ -7,6 +7,9 @@ from guided_decode.growable import Ints
 
 _ROWS, _WIDTH = 8, 64
 
+# A row, the position that it is written from, and slots, int64 [n].
+Piece = tuple[int, int, Ints]
+
 
 class SlotTables:
     """A row of slot ids for each live prefix: entry p holds the slot of its token p.
@@ -69,7 +72,7 @@ class SlotTables:
         self.table = wider
         return True
 
-    def write(self, pieces: list[tuple[int, int, Ints]]) -> None:
+    def write(self, pieces: list[Piece]) -> None:
         """Writes (row, first position, slots) pieces, in one copy to the device."""
         if not pieces:
             return
@@ -82,6 +85,15 @@ class SlotTables:
         packed[2] = np.concatenate([slots for _, _, slots in pieces])
         rows, positions, slots = torch.from_numpy(packed).to(self.table.device, non_blocking=True)
         self.table[rows, positions] = slots.int()
+
+    def reshape(self, rows: int, width: int) -> None:
+        """Takes the shape of other tables, whose writes these follow; what is in both stays."""
+        if self.table.shape == (rows, width):
+            return
+        table = self.table.new_zeros(rows, width)
+        kept = self.table[:rows, :width]
+        table[: len(kept), : kept.shape[1]] = kept
+        self.table = table
 
     def retire(self) -> None:
         """Lets go of the memory, whoever still holds the tables."""

@@ -28,7 +28,7 @@ class Segment:
 @dataclass(slots=True, frozen=True)
 class PackedBatch:
     """One forward. token_ids, positions, slots: int64 [tokens], on the model's device; `stacked`
-    is the three of them, int64 [3, tokens], in the same memory.
+    is the three of them, int64 [3, tokens], in the same memory, and `host` the same in numpy.
 
     A prefix query at position p reads the slots table[row, : p + 1]; a candidate reads
     table[row, :length] and itself. Every token's key and value go to its own slot.
@@ -49,6 +49,7 @@ class PackedBatch:
     segment_table: Tensor | None = None
     most_queries: int = 0
     most_positions: int = 0
+    host: Ints | None = None
     stretches: dict[int | None, list[Stretch]] = field(default_factory=dict)
     copies: "dict[torch.device, PackedBatch]" = field(default_factory=dict)
 
@@ -130,29 +131,41 @@ def _batch(work: list[RowWork], table: Tensor, pool: SlotPool, fused: bool) -> P
         Segment(int(start), len(w.prefix), len(w.candidates), w.first, w.length, w.table_row)
         for w, start in zip(work, starts, strict=False)
     ]
-    tokens, rows = int(starts[-1]), len(work) if fused else 0
+    packed = np.empty((3, int(starts[-1])), np.int64)
+    np.concatenate([part for w in work for part in (w.prefix, w.candidates)], out=packed[0])
+    np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
+    np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
+    return batch_of(packed, segments, table, pool, fused=fused)
+
+
+def batch_of(
+    packed: Ints,  # int64 [3, tokens]: ids, positions, slots
+    segments: list[Segment],
+    table: Tensor,
+    pool: SlotPool,
+    *,
+    fused: bool,
+) -> PackedBatch:
+    """A forward of these tokens, on the pool's device; arguments as of `PackedBatch`."""
+    tokens, rows = packed.shape[1], len(segments) if fused else 0
     # In one copy to the device. What begins in it begins at a multiple of 16 bytes, whatever the
     # number of tokens: kernels are compiled for that.
     width = tokens + tokens % 2
     host = np.zeros(3 * width + -(-3 * rows // 2), np.int64)
-    packed = host[: 3 * width].reshape(3, width)[:, :tokens]
-    np.concatenate([part for w in work for part in (w.prefix, w.candidates)], out=packed[0])
-    np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
-    np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
-    table_rows = [w.table_row for w in work[:rows]]
-    host[3 * width :].view(np.int32)[: 3 * rows].reshape(rows, 3)[:] = np.column_stack(
-        [starts[:rows], sizes[:rows], table_rows]
-    )
+    host[: 3 * width].reshape(3, width)[:, :tokens] = packed
+    table_rows = host[3 * width :].view(np.int32)[: 3 * rows].reshape(rows, 3)
+    if fused:
+        table_rows[:] = [(s.start, s.prefix + s.candidates, s.table_row) for s in segments]
     copied = torch.from_numpy(host).to(pool.device, non_blocking=True)
     stacked = copied[: 3 * width].view(3, width)[:, :tokens]
     token_ids, positions, slots = stacked.unbind()
-    batch = PackedBatch(stacked, token_ids, positions, slots, segments, table, pool)
+    batch = PackedBatch(stacked, token_ids, positions, slots, segments, table, pool, host=packed)
     if not fused:
         return batch
     return replace(
         batch,
         segment_table=copied[3 * width :].view(torch.int32)[: 3 * rows].view(rows, 3),
-        most_queries=int(sizes.max()),
+        most_queries=int(table_rows[:, 1].max()),
         most_positions=int(packed[1].max()),
     )
 

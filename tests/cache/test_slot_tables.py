@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 
@@ -32,6 +33,17 @@ def test_the_first_rows_are_as_wide_as_they_must_be():
     tables = SlotTables(CPU, most_bytes=1)
     assert tables.open_row(5000) is not None
     assert tables.table.shape == (8, 5000)
+
+
+def test_tables_that_follow_others_take_their_shape_and_keep_what_fits():
+    tables = SlotTables(CPU, most_bytes=1 << 20)
+    tables.write([(1, 2, np.array([7, 8, 9]))])
+    tables.reshape(16, 128)
+    assert tables.table.shape == (16, 128)
+    assert tables.table[1, 2:5].tolist() == [7, 8, 9]
+    assert tables.table.sum() == 24
+    tables.reshape(2, 4)
+    assert tables.table.tolist() == [[0, 0, 0, 0], [0, 0, 7, 8]]
 
 
 @pytest.mark.parametrize("batch", [3, 24])
