@@ -15,8 +15,10 @@ from guided_decode.checkpoints.placement import DeviceMap
 from guided_decode.checkpoints.quantization import Quantization, check_stored, refuse_twice
 from guided_decode.checkpoints.registry import Record
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
+from guided_decode.checkpoints.tensor_parallel import check_divides
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.checkpoints.trunk import load_language_model, load_trunk
+from guided_decode.forward.shards import Shards
 from guided_decode.scorer import TerminalRule
 from guided_decode.scoring.transforms import Transform, parse_transform
 
@@ -67,6 +69,7 @@ def load_checkpoint(
     rope_theta: float | None = None,
     quantization: Quantization | None = None,
     device_map: DeviceMap | None = None,
+    sharded: Shards | None = None,
 ) -> Checkpoint:
     """A critic of any kind but "implicit" and "trunk-head".
 
@@ -85,6 +88,7 @@ def load_checkpoint(
         rope_theta: overrides the config's.
         quantization: of the trunk while it loads; its head stays in full precision.
         device_map: of several devices, by the checkpoint's or its trunk's names of modules.
+        sharded: the processes over which the weights of files are cut; None: this one has all.
 
     Raises:
         ValueError: the checkpoint does not fit its kind, or cannot be scored in packed form;
@@ -105,7 +109,7 @@ def load_checkpoint(
             f"{source.name} was given as {family.kind}, whose head comes apart from the policy: "
             "expected a critic or reward model; load it with load_scorer(policy, head=...)"
         )
-    how = _how_loaded(source, quantization, device_map)
+    how = _how_loaded(source, quantization, device_map, sharded)
     _settle_rope(source, family, rope_theta)
     head = read_head(source, family, wanted)
     read = choose_transform(source, family, wanted, len(head.weight))
@@ -133,6 +137,7 @@ def load_causal_lm(
     rope_theta: float | None = None,
     quantization: Quantization | None = None,
     device_map: DeviceMap | None = None,
+    sharded: Shards | None = None,
 ) -> PreTrainedModel:
     """A language model on its own config, in eval mode: one of an implicit pair, or a reference.
 
@@ -148,7 +153,7 @@ def load_causal_lm(
             f"{source.name} is a {source.architecture}: a reference or implicit reward expects a "
             f"class that ends in {' or '.join(family.architectures)}; pass a language model"
         )
-    how = _how_loaded(source, quantization, device_map)
+    how = _how_loaded(source, quantization, device_map, sharded)
     _settle_rope(source, family, rope_theta)
     return load_language_model(source, dtype, device, how)
 
@@ -178,15 +183,20 @@ def load_policy_trunk(
 
 
 def _how_loaded(
-    source: Source, quantization: Quantization | None, device_map: DeviceMap | None
+    source: Source,
+    quantization: Quantization | None,
+    device_map: DeviceMap | None,
+    sharded: Shards | None = None,
 ) -> HowLoaded:
     """How its weights are to be read.
 
     Raises ValueError: it cannot be scored in packed form, is quantised by what is not known or
-    not installed, or cannot be quantised or spread as it was asked.
+    not installed, or cannot be quantised, spread or cut as it was asked.
     """
     check_config(source.name, source.config)
     in_memory = source.instance is not None
+    if sharded is not None and not in_memory:
+        check_divides(source, sharded.ranks.world)
     if not in_memory:
         check_stored(source.name, source.config)
     if quantization is not None:
@@ -197,7 +207,7 @@ def _how_loaded(
             "weights have their places: expected its name or path; drop it, or load it so with "
             "transformers' from_pretrained"
         )
-    return HowLoaded(quantization, device_map)
+    return HowLoaded(quantization, device_map, sharded)
 
 
 def _settle_rope(source: Source, family: Family, rope_theta: float | None) -> None:

@@ -23,6 +23,8 @@ from guided_decode.checkpoints.placement import (
 )
 from guided_decode.checkpoints.quantization import Quantization, settle_stored, stored_method
 from guided_decode.checkpoints.source import Source
+from guided_decode.checkpoints.tensor_parallel import loading_arguments
+from guided_decode.forward.shards import Shards
 
 _WHOLE_CLASSES = {
     "ForTokenClassification": AutoModelForTokenClassification,
@@ -35,10 +37,13 @@ _HEADS = tuple(dict.fromkeys(head for family in FAMILIES.values() for head in fa
 
 @dataclass(frozen=True, slots=True)
 class HowLoaded:
-    """quantization: of weights that come in full precision. device_map: of several devices."""
+    """quantization: of weights that come in full precision. device_map: of several devices.
+    sharded: the processes over which weights are cut by tensor parallelism; None: this one has all.
+    """
 
     quantization: Quantization | None = None
     device_map: DeviceMap | None = None
+    sharded: Shards | None = None
 
     def auto_class(self, source: Source, *, trunk: bool) -> Any:
         """The class to load by.
@@ -65,6 +70,8 @@ class HowLoaded:
         trunk: bool,
     ) -> dict[str, Any]:
         """What `from_pretrained` takes for it."""
+        if self.sharded is not None:
+            return loading_arguments(self.sharded)
         given: dict[str, Any] = {}
         quantised = stored_method(source.config) is not None
         on_cpu = device is None or torch.device(device).type == "cpu"

@@ -13,6 +13,7 @@ from guided_decode.checkpoints.quantization import MissingLibrary
 from guided_decode.checkpoints.source import Source
 
 _SHOWN = 5
+_TALKATIVE = ("modeling_utils", "distributed.tensor_parallel")
 
 
 def from_pretrained(
@@ -106,14 +107,17 @@ def _refuse(what: str, source: Source, keys: Any) -> None:
 
 @contextmanager
 def _no_load_report() -> Iterator[None]:
-    """Silences transformers' table of weights that it did not use: the head is read apart."""
-    logger = logging.getLogger("transformers.modeling_utils")
+    """Silences transformers' table of weights that it did not use: the head is read apart; and
+    its list of those that a plan leaves whole."""
+    loggers = [logging.getLogger(f"transformers.{name}") for name in _TALKATIVE]
 
     def drop(record: logging.LogRecord) -> bool:
         return False
 
-    logger.addFilter(drop)
+    for logger in loggers:
+        logger.addFilter(drop)
     try:
         yield
     finally:
-        logger.removeFilter(drop)
+        for logger in loggers:
+            logger.removeFilter(drop)

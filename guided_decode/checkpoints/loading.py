@@ -4,8 +4,9 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
-from guided_decode.checkpoints.adapted import Adapted
+from guided_decode.checkpoints.adapted import Adapted, is_in_memory
 from guided_decode.checkpoints.checkpoint import load_causal_lm
 from guided_decode.checkpoints.critic_loading import load_critic, load_trunk_scorer
 from guided_decode.checkpoints.families import BosRule
@@ -36,8 +37,10 @@ from guided_decode.checkpoints.quantization import (
 from guided_decode.checkpoints.remote_loading import is_remote, load_remote
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
 from guided_decode.checkpoints.special_ids import first, special_token
+from guided_decode.checkpoints.tensor_parallel import device_of_rank, open_shards
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.checkpoints.trunk_head_loading import HeadLike
+from guided_decode.forward.follower import Follower
 from guided_decode.forward.modes import without_autograd
 from guided_decode.scorer import LogProbs, Scorer, TerminalRule
 from guided_decode.scoring.implicit import ImplicitScorer
@@ -76,6 +79,7 @@ def load_scorer(
     quantization: QuantizationLike | None = None,
     gguf_file: str | None = None,
     device_map: DeviceMapLike | None = None,
+    tp_plan: str | None = None,
     key_file: str | Path | None = None,
     timeout: float | None = None,
 ) -> Scorer:
@@ -122,6 +126,10 @@ def load_scorer(
         device_map: instead of a device: "auto" and accelerate's other words, or a dict of modules
             to devices; each layer's cache lies where the layer does. With a dict, companions are
             spread by "auto".
+        tp_plan: "auto" shards the weights over the processes that torchrun started, by
+            transformers' own plan; all of them call load_scorer alike. Rank 0 gets the scorer; the
+            others get a `Follower`, whose `is_leader` is False, and which does its part in
+            `follow()` until the scorer is closed.
         key_file: the clients' key file of a scorer server that wants keys.
         timeout: seconds that a scorer server may take for an answer; None is 60.
 
@@ -135,7 +143,7 @@ def load_scorer(
     """
     if is_remote(model, kind, {"key_file": key_file, "timeout": timeout}):
         if policy_tokenizer is None:
-            warn_of_unknown_policy(str(model))
+            warn_of_unknown_policy(str(model), calls=1)
         own_forward = None if max_forward_tokens == FORWARD_TOKENS else max_forward_tokens
         return load_remote(
             str(model),
@@ -161,11 +169,24 @@ def load_scorer(
                 "quantization": quantization,
                 "gguf_file": gguf_file,
                 "device_map": device_map,
+                "tp_plan": tp_plan,
             },
         )
+    on, spread = read_device(device), read_device_map(device_map, device)
+    sharded = open_shards(
+        tp_plan,
+        model,
+        on,
+        head=head,
+        adapter=adapter,
+        quantization=quantization,
+        gguf_file=gguf_file,
+        device_map=device_map,
+    )
+    if tp_plan is not None and not is_in_memory(model):
+        on = device_of_rank()
     if adapter is not None:
         model = Adapted(model, adapter)  # type: ignore[arg-type]
-    on, spread = read_device(device), read_device_map(device_map, device)
     quantized = read_quantization(quantization)
     target = on if spread is None else first_device(spread)
     options = LoadingOptions(
@@ -183,34 +204,64 @@ def load_scorer(
         policy_tokenizer=read_tokenizer(policy_tokenizer),
         quantization=quantized,
         device_map=spread,
+        sharded=sharded,
     )
     if quantized is not None:
         check_device(quantized, target, options.dtype)
+    given: dict[str, Any] = {
+        "gguf_file": gguf_file,
+        "conventions": {"bos": bos, "terminal": terminal, "transform": transform},
+    }
+    if sharded is None:
+        return _load(model, kind, head, reward, reference, options, **given)
+    with sharded.loading():
+        scorer = _load(model, kind, head, reward, reference, options, **given)
+    # Not a scorer, and says so: its rank has no tree, and does nothing but follow.
+    return scorer if sharded.leads else cast(Scorer, Follower(sharded))
+
+
+def _load(
+    model: ModelLike,
+    kind: str,
+    head: HeadLike | None,
+    reward: "ModelLike | Scorer | None",
+    reference: "ModelLike | LogProbs | None",
+    options: LoadingOptions,
+    *,
+    gguf_file: str | None,
+    conventions: dict[str, Any],
+) -> Scorer:
+    """`load_scorer` with its options read; conventions: bos, terminal and transform."""
     source = open_source(model, gguf_file=gguf_file, **options.of_files)
-    source, kind, head = with_head_beside(source, kind, head, allow_pickle=allow_pickle)
+    source, kind, head = with_head_beside(source, kind, head, allow_pickle=options.allow_pickle)
     family = choose_family(source, _kind(kind, head, source.name))
     # A head on the policy's own trunk reads the policy's own ids.
-    if options.policy_tokenizer is None and not family.head_apart:
-        warn_of_unknown_policy(source.name)
+    leads = options.sharded is None or options.sharded.leads
+    if options.policy_tokenizer is None and not family.head_apart and leads:
+        warn_of_unknown_policy(source.name, calls=2)
     if not family.heads:
-        refuse_for_implicit(reward=reward, bos=bos, terminal=terminal, transform=transform)
+        refuse_for_implicit(reward=reward, **conventions)
         return _load_implicit(source, reference, options)
-    terminal = settled_terminal(reward, terminal)
+    terminal = settled_terminal(reward, conventions["terminal"])
     if head is not None:
+        bos, transform = conventions["bos"], conventions["transform"]
         family = choose_family(source, family.kind, bos=bos, terminal=terminal)
         return load_trunk_scorer(source, family, head, transform, reward, reference, options)
-    given = {"bos": bos, "terminal": terminal, "transform": transform}
+    given = conventions | {"terminal": terminal}
     return load_critic(source, kind, options, reward, reference, **given)
 
 
-def warn_of_unknown_policy(name: str) -> None:
-    """Says that nothing compares the token ids of a scorer with a policy's."""
+def warn_of_unknown_policy(name: str, calls: int) -> None:
+    """Says that nothing compares the token ids of a scorer with a policy's.
+
+    calls: how deep in `load_scorer` this is called.
+    """
     warnings.warn(
         f"{name} was loaded without policy_tokenizer=, so nothing compares the token ids that it "
         "reads with the policy's: pass the policy's tokenizer",
         UnknownPolicyWarning,
         # The caller of load_scorer, which runs in `without_autograd`.
-        stacklevel=4,
+        stacklevel=3 + calls,
     )
 
 

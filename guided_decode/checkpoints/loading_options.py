@@ -11,10 +11,12 @@ from guided_decode.checkpoints.placement import DeviceMap
 from guided_decode.checkpoints.quantised_layers import is_plain, is_quantised
 from guided_decode.checkpoints.quantization import Quantization, stored_method
 from guided_decode.checkpoints.source import Source
+from guided_decode.checkpoints.tensor_parallel import check_spans_ranks
 from guided_decode.checkpoints.tokenizer_files import read_policy_tokenizer
 from guided_decode.checkpoints.tokenizer_match import Sides, check_rows, check_tokenizers
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.forward.self_check import check_packed
+from guided_decode.forward.shards import Shards
 
 Tokenizer = str | Path | PreTrainedTokenizerBase
 
@@ -24,6 +26,7 @@ class LoadingOptions:
     """Arguments of `load_scorer` that hold for all its models; as documented there.
 
     writer, reader: who writes the ids of `policy_tokenizer` and who reads them, for errors.
+    sharded: the processes that share the models by tensor parallelism; None: this one alone.
     """
 
     device: torch.device | None
@@ -40,6 +43,7 @@ class LoadingOptions:
     reader: str = "the critic"
     quantization: Quantization | None = None
     device_map: DeviceMap | None = None
+    sharded: Shards | None = None
 
     @property
     def of_files(self) -> dict[str, Any]:
@@ -48,14 +52,23 @@ class LoadingOptions:
 
     @property
     def of_weights(self) -> dict[str, Any]:
-        names = ("device", "dtype", "rope_theta", "quantization", "device_map")
+        names = ("device", "dtype", "rope_theta", "quantization", "device_map", "sharded")
         return self.of_files | {name: getattr(self, name) for name in names}
 
 
 def packed_model(
     model: PreTrainedModel, name: str, options: LoadingOptions, bytes_beside: int = 0
 ) -> PackedModel:
-    """The model on its slot pool, checked against its stock self."""
+    """The model on its slot pool, checked against its stock self, on all ranks that share it."""
+    sharded = options.sharded
+    if sharded is not None:
+        check_spans_ranks(model, name, sharded.ranks.world)
+        sharded.begin(
+            model,
+            cache_tokens=options.cache_tokens,
+            live_tokens=options.live_tokens,
+            max_forward_tokens=options.max_forward_tokens,
+        )
     try:
         packed = PackedModel(
             model,
@@ -82,6 +95,8 @@ def packed_model(
     except ValueError:
         _refuse_non_finite(model, name)
         raise
+    if sharded is not None and packed.mesh is not None:
+        sharded.add(packed)
     return packed
 
 

@@ -13,6 +13,9 @@ _REPEATS = "inputs will be cast from"
 
 def is_plain(weight: Tensor) -> bool:
     """Whether a weight is numbers as they are: no tensor of a library's own, and no packed bits."""
+    if hasattr(weight, "to_local"):
+        # A rank's shard of it.
+        weight = weight.to_local()
     return type(weight) in (nn.Parameter, Tensor) and weight.dtype in (
         torch.float32, torch.bfloat16, torch.float16, torch.float64,
     )  # fmt: skip

@@ -12,6 +12,7 @@ from guided_decode.checkpoints.load_report import check_report, from_pretrained,
 from guided_decode.checkpoints.own_copy import own_copy
 from guided_decode.checkpoints.quantised_layers import is_quantised, settle_bitsandbytes
 from guided_decode.checkpoints.source import Source
+from guided_decode.checkpoints.tensor_parallel import check_copied, check_vocabulary_divides
 from guided_decode.forward.weights import Origin, comes_from
 
 
@@ -27,8 +28,7 @@ def load_trunk(
     """
     if source.instance is not None:
         return _copy(source, dtype, device, trunk=True)
-    loaded = _load(source, dtype, device, how, trunk=True)
-    return _finish(loaded, dtype, device, source.name)
+    return _finish_loaded(source, dtype, device, how, trunk=True)
 
 
 def load_language_model(
@@ -48,8 +48,9 @@ def load_language_model(
                 "expected a causal LM; pass one"
             )
         return _copy(source, dtype, device)
-    loaded = _load(source, dtype, device, how, trunk=False)
-    return _finish(loaded, dtype, device, source.name)
+    if how.sharded is not None:
+        check_vocabulary_divides(source, how.sharded.ranks.world)
+    return _finish_loaded(source, dtype, device, how, trunk=False)
 
 
 def load_decoded(source: Source, dtype: torch.dtype | None) -> PreTrainedModel:
@@ -71,6 +72,7 @@ def _copy(
     model, memory = source.instance, source.memory
     assert model is not None
     assert memory is not None
+    check_copied(source, dtype)
     own = own_copy(model.base_model if trunk else model)
     copied = _finish(own, dtype, device, source.name)
 
@@ -78,6 +80,21 @@ def _copy(
         return _copy(memory.source(), dtype, device, trunk=trunk)
 
     return comes_from(copied, Origin((memory.watched,), again, memory.adapters))
+
+
+def _finish_loaded(
+    source: Source,
+    dtype: torch.dtype | None,
+    device: torch.device | str | None,
+    how: HowLoaded,
+    *,
+    trunk: bool,
+) -> PreTrainedModel:
+    loaded = _load(source, dtype, device, how, trunk=trunk)
+    if how.sharded is not None:
+        # Shards lie where they belong.
+        dtype = device = None
+    return _finish(loaded, dtype, device, source.name)
 
 
 def _finish(

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,11 +21,15 @@ from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
 from guided_decode.forward.stream_order import StreamOrder
+from guided_decode.forward.tensor_parallel import least_of_ranks, shard_mesh
 from guided_decode.forward.weights import WeightWatch, origin_of
 from guided_decode.growable import Ints
 from guided_decode.kernels.lookahead_tiles import has_tile
 from guided_decode.prefix import HandleState, PrefixHandle, as_ints
 from guided_decode.scorer import Prefix
+
+if TYPE_CHECKING:
+    from guided_decode.forward.shards import Shards
 
 logger = logging.getLogger("guided_decode")
 
@@ -89,11 +93,17 @@ class PackedModel(OneProcess):
         self.name = name
         self.max_forward_tokens = max_forward_tokens
         self.fused = model.device.type != "cpu" if fused is None else fused
+        # The mesh of a model that is sharded by tensor parallelism, which runs on all its ranks.
+        self.mesh = shard_mesh(model)
+        # On the rank that leads: those who run its forwards too.
+        self.leader: Shards | None = None
         config = model.config.get_text_config()
         self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         shapes, places = layer_layout(model)
-        self.has_kernel = _has_kernel(config.num_attention_heads, shapes, model.dtype)
+        # Of a sharded model, shapes are this rank's share, and so are its attention heads.
+        heads = config.num_attention_heads // (1 if self.mesh is None else self.mesh.size())
+        self.has_kernel = _has_kernel(heads, shapes, model.dtype)
         if self.fused and model.device.type == "cuda" and not self.has_kernel:
             logger.warning(
                 "%s: no kernel takes its attention heads in %s: it runs by plain torch operations, "
@@ -102,6 +112,9 @@ class PackedModel(OneProcess):
         capacity = cache_tokens or min(
             live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside, places)
         )
+        if self.mesh is not None:
+            # A slot is a token's on every rank.
+            capacity = least_of_ranks(capacity, self.mesh, model.device)
         self.most_graph_tokens = most_graph_tokens(model)
         widest = min(self.max_positions or _TABLE[1], capacity, _TABLE[1])
         self.cache = PrefixCache(
@@ -144,6 +157,10 @@ class PackedModel(OneProcess):
             order.begin()
         self.follow()
 
+    def changed(self) -> bool:
+        """Whether its weights, or the adapters in them, are not what they were."""
+        return self._watch.changed()
+
     def follow(self) -> None:
         """Follows the weights, and the adapters in them, if they changed since the last call.
 
@@ -153,10 +170,12 @@ class PackedModel(OneProcess):
         Raises:
             ValueError: the model has another dtype, device or vocabulary now.
         """
-        if not self._watch.changed():
+        if not self.changed():
             return
         # Whatever comes of it, no answer may come from what was cached before.
         self.cache.clear()
+        if self.leader is not None:
+            self.leader.follow(self)
         model = self.model if self.origin is None else self.origin.read()
         self._check_like(model)
         self.changes += 1
@@ -260,12 +279,13 @@ class PackedModel(OneProcess):
     def batches(self, placements: Sequence[Placement]) -> list[PackedBatch]:
         """The forwards that these rows need, in order."""
         work = [placement.work for placement in placements]
-        self.cache.write_tables()
         cache = self.cache
+        written = cache.write_tables()
+        if self.leader is not None:
+            self.leader.wrote(self, written)
         table, limit = cache.tables.table, self.max_forward_tokens
         return list(pack(work, table, cache.pool, limit, fused=self.fused))
 
-    @without_autograd
     def forward(self, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
         """One packed forward: hidden states [tokens, hidden], or logits [n, vocab].
 
@@ -273,6 +293,13 @@ class PackedModel(OneProcess):
             batch: the tokens.
             read: int64 [n], for causal LMs: tokens whose logits are wanted.
         """
+        if self.leader is not None:
+            return self.leader.forward(self, batch, read)
+        return self.run(batch, read)
+
+    @without_autograd
+    def run(self, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
+        """`forward` on this rank: all there is, where the model is not sharded."""
         inputs = {
             "input_ids": batch.token_ids[None],
             # The padding of a CUDA graph has position -1; any will do for it.

@@ -1,7 +1,7 @@
 """The critic as a scorer: V of every candidate, one packed forward a step."""
 
 import time
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
 from guided_decode.forward.graphs import GraphedForward, usual_shapes
 from guided_decode.forward.modes import without_autograd
@@ -20,6 +19,7 @@ from guided_decode.growable import Ints
 from guided_decode.kernels import value_head
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.asked import check_asked
+from guided_decode.scoring.closing import Closing
 from guided_decode.stats import ScorerStats
 
 Head = Callable[[Tensor], Tensor]
@@ -38,7 +38,7 @@ class ValueHead:
         return self.transform(value_head(hidden, self.weight, self.bias))
 
 
-class CriticScorer(OneProcess):
+class CriticScorer(Closing):
     """Scores candidates with a token-level critic, or a reward model read at the last token.
 
     The answer of `score` depends on its arguments alone; the cache changes what it costs. Threads
@@ -73,7 +73,8 @@ class CriticScorer(OneProcess):
             reward: the reward model of the "reward" terminal rule.
             reference: the model of kl_coef.
             graphs: steps of the usual shapes replay CUDA graphs; None: on a CUDA device. Never of a
-                model on several devices.
+                model on several devices, or of a sharded one, whose ranks talk in the middle of a
+                forward.
             head_origin: where the head is, in memory; it is followed as the trunk is.
         """
         if terminal == "reward" and reward is None:
@@ -97,7 +98,7 @@ class CriticScorer(OneProcess):
         self._graphs: GraphedForward | None = None
         wanted = graphs if graphs is not None else model.device.type == "cuda"
         # A graph belongs to one device.
-        if wanted and not model.cache.pool.is_spread:
+        if wanted and not model.cache.pool.is_spread and model.mesh is None:
             capture = model.device.type == "cuda"
             self._graphs = GraphedForward(model, self._write_values, capture=capture)
 
@@ -105,6 +106,9 @@ class CriticScorer(OneProcess):
         watch = self._head_watch
         memo[id(watch)] = watch
         return super().__deepcopy__(memo)
+
+    def _packed_models(self) -> Iterator[PackedModel]:
+        yield self.model
 
     def __repr__(self) -> str:
         cache = self.cache

@@ -12,6 +12,7 @@ from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed_model import PackedModel, Row
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.asked import check_asked
+from guided_decode.scoring.closing import Closing
 from guided_decode.stats import ScorerStats
 
 
@@ -128,7 +129,7 @@ class LanguageModel(OneProcess):
         return log_probs.masked_fill(candidates < 0, torch.nan)
 
 
-class ImplicitScorer(OneProcess):
+class ImplicitScorer(Closing):
     """A(s,a) = log π*(a|s) − log π_ref(a|s): values with baseline 0, terminals included.
 
     DPO and KTO train π* so that beta · this is its reward up to a term of the prompt
@@ -158,6 +159,10 @@ class ImplicitScorer(OneProcess):
         self._reference = LanguageModel(reference, self.stats)
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
+
+    def _packed_models(self) -> Iterator[PackedModel]:
+        yield self._tuned.model
+        yield self._reference.model
 
     def __repr__(self) -> str:
         return f"ImplicitScorer({self._tuned.model.name!r}, {self._reference.model.name!r})"

@@ -16,6 +16,7 @@ _POOL_SIZE = "guided_decode/forward/pool_size.py"
 _GUIDED = "integrations/transformers/custom_generate.py"
 _POLICY = "integrations/transformers/policy_match.py"
 _PROCESSOR = "integrations/transformers/logits_processor.py"
+_SHARDS = "guided_decode/checkpoints/tensor_parallel.py"
 _TRUNK = "integrations/transformers/trunk_lookahead.py"
 _TRUNK_OPTIONS = "integrations/transformers/trunk_options.py"
 _TRUNK_RUN = "integrations/transformers/trunk_run.py"
@@ -210,6 +211,16 @@ _MODELS = (
          _ADAPTERS),
 )  # fmt: skip
 
+_SHARDED = (
+    Name("transformers.distributed.DistributedConfig", _SHARDS, has=("tp_plan",)),
+    Name(_LLAMA_CONFIG, _SHARDS, has=("base_model_tp_plan", "num_attention_heads"),
+         may_have=("num_key_value_heads",)),
+    Name("transformers.distributed.mixin.DistributedMixin",
+         "guided_decode/forward/tensor_parallel.py", has=("tp_plan",),
+         why="which collectives a forward has"),
+    Name("transformers.distributed.tensor_parallel", _LOADING, why="its logger is silenced"),
+)  # fmt: skip
+
 _CONFIGS = (
     Name("transformers.AutoConfig", "guided_decode/checkpoints/source.py"),
     Name("transformers.PreTrainedConfig", _CONFIG_CHECKS, has=("is_encoder_decoder", "model_type")),
@@ -252,5 +263,5 @@ SURFACE = Surface(
     distributions=("transformers",),
     read_in="5.19.0",
     holds_in=("5.16.1", "5.24.0"),
-    names=(*_LOOPS, *_OPTIONS, *_FORWARD, *_MODELS, *_CONFIGS, *_FILES),
+    names=(*_LOOPS, *_OPTIONS, *_FORWARD, *_MODELS, *_SHARDED, *_CONFIGS, *_FILES),
 )

@@ -85,6 +85,7 @@ def test_what_its_server_has_may_be_asked_for(server):
         ({"quantization": "int8", "gguf_file": "x.gguf", "device_map": "auto"},
          "quantization=, gguf_file=, device_map= came with {at}, whose server loaded its scorer "
          "itself: give them to guided-decode scorer, and drop them here"),
+        ({"tp_plan": "auto"}, "tp_plan= came with"),
         ({"timeout": 0}, "timeout=0: expected seconds above 0"),
     ],
 )  # fmt: skip
