@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
+import signal
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import typer
 
 from guided_decode.checkpoints.registry import REGISTRY, Record, find
 from guided_decode.cli.errors import Refusal, one_line
@@ -198,8 +202,9 @@ def open_scorer(
 
     placed: dict[str, Any] = {}
     if not is_address(name):
-        # A device map says where all goes; a device beside it is refused.
-        on = device if options.device_map is not None else pick_device(device)
+        # A device map says where all goes, and a shard has a device of its own.
+        placed_otherwise = options.device_map is not None or options.tp_plan is not None
+        on = device if placed_otherwise else pick_device(device)
         placed = {"device": on, "dtype": parse_dtype(dtype)}
     model: Any = name
     given = options.given()
@@ -226,6 +231,30 @@ def known_as(scorer: Scorer, given: str) -> str:
     """What the registry may know a scorer as: a server says what it serves."""
     described = getattr(scorer, "described", None)
     return given if described is None else str(described.scorer.name)
+
+
+def follow_if_not_leading(name: str, options: ScorerOptions, dtype: str) -> None:
+    """On a rank of torchrun's that leads no sharded scorer, follows the one that does, and exits.
+
+    Elsewhere it does nothing: the command goes on, and `open_scorer` loads the leader's part.
+
+    Raises Refusal: the leader is gone, or the ranks are out of step.
+    """
+    if options.tp_plan is None or os.environ.get("RANK", "0") == "0":
+        return
+    follower: Any = open_scorer(name, options, dtype=dtype)
+    from guided_decode.forward.ranks import ShardError
+
+    # torchrun hands both on to all ranks: the leader ends what it has in work, and then this one.
+    handled = {one: signal.signal(one, signal.SIG_IGN) for one in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        follower.follow()
+    except ShardError as error:
+        raise Refusal(str(error)) from error
+    finally:
+        for one, handler in handled.items():
+            signal.signal(one, handler)
+    raise typer.Exit
 
 
 def parse_dtype(dtype: str) -> torch.dtype | None:

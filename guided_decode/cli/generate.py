@@ -18,6 +18,7 @@ from guided_decode.cli.chats import format_of
 from guided_decode.cli.checkpoints import (
     DEFAULT_SCORER,
     NOT_REMOTE,
+    follow_if_not_leading,
     known_as,
     load_policy,
     open_scorer,
@@ -75,6 +76,7 @@ def generate(
     """Answer prompts with guided decoding (without options: tiny-tulu, which is built in)."""
     names = pair(policy, scorer, head=reading.head)
     refuse_placement(names[1], scorer_device=scorer_device)
+    follow_if_not_leading(names[1], reading, dtype)
     config = guidance.over(_defaults(names[1], guidance.rule))
     sampling = Sampling(temperature, num_samples, max_new_tokens, seed)
     streams = _streams(stream, sampling, plain_text=not (as_json or compare_plain))

@@ -73,6 +73,9 @@ CacheTokens = Annotated[
 ForwardTokens = Annotated[
     int | None, _option("tokens of one forward of the scorer", min=1, max=_MOST_TOKENS)
 ]
+TpPlan = Annotated[
+    str | None, _option("the scorer's weights, over the processes of torchrun", metavar="auto")
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +99,7 @@ class ScorerOptions:
     quantization: Quantization = None
     gguf_file: GgufFile = None
     device_map: DeviceMap = None
+    tp_plan: TpPlan = None
 
     def given(self) -> dict[str, Any]:
         """What was given, by name, and is not what `load_scorer` does by itself."""

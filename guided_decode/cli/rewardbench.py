@@ -18,7 +18,7 @@ from guided_decode.cli import model_options as models
 from guided_decode.cli import row_options
 from guided_decode.cli.bench_pairs import PairReader, Read, as_pairs, read_pairs
 from guided_decode.cli.chats import format_of
-from guided_decode.cli.checkpoints import load_tokenizer, open_scorer
+from guided_decode.cli.checkpoints import follow_if_not_leading, load_tokenizer, open_scorer
 from guided_decode.cli.picture import checked_picture
 from guided_decode.cli.score_run import Job, identity, open_output, score_rest
 from guided_decode.cli.terminal import console
@@ -86,6 +86,7 @@ def rewardbench(
     """
     from guided_decode.lab.rewardbench.outcome import Outcome
 
+    follow_if_not_leading(model, reading, dtype)
     picture = None if plot is None else checked_picture(plot)
     rows = read_pairs(data, partial=partial)
     text_format = format_of(prompt_format, find(model))

@@ -18,6 +18,7 @@ from guided_decode.cli.checkpoints import (
     DEFAULT_SCORER,
     NOT_REMOTE,
     Policy,
+    follow_if_not_leading,
     known_as,
     load_tokenizer,
     open_scorer,
@@ -75,6 +76,7 @@ def score(
 
     The output is locked (flock) while it is written.
     """
+    follow_if_not_leading(scorer, reading, dtype)
     skip = on_error is row_options.Failing.SKIP
     rows = read_rows(source, skip=skip)
     served = _served(scorer, tokenizer, reading, remote, device, dtype)

@@ -33,6 +33,7 @@ STDOUT = STDIN
 # What changes the cost of a score, or whether there is one, and not the score.
 _SAME_SCORES = (
     "cache_tokens", "max_forward_tokens", "allow_pickle", "trust_remote_code", "device_map",
+    "tp_plan",
 )  # fmt: skip
 
 

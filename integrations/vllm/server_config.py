@@ -189,6 +189,12 @@ def parse_config(given: object, where: str) -> ServerConfig:
             f'{where} holds {shown(given)}: expected an object such as {{"scorer": "CRITIC", '
             '"kind": "ppo-critic"}'
         )
+    if given.get("tp_plan") is not None:
+        raise ValueError(
+            f"{where} holds tp_plan={shown(given['tp_plan'])}: vLLM's workers are no shards of the "
+            "scorer; serve it sharded by itself (torchrun --nproc-per-node SHARDS -m guided_decode "
+            'scorer MODEL --tp-plan auto --listen tcp://HOST:PORT) and set "scorer" to that address'
+        )
     try:
         return ServerConfig.model_validate(dict(given))
     except ValidationError as error:

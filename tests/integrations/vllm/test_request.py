@@ -200,6 +200,7 @@ def test_the_token_that_ends_a_sibling_is_the_clients_own():
         ({}, "scorer is missing"),
         ({"scorer": 3}, "scorer=3: input should be a valid string"),
         ({"scorer": "x", "betta": 1.0}, "unknown key 'betta'; known are scorer, kind"),
+        ({"scorer": "x", "tp_plan": "auto"}, "tp_plan='auto': vLLM's workers are no shards"),
         ({"scorer": "x", "beta": "1"}, "beta='1': input should be a valid number"),
         ({"scorer": "x", "top_k": 65}, "top_k=65 is above max_top_k=64"),
         ({"scorer": "x", "beta": 3, "max_beta": 2}, "beta=3 is above max_beta=2"),
