@@ -127,6 +127,17 @@ def _check_module(command: Command) -> None:
         _parsed(module, variant)
 
 
+def _check_torchrun(command: Command) -> None:
+    flag, processes, *words = command.words
+    assert flag == "--nproc-per-node", command
+    assert processes.isdigit(), command
+    if words[0] != "-m":
+        assert words[0].endswith(".py"), command
+        return
+    assert words[1] == "guided_decode", command
+    _check_guided_decode(Command("guided-decode", tuple(words[2:]), command.environment))
+
+
 def _with_and_without_brackets(words: list[str]) -> list[tuple[str, ...]]:
     """The words with all that stands in [--option VALUE], and with none of it."""
     every, needed, optional = [], [], False
@@ -168,6 +179,7 @@ CHECKS: dict[str, Callable[[Command], None]] = {
     "make": _check_make,
     "pip": _check_pip,
     "python": _check_module,
+    "torchrun": _check_torchrun,
     "vllm": _check_vllm,
     "curl": _check_curl,
 }

@@ -26,7 +26,8 @@ def _quoted(text: object) -> str:
 # By what a Python block needs: its own text, and the text that is run.
 PYTHON = {
     "network": {_quoted(hub): _quoted(find(own).location) for hub, own in CHECKPOINTS.items()},
-    "gpu": {_quoted(f"cuda:{i}"): _quoted("cpu") for i in range(2)},
+    "gpu": {_quoted(f"cuda:{i}"): _quoted("cpu") for i in range(2)}
+    | {'tp_plan="auto"': "tp_plan=None"},
     "names": {_quoted("DIR"): _quoted(tiny_tulu.trunk_head_path("ppo"))},
     "minutes": {"PPOConfig()": "PPOConfig(steps=1, rollouts_per_step=2, max_new_tokens=4)"},
 }
