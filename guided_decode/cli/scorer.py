@@ -12,7 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from guided_decode.cli import model_options as models
-from guided_decode.cli.checkpoints import DEFAULT_SCORER, location, open_scorer
+from guided_decode.cli.checkpoints import (
+    DEFAULT_SCORER,
+    follow_if_not_leading,
+    location,
+    open_scorer,
+)
 from guided_decode.cli.errors import Refusal, one_line, report
 from guided_decode.cli.scorer_limits import ScorerLimits
 from guided_decode.scoring.remote.address import DEFAULT, is_address
@@ -77,18 +82,20 @@ def scorer(
     name = model or DEFAULT_SCORER
     if is_address(name):
         raise Refusal(f"{name} is where a scorer server listens: expected the model that is served")
+    follow_if_not_leading(name, reading, dtype)
     from guided_decode.scoring.remote.keys import ServerKeys
     from guided_decode.serving.security import require_free
 
     own = limits.limits()
     keys = None if key_file is None else ServerKeys.read(key_file)
     require_free(listen, keys, insecure=insecure)
-    loaded = open_scorer(name, reading, device=device, dtype=dtype)
+    loaded: Any = open_scorer(name, reading, device=device, dtype=dtype)
     kind, tokenizer = _read_of(name, reading)
     from guided_decode.serving import ScorerServer
 
-    with ScorerServer(loaded, listen, keys=keys, insecure=insecure, limits=own, kind=kind,
-                      tokenizer=tokenizer) as server:  # fmt: skip
+    # The end of the block ends the other ranks of a sharded scorer.
+    with loaded, ScorerServer(loaded, listen, keys=keys, insecure=insecure, limits=own, kind=kind,
+                              tokenizer=tokenizer) as server:  # fmt: skip
         if metrics_port is not None:
             from guided_decode.serving.metrics import start
 
@@ -99,10 +106,13 @@ def scorer(
 
 
 def _serve(server: ScorerServer) -> None:
+    from guided_decode.guidance.step import is_device_error
+
     try:
         server.serve()
     except Exception as error:
-        report(f"the scorer's device failed, so nothing can be scored any more: {one_line(error)}")
+        what = "device failed" if is_device_error(error) else "processes are not all there"
+        report(f"the scorer's {what}, so nothing can be scored any more: {one_line(error)}")
         raise typer.Exit(FAILED) from error
 
 

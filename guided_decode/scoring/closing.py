@@ -20,6 +20,12 @@ class Closing(OneProcess):
         """The models that it runs."""
         raise NotImplementedError
 
+    @property
+    def closed(self) -> str | None:
+        """Why it scores no more: it was closed, or a process that it needs is lost; or None."""
+        leaders = (model.leader for model in self._packed_models() if model.leader is not None)
+        return next((leader.closed for leader in leaders if leader.closed is not None), None)
+
     def close(self) -> None:
         """Ends the processes that follow a sharded scorer, which then scores no more.
 

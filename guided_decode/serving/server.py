@@ -119,7 +119,8 @@ class ScorerServer:
     def serve(self) -> None:
         """Answers until `stop`.
 
-        Raises the scorer's device error: nothing on that device can be scored any more.
+        Raises the scorer's error after which it scores no more: its device failed, or a process
+        that has a shard of it is lost.
         """
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
@@ -265,7 +266,7 @@ class ScorerServer:
         try:
             score_together(model, slices)
         except Exception as error:
-            self._end_at_device_error(error, slices)
+            self._end_if_lost(error, slices)
             if len(slices) == 1 and slices[0].whole:
                 self._fail(slices[0].job, error)
                 return
@@ -284,13 +285,14 @@ class ScorerServer:
         try:
             score_together(model, [whole])
         except Exception as error:
-            self._end_at_device_error(error, [whole])
+            self._end_if_lost(error, [whole])
             self._fail(job, error)
             return
         self._answer(job)
 
-    def _end_at_device_error(self, error: Exception, slices: list[Slice]) -> None:
-        if is_device_error(error):
+    def _end_if_lost(self, error: Exception, slices: list[Slice]) -> None:
+        """Raises the error, if the scorer does not survive it."""
+        if is_device_error(error) or getattr(self._scorer, "closed", None) is not None:
             for each in slices:
                 self._fail(each.job, error)
             self._socket.linger = _LINGER_MILLISECONDS

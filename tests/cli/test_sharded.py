@@ -3,21 +3,27 @@
 import json
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
-from guided_decode import tiny_tulu
+from guided_decode import PrefixHandle, load_scorer, tiny_tulu
 from guided_decode.cli import checkpoints
 from guided_decode.cli.app import app
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.forward.ranks import ShardError
+from tests import models
 from tests.cli.test_score import chats, read, write
-from tests.forward.test_shards import torchrun
+from tests.forward.test_shards import environment, free_port, torchrun
+from tests.serving import process
 
 pytestmark = pytest.mark.timeout(900)
-CLI = ("-m", "guided_decode.cli")
+CLI = ("-m", "guided_decode")
 
 
 def test_a_file_is_scored_by_two_shards_as_by_one_process(tmp_path):
@@ -68,12 +74,80 @@ def test_a_follower_leaves_signals_to_its_leader(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-@pytest.mark.parametrize("command", ["score", "generate"])
+SERVED = ("--kind", "verl-critic", "--device", "cpu", "--tp-plan", "auto")
+PREFIXES, CANDIDATES = [[5, 6, 7], [8]], torch.tensor([[3, 4], [9, -1]])
+
+
+def check_served(address, path):
+    """What is served there are the scores of one process, along a response that grows."""
+    remote, local = load_scorer(address, "verl-critic"), load_scorer(path, "verl-critic")
+    rows = [PrefixHandle(row) for row in PREFIXES]
+    for token in (5, 6, 7):
+        got, wanted = (scorer.score(rows, CANDIDATES) for scorer in (remote, local))
+        for one, other in zip(got, wanted, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=1e-5, equal_nan=True)
+        for row in rows:
+            row.append(token)
+    remote.close()
+
+
+def processes_below(pid):
+    """The processes that a process has started and that still run."""
+    return [int(one) for one in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_two_shards_are_served_as_one_process_serves_until_torchrun_is_ended(number):
+    """Ctrl-C reaches torchrun alone, which sends it on: its ranks have sessions of their own."""
+    path = models.saved("llama", "token")
+    under = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2",
+             "--master-port", free_port(), *CLI, "scorer"]  # fmt: skip
+    with process.started(path, *SERVED, command=under) as server:
+        ranks = processes_below(server.process.pid)
+        try:
+            check_served(server.address, path)
+            assert len(ranks) == 2
+        finally:
+            server.end(number)
+            said = server.process.stderr.read()
+        # torchrun says what ended it, in a traceback of its own; its ranks say nothing.
+        assert said.count("Traceback") == 1, said
+        assert said.rstrip().endswith(f"got signal: {int(number)}"), said
+        assert "rank 1" not in said
+    assert not [one for one in ranks if Path(f"/proc/{one}").exists()]
+
+
+def test_the_ranks_of_a_server_end_with_its_leader_and_in_order():
+    """As torchrun starts and ends them, with the exit codes that it does not tell."""
+    path, port = models.saved("llama", "token"), free_port()
+    told = [
+        environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                    MASTER_PORT=port) for rank in "01"
+    ]  # fmt: skip
+    follower = subprocess.Popen(
+        [*process.COMMAND, path, *SERVED], env=told[1], stderr=subprocess.PIPE, text=True
+    )
+    try:
+        with process.started(path, *SERVED, told=told[0]) as leader:
+            check_served(leader.address, path)
+            follower.send_signal(signal.SIGTERM)
+            check_served(leader.address, path)
+            assert leader.end(signal.SIGTERM) == 0
+            assert leader.process.stderr.read() == ""
+        _, said = follower.communicate(timeout=60)
+        assert (follower.returncode, said) == (0, "")
+    finally:
+        follower.kill()
+
+
+@pytest.mark.parametrize("command", ["score", "generate", "scorer"])
 def test_without_torchrun_a_plan_is_refused_in_one_line(tmp_path, monkeypatch, command):
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     source = write(tmp_path / "chats.jsonl", chats(1))
-    given = [source, tmp_path / "out.jsonl"] if command == "score" else ["--file", source]
+    given = {"score": [source, tmp_path / "out.jsonl"], "generate": ["--file", source],
+             "scorer": ["--listen", "tcp://127.0.0.1:0"]}[command]  # fmt: skip
     result = CliRunner().invoke(app, [command, *map(str, given), "--tp-plan", "auto"])
     assert result.exit_code == 2
     said = result.stderr.strip()

@@ -13,6 +13,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -25,6 +26,8 @@ from transformers.utils import logging as transformers_logging
 from guided_decode import load_scorer
 from guided_decode.checkpoints.tensor_parallel import join_ranks
 from guided_decode.forward.ranks import ShardError
+from guided_decode.scoring.remote import RemoteScorer
+from guided_decode.serving import ScorerServer
 from tests import models
 from tests.cache import test_properties as schedules
 
@@ -388,6 +391,25 @@ def follower_dies():
     begun = time.perf_counter()
     errors = [said(lambda: values_of(scorer)) for _ in range(2)]
     return {"said": errors, "seconds": time.perf_counter() - begun}
+
+
+@last
+def served_follower_dies():
+    """The leader serves its scorer, which cannot go on without the other rank."""
+    scorer = sharded()
+    if not scorer.is_leader:
+        trunk = packed(scorer)[0].model
+        trunk.layers[1].self_attn.forward = lambda *args, **kwargs: dies()
+        scorer.follow()
+    asked = []
+    with ScorerServer(scorer, "tcp://127.0.0.1:0") as server:
+        ask = threading.Thread(
+            target=lambda: asked.append(said(lambda: values_of(RemoteScorer(server.address))))
+        )
+        ask.start()
+        ended = said(server.serve)
+    ask.join()
+    return {"asked": asked, "ended": ended, "closed": scorer.closed}
 
 
 def save_models() -> None:

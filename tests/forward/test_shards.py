@@ -246,7 +246,7 @@ def test_any_scorer_is_a_leader_that_can_be_closed():
 def deaths(tmp_path_factory):
     """Pairs of processes in which one dies, side by side: torchrun would end the other one."""
     folders, running = {}, []
-    for name in ("leader_dies", "follower_dies"):
+    for name in ("leader_dies", "follower_dies", "served_follower_dies"):
         folders[name], port = tmp_path_factory.mktemp(name), free_port()
         for rank in range(RANKS):
             own = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
@@ -283,3 +283,14 @@ def test_a_follower_that_is_killed_closes_the_scorer_in_words(deaths):
     assert first == "ShardError: a rank is gone, or did not answer in time"
     assert second.startswith("ShardError: the sharded scorer is closed (a rank is gone")
     assert leader["follower_dies"]["seconds"] < 60
+
+
+def test_a_server_whose_scorer_lost_a_rank_tells_its_clients_and_ends(deaths):
+    (leader, _), codes, said = deaths["served_follower_dies"]
+    assert codes == [0, -9], said
+    facts = leader["served_follower_dies"]
+    assert facts["ended"] == "ShardError: a rank is gone, or did not answer in time", said
+    assert facts["closed"] == "a rank is gone, or did not answer in time"
+    (asked,) = facts["asked"]
+    assert asked.startswith("ScorerServerError: "), said
+    assert "a rank is gone, or did not answer in time" in asked

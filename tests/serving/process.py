@@ -9,11 +9,12 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 COMMAND = [sys.executable, "-m", "guided_decode", "scorer"]
 _END_SECONDS = 30
+_NOTHING: Mapping[str, str] = {}
 
 
 @dataclass
@@ -35,11 +36,17 @@ class Scorer:
 
 
 @contextlib.contextmanager
-def started(*arguments: object, listen: str = "tcp://127.0.0.1:0") -> Iterator[Scorer]:
-    """A server that is ready; it is gone when the block is left."""
+def started(
+    *arguments: object,
+    listen: str = "tcp://127.0.0.1:0",
+    command: Sequence[str] = COMMAND,
+    told: Mapping[str, str] = _NOTHING,
+) -> Iterator[Scorer]:
+    """A server that is ready; it is gone when the block is left. told: its own environment."""
+    usual = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
-        [*COMMAND, *map(str, arguments), "--listen", listen],
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
+        [*command, *map(str, arguments), "--listen", listen],
+        env=os.environ | usual | told,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
