@@ -9,12 +9,13 @@ from guided_decode.forward.cache_argument import returned_cache
 _MEMORY_SHARE = 0.25
 # Tokens of a forward that is a CUDA graph, by bucket.
 TOKEN_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-# The longest one of any model, and those of small models.
+# Every model has graphs of so many.
 _SURE_TOKENS = 512
-# Tokens · weights of a layer that a GPU works through in the quarter of a millisecond in which
-# Python launches the layer's 40 or so kernels: at 2 operations a weight and token, of the 6e14 a
-# second that an H100 reaches in 16 bits. A longer forward hides its launches behind its arithmetic.
-_HIDDEN_WORK = 7.5e10
+# Tokens · weights of a layer that a GPU works through while Python launches the layer's 35 or so
+# kernels, which took 1.8 ms beside an H200 (benchmarks/results/h200: an 8B critic's 1,024 tokens
+# and 2,048 as they are, 58 and 63 ms): at 2 operations a weight and token, of the 6e14 a second
+# that it reaches in 16 bits. A longer forward hides its launches behind its arithmetic.
+_HIDDEN_WORK = 5e11
 # 32 MiB for cuBLAS on Hopper, and 1 MiB for each of 64 graphs.
 _WORKSPACE_BYTES = 96 << 20
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
