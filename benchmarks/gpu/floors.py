@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from guided_decode.checkpoints.shape import Shape
+
 
 @dataclass(frozen=True)
 class Size:
@@ -17,24 +19,28 @@ class Size:
     itemsize: int = 2
 
     @property
+    def shape(self) -> Shape:
+        sizes = (self.layers, self.hidden, self.intermediate, self.heads, self.kv_heads)
+        return Shape(*sizes, self.vocab)
+
+    @property
     def head_dim(self) -> int:
-        return self.hidden // self.heads
+        return self.shape.head_dim
 
     @property
     def trunk_weights(self) -> int:
         """Weights that every token is multiplied by, all layers."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        return self.layers * (attention + 3 * self.hidden * self.intermediate)
+        return self.layers * self.shape.layer_weights
 
     @property
     def table_weights(self) -> int:
         """Of lm_head, and once more of the embeddings, of which a forward reads its tokens only."""
-        return self.vocab * self.hidden
+        return self.shape.table
 
     @property
     def kv_bytes(self) -> int:
         """Keys and values of one token, all layers."""
-        return self.layers * self.kv_heads * self.head_dim * 2 * self.itemsize
+        return self.shape.kv_bytes(self.itemsize)
 
 
 LLAMA2_13B = Size("13B", 40, 5120, 13824, 40, 40, 32_000)

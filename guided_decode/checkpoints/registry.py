@@ -3,36 +3,18 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from guided_decode.checkpoints.shape import (
+    LLAMA_2_7B,
+    LLAMA_2_13B,
+    LLAMA_2_70B,
+    LLAMA_3_8B,
+    LLAMA_3_70B,
+    MISTRAL_7B,
+    TINY,
+    TULU_3_8B,
+    Shape,
+)
 from guided_decode.tiny_tulu import model_path
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The sizes that memory follows from, for a Llama-like decoder."""
-
-    layers: int
-    hidden: int
-    intermediate: int
-    heads: int
-    kv_heads: int
-    vocab: int
-
-    @property
-    def head_dim(self) -> int:
-        return self.hidden // self.heads
-
-    def parameters(self, *, lm_head: bool) -> int:
-        """Weights of the trunk, with the untied language-model head or without it."""
-        attention = 2 * self.hidden * self.head_dim * (self.heads + self.kv_heads)
-        mlp = 3 * self.hidden * self.intermediate
-        layer = attention + mlp + 2 * self.hidden
-        embeddings = self.vocab * self.hidden * (2 if lm_head else 1)
-        return embeddings + self.layers * layer + self.hidden
-
-    def kv_bytes(self, dtype_bytes: int = 2) -> int:
-        """Bytes of keys and values that one cached token takes."""
-        return 2 * self.layers * self.kv_heads * self.head_dim * dtype_bytes
-
 
 # The policy's tokenizer has a chat template of its own, which no format of `prompts` is.
 POLICY_TEMPLATE = "chat template"
@@ -76,9 +58,26 @@ class Record:
         return self.policy_format in (None, self.prompt_format)
 
     @property
+    def is_causal_lm(self) -> bool:
+        """Whether it has a language-model head, not one with a single label."""
+        return self.architecture.endswith("ForCausalLM")
+
+    @property
+    def labels(self) -> int:
+        """Of its value head; 0 without one."""
+        return 0 if self.is_causal_lm else 1
+
+    @property
+    def head_bias(self) -> bool:
+        """Whether its class has a bias in that head."""
+        return self.architecture.endswith("ForTokenClassification")
+
+    @property
     def weight_bytes(self) -> int:
         """Bytes of the weights in bfloat16."""
-        return 2 * self.shape.parameters(lm_head=self.architecture.endswith("ForCausalLM"))
+        return 2 * self.shape.parameters(
+            lm_head=self.is_causal_lm, labels=self.labels, head_bias=self.head_bias
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -86,15 +85,6 @@ class Record:
         ids = (self.name, *self.aliases)
         return (*ids, *(one.rpartition("/")[2] for one in ids))
 
-
-LLAMA_2_7B = Shape(32, 4096, 11008, 32, 32, 32000)
-LLAMA_2_13B = Shape(40, 5120, 13824, 40, 40, 32000)
-LLAMA_2_70B = Shape(80, 8192, 28672, 64, 8, 32000)
-LLAMA_3_8B = Shape(32, 4096, 14336, 32, 8, 128256)
-LLAMA_3_70B = Shape(80, 8192, 28672, 64, 8, 128256)
-TULU_3_8B = Shape(32, 4096, 14336, 32, 8, 128264)
-MISTRAL_7B = Shape(32, 4096, 14336, 32, 8, 32000)
-TINY = Shape(4, 128, 344, 4, 4, 287)
 
 _EASYLM_DEFECTS = ("rope_theta 100000 in one converter's output; 10000 is right for Llama 2",)
 
@@ -216,6 +206,21 @@ REGISTRY: tuple[Record, ...] = (
     _tiny("ppo", "implicit", "PPO policy, part of this package", reference="tiny-tulu-sft"),
     _tiny("value", "ppo-critic", "value model of the tiny-tulu PPO run, part of this package"),
 )
+
+# Causal LMs that the records above speak of and that are no scorers: their policies and references.
+POLICIES: dict[str, Shape] = {
+    "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm": LLAMA_2_13B,
+    "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-uf-rm": LLAMA_2_13B,
+    "allenai/tulu-v2.5-ppo-13b-uf-mean-13b-mix-rm": LLAMA_2_13B,
+    "allenai/tulu-v2.5-ppo-13b-uf-mean": LLAMA_2_13B,
+    "hamishivi/tulu-v2.5-7b-uf-mean-7b-uf-rm": LLAMA_2_7B,
+    "allenai/tulu-2-13b": LLAMA_2_13B,
+    "allenai/tulu-2-70b": LLAMA_2_70B,
+    "allenai/llama-3.1-tulu-2-70b": LLAMA_3_70B,
+    "allenai/llama-3.1-tulu-2-8b": LLAMA_3_8B,
+    "allenai/Llama-3.1-Tulu-3-8B": TULU_3_8B,
+    "mistralai/Mistral-7B-Instruct-v0.2": MISTRAL_7B,
+}
 
 
 def find(name_or_path: str | Path) -> Record | None:

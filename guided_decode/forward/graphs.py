@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from guided_decode.cache.pool import SlotPool
+from guided_decode.forward.activations import TOKEN_BUCKETS
 from guided_decode.forward.capture import captured, no_waiting
 from guided_decode.forward.packed import PackedBatch
 from guided_decode.forward.packed_model import PackedModel
-from guided_decode.forward.pool_size import TOKEN_BUCKETS
 from guided_decode.kernels.jit import next_power_of_two
 
 logger = logging.getLogger("guided_decode")

@@ -3,21 +3,11 @@
 import torch
 from transformers import PreTrainedModel
 
+from guided_decode.forward.activations import graph_memory, graph_tokens
 from guided_decode.forward.cache_argument import returned_cache
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.
 _MEMORY_SHARE = 0.25
-# Tokens of a forward that is a CUDA graph, by bucket.
-TOKEN_BUCKETS = (8, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024, 2048)
-# Every model has graphs of so many.
-_SURE_TOKENS = 512
-# Tokens · weights of a layer that a GPU works through while Python launches the layer's 35 or so
-# kernels, which took 1.8 ms beside an H200 (benchmarks/results/h200: an 8B critic's 1,024 tokens
-# and 2,048 as they are, 58 and 63 ms): at 2 operations a weight and token, of the 6e14 a second
-# that it reaches in 16 bits. A longer forward hides its launches behind its arithmetic.
-_HIDDEN_WORK = 5e11
-# 32 MiB for cuBLAS on Hopper, and 1 MiB for each of 64 graphs.
-_WORKSPACE_BYTES = 96 << 20
 _MOST_BYTES = {"cpu": 2 << 30, "cuda": 32 << 30}
 
 
@@ -73,18 +63,11 @@ def most_graph_tokens(model: PreTrainedModel) -> int:
     embeddings = model.get_input_embeddings().weight.numel()  # type: ignore[operator,union-attr]
     weights = sum(weight.numel() for weight in model.parameters()) - embeddings
     layer = weights / model.config.get_text_config().num_hidden_layers
-    return max(n for n in TOKEN_BUCKETS if n <= _SURE_TOKENS or n * layer <= _HIDDEN_WORK)
+    return graph_tokens(layer)
 
 
 def graph_bytes(model: PreTrainedModel) -> int:
-    """What the CUDA graphs of the forward hold, about: the activations of their longest one.
-
-    All graphs share one memory pool, in which a layer's activations take the place of the last
-    layer's: a few rows of the hidden size, and of the feed-forward's, a token. Beside them cuBLAS
-    keeps a workspace for the stream of the captures, and the driver its nodes of each graph.
-    """
+    """What the CUDA graphs of the forward hold, about: `graph_memory` of this model."""
     config = model.config.get_text_config()
-    tokens = most_graph_tokens(model)
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    activations = tokens * (4 * config.hidden_size + 3 * inner) * model.dtype.itemsize
-    return activations + _WORKSPACE_BYTES
+    return graph_memory(most_graph_tokens(model), config.hidden_size, inner, model.dtype.itemsize)

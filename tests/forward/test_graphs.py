@@ -11,8 +11,9 @@ from transformers import LlamaConfig, LlamaModel
 
 from guided_decode import GuidanceConfig, load_scorer
 from guided_decode.forward import graphs, packed_model
+from guided_decode.forward.activations import TOKEN_BUCKETS
 from guided_decode.forward.packed_model import PackedModel
-from guided_decode.forward.pool_size import TOKEN_BUCKETS, graph_bytes, most_graph_tokens
+from guided_decode.forward.pool_size import graph_bytes, most_graph_tokens
 from guided_decode.forward.self_check import check_packed
 from guided_decode.guidance.step import guide_rows
 from guided_decode.prefix import PrefixHandle
