@@ -7,6 +7,7 @@ from guided_decode.cli.errors import OneLineErrors
 from guided_decode.cli.generate import generate
 from guided_decode.cli.models import models
 from guided_decode.cli.option_groups import grouped
+from guided_decode.cli.plan import plan
 from guided_decode.cli.rewardbench import rewardbench
 from guided_decode.cli.score import score
 from guided_decode.cli.scorer import scorer
@@ -28,3 +29,4 @@ app.command()(grouped(scorer))
 app.command()(grouped(score))
 app.command()(grouped(rewardbench))
 app.command()(models)
+app.command()(plan)

@@ -10,7 +10,11 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from guided_decode.checkpoints.plan.cards import find_card
+from guided_decode.checkpoints.plan.footprint import Workload
+from guided_decode.checkpoints.plan.placement import Placement, make_plan
 from guided_decode.checkpoints.registry import REGISTRY, Record
+from guided_decode.cli.plan_report import described, way_fields
 from guided_decode.cli.terminal import console
 
 # Terminal rules, as a candidate that ends the response meets them.
@@ -25,7 +29,7 @@ _AT_THE_END = {
 def models(
     as_json: Annotated[bool, typer.Option("--json", help="as one JSON array")] = False,
 ) -> None:
-    """List the registered checkpoints: memory, policy, kind and how each is read."""
+    """List the registered checkpoints: memory, policy, kind, how each is read, what it fits."""
     if as_json:
         print(json.dumps([_fields(record) for record in REGISTRY], indent=2))
         return
@@ -52,6 +56,17 @@ def _kv(record: Record) -> int:
     return 1_000 * record.shape.kv_bytes()
 
 
+def _fitting(record: Record) -> Placement | None:
+    """The way to take on 80 GB GPUs, of one row of the usual length; None: it scores nothing.
+
+    A policy that is scored by its own log-probabilities is planned beside its reference.
+    """
+    if record.kind is None:
+        return None
+    policy = record.policy or record.reference or record.name
+    return make_plan(policy, record.name, find_card("80GB"), Workload()).take
+
+
 def _description(record: Record) -> Text:
     kind = record.kind or "policy"
     text = Text(record.name, style="bold").append(f"\n{kind}", style="cyan not bold")
@@ -64,6 +79,10 @@ def _description(record: Record) -> Text:
             text.append(f", prompted by its own {record.policy_format}", style="not bold")
     if record.reference is not None:
         text.append(f"\nagainst {record.reference}", style="not bold")
+    if (fitting := _fitting(record)) is not None:
+        count = fitting.way.total
+        cards = "one 80 GB GPU" if count == 1 else f"{count} 80 GB GPUs"
+        text.append(f"\n{cards}: {described(fitting.way)}", style="green not bold")
     return text
 
 
@@ -82,7 +101,7 @@ def _reading(record: Record) -> str | None:
 def _fields(record: Record) -> dict[str, Any]:
     from guided_decode.checkpoints.record_conventions import conventions_of
 
-    how = conventions_of(record)
+    how, fitting = conventions_of(record), _fitting(record)
     return {
         "name": record.name,
         "aliases": list(record.aliases),
@@ -99,6 +118,9 @@ def _fields(record: Record) -> dict[str, Any]:
         "reference": record.reference,
         "weight_bytes_bf16": record.weight_bytes,
         "kv_bytes_per_1k_tokens": _kv(record),
+        "fits_80gb": None
+        if fitting is None
+        else {**way_fields(fitting.way), "described": described(fitting.way)},
         "summary": record.summary,
         "defects": list(record.defects),
     }

@@ -78,3 +78,37 @@ def test_sizes_have_units():
     assert [size(n) for n in (512, 4_096, 12 << 30, 128 << 30, 1 << 40)] == [
         "512 B", "4.0 KiB", "12.0 GiB", "128 GiB", "1.0 TiB",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "way", "quantization", "gpus", "described"),
+    [
+        ("allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm-value", "one-gpu", "bnb-4bit", 1,
+         "one 80 GB GPU: bnb-4bit beside the policy"),
+        ("allenai/tulu-2-dpo-70b", "own-gpu", "bnb-4bit", 2,
+         "2 80 GB GPUs: bnb-4bit on a GPU of its own"),
+        ("allenai/llama-3.1-tulu-2-70b-uf-mean-rm", "own-gpu", "bnb-8bit", 3,
+         "3 80 GB GPUs: bnb-8bit on a GPU of its own, the policy over 2"),
+        ("allenai/Llama-3.1-Tulu-3-8B-RM", "one-gpu", None, 1,
+         "one 80 GB GPU: bf16 beside the policy"),
+        ("ContextualAI/Contextual_KTO_Mistral_PairRM", "one-gpu", None, 1,
+         "one 80 GB GPU: bf16 beside the policy"),
+    ],
+)  # fmt: skip
+def test_both_say_which_way_fits_an_80_gb_gpu(
+    name, way, quantization, gpus, described, monkeypatch
+):
+    line = next(line for line in json.loads(models("--json")) if line["name"] == name)
+    fits = line["fits_80gb"]
+    assert (fits["way"], fits["quantization"], fits["gpus"]) == (way, quantization, gpus)
+    assert fits["described"] in described
+    monkeypatch.setenv("COLUMNS", "160")
+    text = "\n".join(line.rstrip() for line in models().splitlines())
+    part = next(part for part in text.split("\n\n") if name in part)
+    assert described in part
+
+
+def test_a_policy_that_scores_nothing_fits_no_way():
+    lines = {line["name"]: line for line in json.loads(models("--json"))}
+    assert lines["tiny-tulu-sft"]["fits_80gb"] is None
+    assert all(line["fits_80gb"] for line in lines.values() if line["kind"] is not None)

@@ -5,8 +5,10 @@ import re
 from collections.abc import Callable
 
 from rich.console import Console
+from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
+from guided_decode.cli.app import app
 from guided_decode.cli.demo import POLICIES
 from guided_decode.lab.demo.methods import METHODS
 from guided_decode.lab.demo.report import table
@@ -50,8 +52,22 @@ def _worked_answer(text: str) -> tuple[object, object]:
     return text, tiny_tulu.worked_answer(4837, 2956) + "\n"
 
 
+def _plan_of_the_70b_critic(text: str) -> tuple[object, object]:
+    """The table and the words below it, as a narrow terminal has them."""
+    policy = "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm"
+    words = ["plan", policy, f"{policy}-value", "--gpu", "H100"]
+    printed = CliRunner().invoke(app, words, env={"COLUMNS": "20"}).stdout
+    table = printed[printed.index("the scorer") : printed.index("\n  guided-decode")]
+    return _lines(text), _lines(table)
+
+
+def _lines(text: str) -> list[str]:
+    return [line.rstrip() for line in text.strip().splitlines()]
+
+
 # (what a block shows, what it would have to show), by the block's name for it.
 OUTPUTS: dict[str, Callable[[str], tuple[object, object]]] = {
     "the demo's table": _demo_table,
     "the answer to 4837 + 2956": _worked_answer,
+    "the plan of the 70B critic": _plan_of_the_70b_critic,
 }
