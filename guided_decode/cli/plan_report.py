@@ -38,7 +38,7 @@ def described(way: Way, stored: str | None = None) -> str:
 def print_plan(plan: Plan, console: Console) -> None:
     """The models, the ways, the one to take with its commands, and what was assumed."""
     for line in _given(plan):
-        console.print(line, highlight=False, soft_wrap=True)
+        console.print(line, highlight=False, soft_wrap=True, markup=False)
     console.print()
     console.print(_table(plan))
     console.print()

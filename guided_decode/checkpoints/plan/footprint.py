@@ -99,6 +99,6 @@ def _model_load(model: PlannedModel, work: Workload, form: WeightForm, shards: i
         activations += 2 * max(outputs * inputs for outputs, inputs in shape.matrices) // shards
     if model.lm_head:
         activations += _IMPLICIT_LOGITS * 4 * work.batch * shape.vocab
-    # Beside keys and values a slot has its token's value, in float32.
-    cache = (work.cache_tokens + 1) * (model.kv_bytes(shards) + 4)
+    # As `cache.pool.SlotPool`: a slot that is never handed out, and float32 values with one more.
+    cache = (work.cache_tokens + 1) * model.kv_bytes(shards) + 4 * (work.cache_tokens + 2)
     return Load(model.weight_bytes(form, shards), cache, activations)

@@ -15,6 +15,7 @@ class PlannedModel:
     name: as commands take it. lm_head: whether its language-model head is loaded. labels: of its
     value head, 0 without one; head_bias: whether that has a bias.
     stored, stored_bytes: how its files are quantised already, and their bytes; None: they are not.
+    positions: the longest text that it reads; None: not known.
     kind: of scorer, where the registry or its config says so. note: what is odd about its files.
     """
 
@@ -26,6 +27,7 @@ class PlannedModel:
     head_bias: bool = False
     stored: str | None = None
     stored_bytes: int | None = None
+    positions: int | None = None
     kind: str | None = None
     note: str | None = None
 
@@ -60,6 +62,6 @@ class PlannedModel:
         return self.shape.kv_bytes() // shards
 
     def divides(self, shards: int) -> bool:
-        """Whether so many GPUs can each take a part of every layer."""
+        """Whether so many GPUs can each take an equal part of every layer."""
         sizes = (self.shape.heads, self.shape.kv_heads, self.shape.intermediate)
-        return self.stored is None and all(size % shards == 0 for size in sizes)
+        return all(size % shards == 0 for size in sizes)

@@ -130,10 +130,18 @@ def _unknown(name: str, policies: list[str]) -> str:
 
 def _of_config(name: str, path: Path) -> PlannedModel:
     if not path.is_file():
+        if (path.parent / "adapter_config.json").is_file():
+            raise ValueError(f"{name} is an adapter: give its base model, whose size it has")
         raise ValueError(f"{name} has no config.json: expected what save_pretrained writes")
     config = read_config(path)
     model = PlannedModel(
-        name, config.architecture, config.shape, False, config.labels, kind=config.kind
+        name,
+        config.architecture,
+        config.shape,
+        lm_head=False,
+        labels=config.labels,
+        positions=config.positions,
+        kind=config.kind,
     )
     files = stored_weights(path.parent)
     if config.quantised is not None:

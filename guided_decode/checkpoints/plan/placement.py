@@ -85,6 +85,12 @@ class Plan:
         """What is odd about the models."""
         policy, scorer = self.pair.policy, self.pair.scorer
         found = [model.note for model in (policy, *scorer) if model.note is not None]
+        found += [
+            f"{model.name} reads {model.positions:,} tokens at most, and the rows have "
+            f"{self.work.length:,}"
+            for model in (policy, *scorer)
+            if model.positions is not None and model.positions < self.work.length
+        ]
         vocabularies = sorted({model.shape.vocab for model in (policy, *scorer)})
         if len(vocabularies) > 1:
             sizes = " and ".join(f"{size:,}" for size in vocabularies)

@@ -73,6 +73,12 @@ class Config:
     fields: Mapping[str, Any]
 
     @property
+    def positions(self) -> int | None:
+        """Of the longest text."""
+        given = self.fields.get("max_position_embeddings")
+        return given if isinstance(given, int) else None
+
+    @property
     def kind(self) -> str | None:
         """The kind of scorer that our own tools wrote into it."""
         ours = self.fields.get("guided_decode")

@@ -116,7 +116,9 @@ class Pair:
         return fitting
 
     def scorer_shards(self) -> tuple[int, ...]:
-        """The numbers of GPUs that the scorer can be cut over."""
+        """The numbers of GPUs that the scorer can be cut over; none where it is quantised."""
+        if any(model.stored is not None for model in self.scorer):
+            return ()
         return tuple(n for n in SHARDS if all(model.divides(n) for model in self.scorer))
 
     def policy_shards(self, work: Workload, card: Card) -> int:

@@ -102,8 +102,8 @@ def test_the_13b_policy_and_its_70b_critic_on_one_80_gb_gpu():
     (gpu,) = by_form["bnb-4bit"].gpus
     assert gpu.policy.weights == 2 * (TRUNK_13B + 32_000 * 5120)
     assert gpu.policy.cache == 2048 * 819_200
-    # 16 candidates more, a slot that is never handed out, and four bytes of value in each.
-    assert gpu.scorer.cache == (2048 + 16 + 1) * (327_680 + 4)
+    # 16 candidates more, a slot that is never handed out, and values of four bytes.
+    assert gpu.scorer.cache == (2048 + 16 + 1) * 327_680 + (2048 + 16 + 2) * 4
     # Weights are by far the most: 24.2 and 33.4 GiB.
     assert gpu.bytes / GIB == pytest.approx(61, abs=1.5)
     assert plan.take is by_form["bnb-4bit"]

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from guided_decode import load_scorer
 from guided_decode.checkpoints.plan.cards import find_card
 from guided_decode.checkpoints.plan.floor import policy_bytes, scorer_bytes, unpacked_bytes
 from guided_decode.checkpoints.plan.footprint import (
@@ -16,6 +17,7 @@ from guided_decode.checkpoints.plan.footprint import (
     scorer_load,
 )
 from guided_decode.checkpoints.plan.model import PlannedModel
+from guided_decode.checkpoints.plan.named import planned_scorer
 from guided_decode.checkpoints.plan.placement import plan_of
 from guided_decode.checkpoints.plan.ways import MOST_GPUS, Pair, Place, Way, usable
 from guided_decode.checkpoints.plan.weight_forms import BF16, FORMS
@@ -25,6 +27,7 @@ from guided_decode.forward.activations import activation_bytes
 ALL_FORMS = (BF16, *FORMS.values())
 CARDS = [find_card(name) for name in ("L4", "L40S", "H100", "H200", "MI300X")]
 
+few = settings(deadline=None, max_examples=40)
 counts = st.integers(1, 64)
 workloads = st.builds(Workload, counts, st.integers(1, 20_000), counts)
 
@@ -51,6 +54,7 @@ def models(draw, lm_head=None):
 pairs = st.builds(Pair, models(lm_head=True), st.tuples(models()))
 
 
+@few
 @given(models(lm_head=True), models(), workloads, st.sampled_from(["batch", "length", "top_k"]))
 def test_a_larger_workload_never_takes_less(policy, scorer, work, name):
     more = replace(work, **{name: getattr(work, name) + 1})
@@ -60,6 +64,7 @@ def test_a_larger_workload_never_takes_less(policy, scorer, work, name):
     assert scorer_bytes((scorer,), more) >= scorer_bytes((scorer,), work)
 
 
+@few
 @given(models(), workloads)
 def test_a_more_precise_form_never_takes_less_and_all_take_less_than_bf16(model, work):
     takes = {form.name: model.weight_bytes(form) for form in ALL_FORMS}
@@ -69,6 +74,7 @@ def test_a_more_precise_form_never_takes_less_and_all_take_less_than_bf16(model,
         assert scorer_bytes((model,), work, form) <= scorer_bytes((model,), work)
 
 
+@few
 @given(models(), workloads, st.sampled_from(ALL_FORMS))
 def test_more_gpus_never_take_more_of_each_and_never_less_in_all(model, work, form):
     loads = [scorer_load((model,), work, form, shards) for shards in (1, 2, 4, 8)]
@@ -78,6 +84,7 @@ def test_more_gpus_never_take_more_of_each_and_never_less_in_all(model, work, fo
         assert more.activations <= fewer.activations
 
 
+@few
 @given(models(), models(), workloads)
 def test_two_models_take_what_each_takes(one, other, work):
     both = scorer_load((one, other), work)
@@ -85,7 +92,7 @@ def test_two_models_take_what_each_takes(one, other, work):
     assert both.total == both.weights + both.cache + both.activations
 
 
-@settings(deadline=None)
+@few
 @given(pairs, workloads, st.sampled_from(CARDS))
 def test_rows_are_the_largest_batch_that_fits(pair, work, card):
     for way in (Way(Place.ONE_GPU, beside=True), Way(Place.TENSOR_PARALLEL, shards=2)):
@@ -94,7 +101,7 @@ def test_rows_are_the_largest_batch_that_fits(pair, work, card):
         assert not pair.fits(way, replace(work, batch=rows + 1), card)
 
 
-@settings(deadline=None)
+@few
 @given(pairs, workloads, st.sampled_from(CARDS), st.integers(1, 16))
 def test_the_way_to_take_fits_and_none_is_more_precise_on_the_gpus_there_are(
     pair, work, card, gpus
@@ -124,7 +131,7 @@ def test_the_way_to_take_fits_and_none_is_more_precise_on_the_gpus_there_are(
     assert all(one.way.here <= MOST_GPUS for one in local if one.way.shards > 1)
 
 
-@settings(deadline=None)
+@few
 @given(pairs, workloads, st.sampled_from(CARDS))
 def test_every_way_places_each_weight_once(pair, work, card):
     """All GPUs together hold the policy's weights, and the scorer's but for what is on each."""
@@ -137,6 +144,23 @@ def test_every_way_places_each_weight_once(pair, work, card):
         assert model.weight_bytes(way.form) - way.shards <= scorer
         copies = (way.shards - 1) * 2 * (model.shape.table + model.shape.parameters(lm_head=False))
         assert scorer <= model.weight_bytes(way.form) + copies
+
+
+@pytest.mark.parametrize("kind", ["ppo-critic", "implicit"])
+def test_a_loaded_scorer_holds_what_is_counted(kind):
+    """Keys, values and weights of what `load_scorer` makes, in bfloat16."""
+    name = {"ppo-critic": "tiny-tulu-value", "implicit": "tiny-tulu-ppo"}[kind]
+    work = Workload(3, 100, 7)
+    found, planned = planned_scorer(name)
+    assert found == kind
+    scorer = load_scorer(name, dtype="bfloat16", cache_tokens=work.cache_tokens)
+    halves = [scorer] if kind == "ppo-critic" else [scorer._tuned, scorer.reference]
+    load = scorer_load(planned, work)
+    assert load.cache == sum(half.cache.pool.nbytes for half in halves)
+    weights = sum(w.nbytes for half in halves for w in half.model.model.parameters())
+    # The value head is held apart from its trunk.
+    head = 2 * sum(model.labels * (model.shape.hidden + model.head_bias) for model in planned)
+    assert load.weights == weights + head
 
 
 def test_prompts_go_through_in_pieces_of_a_bounded_size():

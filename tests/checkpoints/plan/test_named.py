@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from guided_decode.checkpoints.plan import Workload, find_card
+from guided_decode.checkpoints.plan.footprint import policy_load
 from guided_decode.checkpoints.plan.named import planned_policy, planned_scorer
 from guided_decode.checkpoints.plan.placement import make_plan
 from guided_decode.checkpoints.plan.stored_weights import stored_weights
@@ -102,6 +103,9 @@ def test_a_policy_that_is_not_known_is_refused(name, message):
 
 def test_a_folder_without_a_config_and_a_file_that_is_none_are_refused(tmp_path):
     with pytest.raises(ValueError, match=r"has no config.json: expected what save_pretrained"):
+        planned_policy(str(tmp_path))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"is an adapter: give its base model, whose size it has"):
         planned_policy(str(tmp_path))
     (tmp_path / "model.gguf").write_bytes(b"GGUF")
     with pytest.raises(ValueError, match=r"model.gguf is a file: expected a folder, a config.json"):
@@ -200,6 +204,8 @@ def test_a_checkpoint_that_is_quantised_already_counts_its_files(folder):
         make_plan("tiny-tulu-sft", str(where), find_card("80GB"), Workload(),
                   quantization="int8", kind="value-head")  # fmt: skip
     plan = make_plan("tiny-tulu-sft", str(where), find_card("80GB"), Workload(), kind="value-head")
+    # As a policy it is vLLM's, which cuts quantised weights, too.
+    assert policy_load(policy, Workload(), 2).weights == policy.weight_bytes() // 2
     # Nothing is said of how its matrices could be cut, or quantised once more.
     assert {one.way.shards for one in plan.placements} == {1}
     assert {one.way.form.name for one in plan.placements} == {"bf16"}
@@ -224,6 +230,14 @@ def test_vocabularies_that_differ_are_noted():
     assert any("vocabularies have 32,000 and 128,264 tokens" in note for note in plan.notes)
     same = make_plan("tiny-tulu-ppo", "tiny-tulu-value", find_card("80GB"), Workload())
     assert same.notes == ()
+
+
+def test_rows_beyond_a_models_positions_are_noted(folder):
+    where = str(folder(max_position_embeddings=1024))
+    plans = [make_plan(where, "tiny-tulu-value", find_card("80GB"), Workload(1, length))
+             for length in (1024, 1025)]  # fmt: skip
+    notes = [[note for note in plan.notes if "tokens at most" in note] for plan in plans]
+    assert notes == [[], [f"{where} reads 1,024 tokens at most, and the rows have 1,025"]]
 
 
 def test_a_plan_needs_neither_torch_nor_transformers():
