@@ -14,7 +14,7 @@ from guided_decode.checkpoints.plan.footprint import MOST_FORWARD_TOKENS, Load
 from guided_decode.checkpoints.plan.model import PlannedModel
 from guided_decode.checkpoints.plan.placement import Placement, Plan
 from guided_decode.checkpoints.plan.ways import USABLE, Place, Way, card_for
-from guided_decode.cli.plan_commands import HOST, commands
+from guided_decode.cli.plan_commands import HOST, KEYS, commands
 
 TABLE_WIDTH = 88
 
@@ -103,19 +103,39 @@ def _advice(plan: Plan) -> Iterator[str]:
     else:
         here = f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''} of {plan.card.name}"
         yield f"Nothing fits {here}. The smallest that does takes {take.way.total}: {words}."
-    if take.seconds is not None and plan.plain_seconds is not None:
-        beyond = ""
-        if take.unpacked_seconds is not None:
-            many = _ms(take.unpacked_seconds)
-            beyond = f"; {many} where its library unpacks each matrix to bf16 first, for many rows"
-        plain = _ms(plan.plain_seconds)
-        yield f"A guided step takes at least {_ms(take.seconds)}{beyond}; a plain one {plain}."
+    yield from _floor(plan, take)
+    yield from _typed(plan, take)
+    elsewhere = None if plan.enough or take.way.elsewhere else _served(plan)
+    if elsewhere is not None:
+        yield f"Or: {described(elsewhere.way, _stored(plan))}."
+        yield from _typed(plan, elsewhere)
+
+
+def _served(plan: Plan) -> Placement | None:
+    """The way with another machine, where that makes the GPUs of this one enough."""
+    served = (one for one in plan.placements if one.way.elsewhere and one.way.here <= plan.gpus)
+    return next((one for one in served if one.fits), None)
+
+
+def _floor(plan: Plan, take: Placement) -> Iterator[str]:
+    if take.seconds is None or plan.plain_seconds is None:
+        return
+    beyond = ""
+    if take.unpacked_seconds is not None:
+        many = _ms(take.unpacked_seconds)
+        beyond = f"; {many} where its library unpacks each matrix to bf16 first, for many rows"
+    plain = _ms(plan.plain_seconds)
+    yield f"A guided step takes at least {_ms(take.seconds)}{beyond}; a plain one {plain}."
+
+
+def _typed(plan: Plan, placement: Placement) -> Iterator[str]:
+    """The commands of a way, under the machine that they are for where there are two."""
     machine = None
-    for command in commands(plan, take):
-        where = "on the scorer's machine" if command.there else "here"
-        if take.way.elsewhere and where != machine:
+    for command in commands(plan, placement):
+        where = f"on {HOST}" if command.there else f"here, with {KEYS}.client from {HOST}"
+        if placement.way.elsewhere and where != machine:
             machine = where
-            yield f"# {where}"
+            yield f"  # {where}"
         yield f"  {command}"
 
 
@@ -140,10 +160,8 @@ def _counted(plan: Plan) -> Iterator[str]:
         f"Assumed: {1 - USABLE:.0%} of a card goes to CUDA, the framework and fragments (vLLM's "
         "own default), and 1 GiB to a second process on it. Rows: the largest batch that fits. "
         "Floor: bytes that a step has to read, at the data sheet's bandwidth; good kernels come "
-        "within 10 to 20% of it."
+        "within 10 to 20% of it, and a network's round trip comes on top."
     )
-    if plan.take is not None and plan.take.way.place is Place.SERVED:
-        yield f"{HOST}: the other machine; the network's round trip comes on top of the floor."
     for note in plan.notes:
         yield f"Note: {note}."
 

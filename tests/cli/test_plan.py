@@ -118,6 +118,21 @@ def test_more_gpus_than_there_are_is_said_in_words():
             "bnb-8bit on a GPU of its own, the policy over 2.") in text  # fmt: skip
 
 
+def test_another_machine_is_named_where_this_one_has_too_few_gpus():
+    lines = printed(POLICY, CRITIC, "--gpu", "L40S").splitlines()
+    (first,) = [i for i, line in enumerate(lines) if line.startswith("Nothing fits 1 GPU of L40S")]
+    assert lines[first].endswith("takes 2: bnb-4bit on a GPU of its own.")
+    (other,) = [i for i, line in enumerate(lines) if line.startswith("Or: ")]
+    assert lines[other] == "Or: bnb-4bit on another machine."
+    typed = lines[other + 1 :]
+    assert typed[0] == "  # on SCORER_HOST"
+    assert typed[1] == "  guided-decode scorer --new-key scorer.key"
+    assert typed[3] == "  # here, with scorer.key.client from SCORER_HOST"
+    assert "--scorer tcp://SCORER_HOST:7070" in typed[4]
+    # With two GPUs there is nothing to add.
+    assert "Or: " not in printed(POLICY, CRITIC, "--gpu", "L40S", "--gpus", "2")
+
+
 def test_a_card_of_unknown_speed_has_no_floor():
     text = printed(POLICY, CRITIC, "--gpu", "100GB")
     assert "bandwidth not known" in text
