@@ -32,15 +32,14 @@ class MissingLibrary(ImportError, ValueError):
 class Quantization:
     """How weights are quantised while they are loaded.
 
-    name: what errors and `load_scorer` call it. bits: of a quantised weight, its scales included.
-    make: transformers' config for a dtype of the activations. extra: of this package, that brings
-    its library; None where transformers says what is missing. gpu: whether it has no kernels for a
-    CPU. dtype: the only one that its kernels compute in; None where any will do. named: whether
-    the config names modules, which it does as the checkpoint's whole class has them.
+    name: what errors and `load_scorer` call it. make: transformers' config for a dtype of the
+    activations. extra: of this package, that brings its library; None where transformers says what
+    is missing. gpu: whether it has no kernels for a CPU. dtype: the only one that its kernels
+    compute in; None where any will do. named: whether the config names modules, which it does as
+    the checkpoint's whole class has them. What it takes in bytes is `plan.weight_forms`.
     """
 
     name: str
-    bits: float
     make: Callable[[torch.dtype], Any]
     extra: str | None = None
     gpu: bool = False
@@ -97,11 +96,11 @@ _BF16 = torch.bfloat16
 QUANTIZATIONS: dict[str, Quantization] = {
     each.name: each
     for each in (
-        Quantization("bnb-4bit", 4.127, _four_bits, "bitsandbytes"),
-        Quantization("bnb-8bit", 8.0, _eight_bits, "bitsandbytes"),
-        Quantization("int8", 8.0, _int8, "torchao"),
-        Quantization("int4", 4.25, _int4, "torchao", gpu=True, dtype=_BF16),
-        Quantization("fp8", 8.0, _fp8, "torchao", gpu=True, dtype=_BF16),
+        Quantization("bnb-4bit", _four_bits, "bitsandbytes"),
+        Quantization("bnb-8bit", _eight_bits, "bitsandbytes"),
+        Quantization("int8", _int8, "torchao"),
+        Quantization("int4", _int4, "torchao", gpu=True, dtype=_BF16),
+        Quantization("fp8", _fp8, "torchao", gpu=True, dtype=_BF16),
     )
 }
 
@@ -114,9 +113,7 @@ def read_quantization(given: QuantizationLike | None) -> Quantization | None:
     if given is None:
         return None
     if isinstance(given, QuantizationConfigMixin):
-        return Quantization(
-            type(given).__name__, 16.0, lambda dtype: copy.deepcopy(given), named=True
-        )
+        return Quantization(type(given).__name__, lambda dtype: copy.deepcopy(given), named=True)
     if not isinstance(given, str) or given not in QUANTIZATIONS:
         raise ValueError(
             f"quantization={given!r}: expected one of {', '.join(QUANTIZATIONS)}, or a "

@@ -44,7 +44,9 @@ def commands(plan: Plan, placement: Placement) -> list[Command]:
 
 def _scorer(plan: Plan, way: Way) -> Iterator[Command]:
     there = way.place is Place.SERVED
-    words = ["scorer", plan.scorer_name, *_reading(plan, way), "--dtype", "bfloat16"]
+    words = ["scorer", plan.scorer_name, *_reading(plan, way)]
+    words += ["--tp-plan", "auto"] if way.shards > 1 else []
+    words += ["--dtype", "bfloat16"]
     if there:
         yield Command("scorer", ("guided-decode", "scorer", "--new-key", KEYS), there=True)
         words += ["--listen", f"tcp://0.0.0.0:{PORT}", "--key-file", KEYS]
@@ -54,7 +56,7 @@ def _scorer(plan: Plan, way: Way) -> Iterator[Command]:
         yield Command("scorer", ("guided-decode", *words), environment, there)
         return
     torchrun = ("torchrun", "--nproc-per-node", str(way.shards), "-m", "guided_decode")
-    yield Command("scorer", (*torchrun, *words, "--tp-plan", "auto"), environment, there)
+    yield Command("scorer", (*torchrun, *words), environment, there)
 
 
 def _generate(plan: Plan, way: Way) -> Command:

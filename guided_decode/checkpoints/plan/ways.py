@@ -119,7 +119,14 @@ class Pair:
         """The numbers of GPUs that the scorer can be cut over; none where it is quantised."""
         if any(model.stored is not None for model in self.scorer):
             return ()
-        return tuple(n for n in SHARDS if all(model.divides(n) for model in self.scorer))
+        # Of transformers' output layers, unlike vLLM's, no rank has a part that is padded.
+        vocabularies = [model.shape.vocab for model in self.scorer if model.lm_head]
+        return tuple(
+            n
+            for n in SHARDS
+            if all(model.divides(n) for model in self.scorer)
+            and all(vocab % n == 0 for vocab in vocabularies)
+        )
 
     def policy_shards(self, work: Workload, card: Card) -> int:
         """The GPUs that the policy takes by itself; the most that it divides by where none do."""

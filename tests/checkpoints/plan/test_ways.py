@@ -1,5 +1,7 @@
 """Ways to place a pair: which are shown, and what lies where."""
 
+from dataclasses import replace
+
 import pytest
 
 from guided_decode.checkpoints.plan.cards import GIB, Card, find_card
@@ -94,12 +96,18 @@ def test_more_gpus_let_the_critic_stay_more_precise():
 
 
 def test_what_heads_do_not_divide_is_not_cut():
-    from dataclasses import replace
-
     odd = replace(CRITIC, shape=replace(LLAMA_2_70B, kv_heads=2))
     assert Pair(POLICY, (odd,)).scorer_shards() == (2,)
     assert Pair(POLICY, (CRITIC, odd)).scorer_shards() == (2,)
     assert PAIR.scorer_shards() == (2, 4, 8)
+
+
+def test_a_language_model_is_cut_where_its_vocabulary_divides():
+    """As `load_scorer(tp_plan="auto")` has it, for both models of an implicit reward."""
+    odd = replace(LLAMA_2_70B, vocab=32_002)
+    tuned = PlannedModel("tuned", "", odd, lm_head=True)
+    assert Pair(POLICY, (tuned, replace(tuned, shape=LLAMA_2_70B))).scorer_shards() == (2,)
+    assert Pair(POLICY, (replace(CRITIC, shape=odd),)).scorer_shards() == (2, 4, 8)
 
 
 def test_where_nothing_fits_the_smallest_way_is_known():
