@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from guided_decode.search.requests import Continuation, Extend, Judge
+from guided_decode.search.requests import Continuation, Extend, Judge, Next
 
 
 class BudgetSpent(Exception):
@@ -18,8 +18,9 @@ class Budget:
     """Limits of one search; None is no limit.
 
     policy_tokens, scorer_tokens: distinct tokens that the policy reads or writes, and that the
-    judge reads: nodes of the search's tree, the prompt's among them. An engine with a prefix cache
-    forwards no more; engines without one do. seconds: wall clock, from the first request.
+    judge reads: nodes of the search's tree, the prompt's among them. What a reference reads counts
+    with the policy's. An engine with a prefix cache forwards no more; engines without one do.
+    seconds: wall clock, from the first request.
     """
 
     policy_tokens: int | None = None
@@ -66,7 +67,8 @@ class TokenTree:
 class Spent:
     """What one search has spent so far.
 
-    generated: tokens that were drawn, each one of them. policy_tokens, scorer_tokens, seconds: as
+    generated: tokens that were drawn, each one of them, and next-token distributions that a method
+    asked for in their stead. policy_tokens, scorer_tokens, seconds: as
     `Budget` counts them. calls: requests that were answered.
     """
 
@@ -76,6 +78,7 @@ class Spent:
     seconds: float = 0.0
     calls: int = 0
     _written: TokenTree = field(default_factory=TokenTree, repr=False)
+    _referred: TokenTree = field(default_factory=TokenTree, repr=False)
     _judged: TokenTree = field(default_factory=TokenTree, repr=False)
     _begun: float | None = field(default=None, repr=False)
 
@@ -94,15 +97,27 @@ class Spent:
             raise BudgetSpent("policy_tokens")
         return [min(most, own) for own in request.max_tokens]
 
-    def check(self, request: Judge, budget: Budget) -> None:
-        """Raises BudgetSpent: judging these texts would exceed the budget."""
+    def check(self, request: Judge | Next, budget: Budget) -> None:
+        """Raises BudgetSpent: what these texts or prefixes cost would exceed the budget."""
         self._check_time(budget)
+        if isinstance(request, Next):
+            self._check_next(request, budget)
+            return
         if budget.scorer_tokens is None:
             return
         # Texts that share what is new count it once each here: never too little.
         wanted = sum(self._judged.missing(text.prompt, text.response) for text in request.texts)
         if self.scorer_tokens + wanted > budget.scorer_tokens:
             raise BudgetSpent("scorer_tokens")
+
+    def _check_next(self, request: Next, budget: Budget) -> None:
+        if budget.policy_tokens is None:
+            return
+        readers = [self._written, self._referred] if request.reference else [self._written]
+        prefixes = dict.fromkeys(request.prefixes)
+        wanted = sum(reader.missing(prefix) for reader in readers for prefix in prefixes)
+        if self.policy_tokens + wanted > budget.policy_tokens:
+            raise BudgetSpent("policy_tokens")
 
     def extended(self, request: Extend, answer: Sequence[Sequence[Continuation]]) -> None:
         """Counts what an Extend was answered."""
@@ -112,7 +127,20 @@ class Spent:
             for each in continuations:
                 self.generated += len(each.tokens)
                 self._written.add(prefix, each.tokens)
-        self.policy_tokens = len(self._written)
+        self._count_policy()
+
+    def continued(self, request: Next) -> None:
+        """Counts what a Next was answered."""
+        self.calls += 1
+        self.generated += len(request.prefixes)
+        for prefix in request.prefixes:
+            self._written.add(prefix)
+            if request.reference:
+                self._referred.add(prefix)
+        self._count_policy()
+
+    def _count_policy(self) -> None:
+        self.policy_tokens = len(self._written) + len(self._referred)
         self._clock()
 
     def judged(self, request: Judge) -> None:

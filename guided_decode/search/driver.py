@@ -14,7 +14,10 @@ from guided_decode.search.requests import (
     Generator,
     Judge,
     JudgeOfTexts,
+    Next,
+    NextTokens,
     Request,
+    TokenGenerator,
 )
 from guided_decode.search.result import Search, SearchResult
 
@@ -43,15 +46,19 @@ def run_all(
             seconds, by the call that is under way.
 
     Raises:
-        ValueError: the judge's answer is no finite number for each text.
+        ValueError: the judge's answer is no finite number for each text; a method asks for
+            next-token distributions, and the generator gives none.
     """
     running = [_Running(search) for search in searches]
     for each in running:
         each.send(None)
     while waiting := [each for each in running if each.request is not None]:
         extends = [each for each in waiting if isinstance(each.request, Extend)]
+        nexts = [each for each in waiting if isinstance(each.request, Next)]
         if extends:
             _extend(extends, generator, budget)
+        elif nexts:
+            _next(nexts, generator, budget)
         else:
             _judge(waiting, judge, budget)
     return [each.outcome() for each in running]
@@ -113,16 +120,50 @@ def _extend(waiting: Sequence[_Running], generator: Generator, budget: Budget) -
         each.send(own)
 
 
+def _next(waiting: Sequence[_Running], generator: Generator, budget: Budget) -> None:
+    if not isinstance(generator, TokenGenerator):
+        raise ValueError(
+            f"{type(generator).__name__} has no next_tokens: this method needs the policy's "
+            "next-token distributions, as the local generator (load_generator) gives them"
+        )
+    asked: list[tuple[_Running, Next]] = []
+    for each in waiting:
+        assert isinstance(each.request, Next)
+        if _affordable(each, each.request, budget):
+            asked.append((each, each.request))
+    if not asked:
+        return
+    rows = [(prefix, request) for _, request in asked for prefix in request.prefixes]
+    answers = generator.next_tokens(
+        [prefix for prefix, _ in rows],
+        [request.k for _, request in rows],
+        temperatures=[request.temperature for _, request in rows],
+        references=[request.reference for _, request in rows],
+    )
+    done = 0
+    for each, request in asked:
+        own: list[NextTokens] = answers[done : done + len(request.prefixes)]
+        done += len(request.prefixes)
+        each.spent.continued(request)
+        each.send(own)
+
+
+def _affordable(each: _Running, request: Next | Judge, budget: Budget) -> bool:
+    """Whether the search has the request's cost left; it is stopped where not."""
+    try:
+        each.spent.check(request, budget)
+    except BudgetSpent as limit:
+        each.stop(limit)
+        return False
+    return True
+
+
 def _judge(waiting: Sequence[_Running], judge: JudgeOfTexts, budget: Budget) -> None:
     asked: list[tuple[_Running, Judge]] = []
     for each in waiting:
         assert isinstance(each.request, Judge)
-        try:
-            each.spent.check(each.request, budget)
-        except BudgetSpent as limit:
-            each.stop(limit)
-            continue
-        asked.append((each, each.request))
+        if _affordable(each, each.request, budget):
+            asked.append((each, each.request))
     if not asked:
         return
     texts = [text for _, request in asked for text in request.texts]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +24,8 @@ from guided_decode.forward.modes import without_autograd
 from guided_decode.kernels.gumbel import gumbel_noise
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scoring.implicit import LanguageModel
-from guided_decode.search.requests import Continuation, Reason, Sampling
+from guided_decode.search.likeliest import likeliest
+from guided_decode.search.requests import Continuation, NextTokens, Reason, Sampling
 from guided_decode.search.seeds import derive
 from guided_decode.search.stop_strings import StopStrings
 from guided_decode.stats import ScorerStats
@@ -49,14 +50,25 @@ class LocalGenerator:
         *,
         eos_token_ids: Collection[int],
         tokenizer: PreTrainedTokenizerBase | None = None,
+        reference: LanguageModel | None = None,
     ) -> None:
         """
         Args:
             policy: what is decoded; see `load_generator`.
             eos_token_ids: what ends a response.
             tokenizer: for stop strings.
+            reference: the model that KL terms compare the policy with.
+
+        Raises ValueError: the reference has another vocabulary.
         """
+        if reference is not None and reference.model.vocab_size != policy.model.vocab_size:
+            raise ValueError(
+                f"{policy.model.name} has a vocabulary of {policy.model.vocab_size} tokens but its "
+                f"reference {reference.model.name} has {reference.model.vocab_size}: they must "
+                "share their token ids"
+            )
         self.policy = policy
+        self.reference = reference
         self.eos_token_ids = frozenset(eos_token_ids)
         self._tokenizer = tokenizer
 
@@ -109,6 +121,31 @@ class LocalGenerator:
             self._step(running)
             running = [row for row in running if row.reason is None]
         return [[row.continuation() for row in own] for own in rows]
+
+    def next_tokens(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        k: Sequence[int],
+        *,
+        temperatures: Sequence[float],
+        references: Sequence[bool],
+    ) -> list[NextTokens]:
+        """As `requests.TokenGenerator.next_tokens`.
+
+        Raises ValueError: as `extend`, of prefixes; a reference is wanted and there is none.
+        """
+        logits = self.policy.next_logits(prefixes)
+        others, rows = None, [i for i, wanted in enumerate(references) if wanted]
+        if rows:
+            if self.reference is None:
+                raise ValueError(
+                    "a KL term needs the reference's log-probabilities: pass "
+                    "load_generator(..., reference=), the model that the policy was tuned from"
+                )
+            found = self.reference.next_logits([prefixes[i] for i in rows]).to(logits.device)
+            others = logits.new_full(logits.shape, torch.nan)
+            others[rows] = found
+        return likeliest(logits, others, k, temperatures, self.eos_token_ids)
 
     def _begin(self, prefix: Sequence[int], seed: int, most: int, how: Sampling) -> _Row:
         stops = None
@@ -182,6 +219,7 @@ def load_generator(
     *,
     tokenizer: PreTrainedTokenizerBase | None = None,
     eos_token_ids: Collection[int] | None = None,
+    reference: ModelLike | None = None,
     device: Device | None = None,
     dtype: DType | None = None,
     cache_tokens: int | None = None,
@@ -197,10 +235,12 @@ def load_generator(
             `load_scorer`.
         tokenizer: the policy's, for stop strings; None: the one beside a path's weights.
         eos_token_ids: what ends a response; None: what the policy's generation config says.
+        reference: the model that KL terms compare the policy with; as `policy`.
         device, dtype, cache_tokens, max_forward_tokens, revision, trust_remote_code: as of
             `load_scorer`.
 
-    Raises ValueError: as `load_scorer`; nothing says what ends a response.
+    Raises ValueError: as `load_scorer`; nothing says what ends a response; the reference has
+    another vocabulary.
     """
     on = read_device(device)
     options = LoadingOptions(
@@ -219,8 +259,16 @@ def load_generator(
             f"{source.name} names no end-of-sequence token: pass eos_token_ids=, the ids that end "
             "a response"
         )
-    packed = packed_model(model, source.name, options)
-    return LocalGenerator(LanguageModel(packed), eos_token_ids=eos_token_ids, tokenizer=tokenizer)
+    other = None
+    if reference is not None:
+        of_reference = replace(options, dtype=settled_dtype(reference, on, read_dtype(dtype)))
+        own = load_causal_lm(reference, **of_reference.of_weights)
+        name = open_source(reference, **of_reference.of_files).name
+        other = LanguageModel(packed_model(own, name, of_reference))
+    return LocalGenerator(
+        LanguageModel(packed_model(model, source.name, options)),
+        eos_token_ids=eos_token_ids, tokenizer=tokenizer, reference=other,
+    )  # fmt: skip
 
 
 def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> set[int]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 Tokens = tuple[int, ...]
 # Why a continuation ended: an end-of-sequence token, a stop string, or its most tokens.
@@ -75,6 +75,47 @@ class Generator(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class NextTokens:
+    """The likeliest next tokens after a prefix, the likeliest first; ties by the lower id.
+
+    tokens: ids. log_probs: of each under the policy's whole softmax, at temperature 1. tempered:
+    the same at the temperature that was asked for. ends: whether each would end the response.
+    entropy: of the whole distribution at temperature 1, in nats. reference, reference_tempered:
+    log-probabilities of the same tokens under the reference; None: not asked for.
+    """
+
+    tokens: Tokens
+    log_probs: tuple[float, ...]
+    tempered: tuple[float, ...]
+    ends: tuple[bool, ...]
+    entropy: float
+    reference: tuple[float, ...] | None = None
+    reference_tempered: tuple[float, ...] | None = None
+
+
+@runtime_checkable
+class TokenGenerator(Protocol):
+    """A generator that also tells its next-token distributions: for token-level methods."""
+
+    def next_tokens(
+        self,
+        prefixes: Sequence[Sequence[int]],
+        k: Sequence[int],
+        *,
+        temperatures: Sequence[float],
+        references: Sequence[bool],
+    ) -> list[NextTokens]:
+        """The k[i] likeliest next tokens after each prefix; fewer where the vocabulary is smaller.
+
+        Args:
+            prefixes: token ids, unpadded, at least one each.
+            k, temperatures: one a prefix; temperatures above 0.
+            references: one a prefix: whether the reference's log-probabilities are wanted.
+        """
+        ...
+
+
+@dataclass(frozen=True, slots=True)
 class Judged:
     """A text to be valued: what was asked, what was answered so far, whether that is all."""
 
@@ -103,10 +144,23 @@ class Extend:
 
 
 @dataclass(frozen=True, slots=True)
+class Next:
+    """A method's request for the k likeliest next tokens of each prefix, and how likely they are.
+
+    temperature: of `NextTokens.tempered`. reference: the reference's log-probabilities as well.
+    """
+
+    prefixes: Sequence[Tokens]
+    k: int
+    temperature: float = 1.0
+    reference: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Judge:
     """A method's request for the values of texts."""
 
     texts: Sequence[Judged] = field(default_factory=tuple)
 
 
-Request = Extend | Judge
+Request = Extend | Next | Judge

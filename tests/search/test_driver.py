@@ -5,22 +5,26 @@ import math
 import pytest
 
 from guided_decode.search import (
+    MCTS,
     Blocks,
     Budget,
     CallableJudge,
     Sampling,
+    Segments,
     best_of_n,
     block_search,
+    ppo_mcts,
     prune_and_refill,
     run,
     run_all,
+    segment_rejection,
     sequential_monte_carlo,
     vote,
 )
 from tests.search.toy import DEPTH, PROMPT, ToyJudge, ToyPolicy
 
 COMMON = {"max_tokens": DEPTH, "seed": 4}
-METHODS = {
+PIECEWISE = {
     "best of n": lambda: best_of_n(PROMPT, n=5, **COMMON),
     "vote": lambda: vote(PROMPT, answer=len, n=5, weighted=True, **COMMON),
     "blocks": lambda: block_search(PROMPT, Blocks(2, 3, block=2), **COMMON),
@@ -28,6 +32,12 @@ METHODS = {
     "refill": lambda: prune_and_refill(PROMPT, n=5, block=2, margin=0.3, **COMMON),
     "smc": lambda: sequential_monte_carlo(PROMPT, particles=8, block=2, threshold=0.9, **COMMON),
 }
+METHODS = PIECEWISE | {
+    "mcts": lambda: ppo_mcts(PROMPT, MCTS(), **COMMON),
+    "mcts in batches": lambda: ppo_mcts(PROMPT, MCTS(c_puct=1.0, leaves=3, kl_coef=0.1), **COMMON),
+    "segments": lambda: segment_rejection(PROMPT, SEGMENTS, **COMMON),
+}
+SEGMENTS = Segments(reward=0.5, entropy=1.0, shortest=1, longest=3)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
@@ -37,10 +47,10 @@ def found(result):
 
 def test_searches_side_by_side_share_calls_and_find_what_each_finds_alone():
     policy, judge = ToyPolicy(), ToyJudge()
-    alone = [run(method(), policy, judge) for method in METHODS.values()]
+    alone = [run(method(), policy, judge) for method in PIECEWISE.values()]
     calls = len(policy.calls) + len(judge.calls)
     together_policy, together_judge = ToyPolicy(), ToyJudge()
-    together = run_all([method() for method in METHODS.values()], together_policy, together_judge)
+    together = run_all([method() for method in PIECEWISE.values()], together_policy, together_judge)
     assert [found(each) for each in together] == [found(each) for each in alone]
     assert [each.spent.policy_tokens for each in together] == [
         each.spent.policy_tokens for each in alone
@@ -53,12 +63,16 @@ def test_searches_side_by_side_share_calls_and_find_what_each_finds_alone():
 @every_method
 def test_a_recorded_search_makes_the_same_choices(method):
     policy, judge = ToyPolicy(), ToyJudge()
-    extends, values = [], []
+    extends, nexts, values = [], [], []
 
     class Recording:
         def extend(self, *asked, **how):
             extends.append(policy.extend(*asked, **how))
             return extends[-1]
+
+        def next_tokens(self, *asked, **how):
+            nexts.append(policy.next_tokens(*asked, **how))
+            return nexts[-1]
 
         def judge(self, texts):
             values.append(judge.judge(texts))
@@ -71,18 +85,22 @@ def test_a_recorded_search_makes_the_same_choices(method):
         def extend(self, *asked, **how):
             return extends.pop(0)
 
+        def next_tokens(self, *asked, **how):
+            return nexts.pop(0)
+
         def judge(self, texts):
             return values.pop(0)
 
     replayed = Replaying()
     assert found(run(method(), replayed, replayed)) == found(first)
     assert not extends
+    assert not nexts
     assert not values
 
 
 @every_method
 def test_what_was_spent_is_the_search_trees_nodes(method):
-    written, judged, drawn = set(), set(), 0
+    written, referred, judged, drawn = set(), set(), set(), 0
     policy, judge = ToyPolicy(), ToyJudge()
 
     class Counting:
@@ -96,6 +114,14 @@ def test_what_was_spent_is_the_search_trees_nodes(method):
                     written.update(whole[: i + 1] for i in range(len(whole)))
             return answers
 
+        def next_tokens(self, prefixes, k, *, references, **how):
+            nonlocal drawn
+            drawn += len(prefixes)
+            for prefix, reference in zip(prefixes, references, strict=True):
+                for read in (written, referred) if reference else (written,):
+                    read.update(prefix[: i + 1] for i in range(len(prefix)))
+            return policy.next_tokens(prefixes, k, references=references, **how)
+
         def judge(self, texts):
             for text in texts:
                 whole = text.prompt + text.response
@@ -104,7 +130,9 @@ def test_what_was_spent_is_the_search_trees_nodes(method):
 
     counting = Counting()
     spent = run(method(), counting, counting).spent
-    assert (spent.policy_tokens, spent.scorer_tokens) == (len(written), len(judged))
+    assert (spent.policy_tokens, spent.scorer_tokens) == (
+        len(written) + len(referred), len(judged),
+    )  # fmt: skip
     assert spent.generated == drawn
     assert spent.seconds > 0
 

@@ -3,7 +3,7 @@
 import hashlib
 import math
 
-from guided_decode.search import Continuation
+from guided_decode.search import Continuation, NextTokens
 from guided_decode.search.seeds import derive, uniform
 
 VOCAB, END, DEPTH = 3, 2, 6
@@ -13,6 +13,12 @@ PROMPT = (0,)
 def _numbers(*what):
     digest = hashlib.blake2b(repr(what).encode(), digest_size=24).digest()
     return [int.from_bytes(digest[i : i + 8], "little") / 2.0**64 for i in (0, 8, 16)]
+
+
+def tempered(p, temperature):
+    """Probabilities at another temperature."""
+    weights = [each ** (1 / temperature) for each in p]
+    return [each / sum(weights) for each in weights]
 
 
 class ToyPolicy:
@@ -34,6 +40,31 @@ class ToyPolicy:
                 prefixes, n, max_tokens, sampling, seeds, strict=True
             )
         ]
+
+    def next_tokens(self, prefixes, k, *, temperatures, references):
+        self.calls.append(len(prefixes))
+        return [
+            self.likeliest(tuple(prefix), most, heat, wanted)
+            for prefix, most, heat, wanted in zip(
+                prefixes, k, temperatures, references, strict=True
+            )
+        ]
+
+    def likeliest(self, prefix, k, temperature, reference=False):
+        p = self.probabilities(prefix)
+        order = sorted(range(VOCAB), key=lambda i: (-p[i], i))[:k]
+        read = [p, tempered(p, temperature)]
+        if reference:
+            other = self.reference().probabilities(prefix)
+            read += [other, tempered(other, temperature)]
+        log_probs = [tuple(math.log(each[i]) for i in order) for each in read]
+        return NextTokens(
+            tuple(order), log_probs[0], log_probs[1], tuple(i == END for i in order),
+            -sum(each * math.log(each) for each in p), *log_probs[2:],
+        )  # fmt: skip
+
+    def reference(self):
+        return ToyPolicy(self.seed + 1000)
 
     def continuation(self, prefix, seed, most, how):
         tokens, log_probs = (), ()
