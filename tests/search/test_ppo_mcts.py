@@ -80,13 +80,12 @@ class Plain:
     def batch(self, root, most):
         """Leaves that are looked for one after the other and backed up at the end."""
         ways = []
-        while len(ways) < most:
+        for _ in range(most):
             s = root
             while s in self.n and not self.ended(s):
-                s += (self.best(s),)
-            if s not in self.n and self.pending[s]:
-                break
-            ways.append(s)
+                s = (*s, self.best(s))
+            if s in self.n or not self.pending[s]:
+                ways.append(s)
             self.pending.update(s[:i] for i in range(len(root) + 1, len(s) + 1))
         self.pending.clear()
         for s in ways:

@@ -33,9 +33,10 @@ class MCTS:
     in the paper's code; else they end there.
 
     Beyond the paper, and off: keep_subtree: what was simulated below the chosen token is kept, and
-    the next token's simulations come on top of it. leaves: simulations that are evaluated in one
-    batch. virtual_loss: what one that is under way takes off a value, in units of value, so that
-    the others of its batch look elsewhere.
+    the next token's simulations come on top of it. leaves: simulations that are under way at the
+    same time, and evaluated in one batch; one that comes to another's leaf is dropped.
+    virtual_loss: what one that is under way takes off a value, in units of value, so that the
+    others of its batch look elsewhere.
     """
 
     simulations: int = 10
@@ -95,11 +96,6 @@ class Edge:
     def visits(self) -> int:
         """N(s,a): of this tree."""
         return 0 if self.child is None else self.child.visits
-
-    @property
-    def taken(self) -> bool:
-        """Whether a simulation under way is to evaluate it."""
-        return self.pending > 0 and self.visits == 0
 
 
 @dataclass(slots=True, eq=False)
@@ -166,10 +162,35 @@ class Node:
 
 @dataclass(slots=True, eq=False)
 class Walk:
-    """A simulation's way from the root to a leaf: nodes[i] and the edge taken there."""
+    """A simulation's way from the root to a leaf: nodes[i] and the edge taken there.
+
+    waits: the node whose edges it must know to go on; None: it is at its leaf. met: another
+    simulation under way came to the same leaf before it, so that it does not count.
+    """
 
     nodes: list[Node] = field(default_factory=list)
     edges: list[Edge] = field(default_factory=list)
+    waits: Node | None = None
+    met: bool = False
+
+    def go_on(self, node: Node, settings: MCTS) -> None:
+        """From a node to a leaf, or to a node without edges."""
+        while node.edges is not None:
+            edge = node.select(settings)
+            self.met = edge.pending > 0 and edge.visits == 0
+            edge.pending += 1
+            self.nodes.append(node)
+            self.edges.append(edge)
+            if edge.child is None or edge.child.visits == 0 or edge.child.ended:
+                self.waits = None
+                return
+            node = edge.child
+        self.waits = node
+
+    def end(self) -> None:
+        """It is no longer under way."""
+        for edge in self.edges:
+            edge.pending -= 1
 
     def back_up(self, settings: MCTS) -> None:
         """Counts the visit on the way, and makes V(s) the visit-weighted mean of its parts."""

@@ -93,8 +93,6 @@ class _Tree:
         self.settings = settings
         self.max_tokens = max_tokens
         self.simulated = 0
-        # The leaves of the last batch: who needs one's priors asks for all of theirs.
-        self._latest: list[Node] = []
 
     def plant(self) -> Coroutine[Request, Any, Node]:
         """The first root."""
@@ -103,53 +101,39 @@ class _Tree:
 
     def grow(self, root: Node) -> Coroutine[Request, Any, None]:
         """Runs the simulations of one token."""
-        self._latest = []
         if root.visits == 0 or not self.settings.keep_subtree:
             root.forget()
             root.enter()
+        if root.edges is None:
+            yield from self._ask([root])
         enough = root.visits + self.settings.simulations
         while (missing := enough - root.visits) > 0:
             walks = yield from self._walks(root, min(missing, self.settings.leaves))
-            yield from self._evaluate([walk for walk in walks if walk.edges[-1].child is None])
+            made = [walk for walk in walks if not walk.met]
+            yield from self._evaluate([walk for walk in made if walk.edges[-1].child is None])
             for walk in walks:
-                for edge in walk.edges:
-                    edge.pending -= 1
+                walk.end()
+            for walk in made:
                 walk.back_up(self.settings)
-            self.simulated += len(walks)
-            self._latest = [walk.edges[-1].child for walk in walks if walk.edges[-1].child]
+            self.simulated += len(made)
 
     def _walks(self, root: Node, most: int) -> Coroutine[Request, Any, list[Walk]]:
-        """Simulations up to their leaves; fewer where they would meet at one."""
-        walks: list[Walk] = []
-        while len(walks) < most:
-            walk = yield from self._walk(root)
-            if walk is None:
-                break
-            for edge in walk.edges:
-                edge.pending += 1
-            walks.append(walk)
+        """Simulations up to their leaves, each led by those before it, in one call at most."""
+        walks = [Walk() for _ in range(most)]
+        for walk in walks:
+            walk.go_on(root, self.settings)
+        waiting = [walk for walk in walks if walk.waits is not None]
+        if waiting:
+            # What one of them would change for the next is at or below the node of both.
+            nodes = {id(walk.waits): walk.waits for walk in waiting if walk.waits is not None}
+            yield from self._ask(list(nodes.values()))
+            for walk in waiting:
+                assert walk.waits is not None
+                walk.go_on(walk.waits, self.settings)
         return walks
 
-    def _walk(self, root: Node) -> Coroutine[Request, Any, Walk | None]:
-        """The way to a leaf; None: the simulation of one under way ends there."""
-        walk, node = Walk(), root
-        while True:
-            if node.edges is None:
-                yield from self._ask(node)
-            edge = node.select(self.settings)
-            if edge.taken:
-                return None
-            walk.nodes.append(node)
-            walk.edges.append(edge)
-            if edge.child is None or edge.child.visits == 0 or edge.child.ended:
-                return walk
-            node = edge.child
-
-    def _ask(self, node: Node) -> Coroutine[Request, Any, None]:
-        """The priors of a node, and of those that were evaluated with it."""
-        nodes = [node]
-        if node in self._latest:
-            nodes += [n for n in self._latest if n is not node and n.edges is None and not n.ended]
+    def _ask(self, nodes: Sequence[Node]) -> Coroutine[Request, Any, None]:
+        """The priors of nodes."""
         settings = self.settings
         answers = yield Next(
             [self.prompt + each.response for each in nodes], settings.k,
