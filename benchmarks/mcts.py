@@ -211,7 +211,7 @@ def table(results: Sequence[Result], options: argparse.Namespace) -> Table:
         title=f"Milliseconds a token of PPO-MCTS, k {options.k}",
         caption=f"batched: up to {options.leaves} leaves a forward. Ratios: median of the rounds' "
         f"ratios (least–most), {options.rounds} rounds of {options.tokens} tokens. Forwarded: "
-        "tokens of policy and critic for a token of the response.",
+        "tokens of policy and critic for a token of the response, by ours; by batched.",
     )
     for name in ("simulations", "prefix", "naive", "ours", "batched", "naive / ours",
                  "naive / batched", "forwarded"):  # fmt: skip
