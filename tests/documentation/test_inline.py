@@ -33,7 +33,13 @@ _EXTRA = re.compile(r"(?:'\.|guided-decode)\[([\w,-]+)\]")
 _LINK = re.compile(r"\]\((?!https?:|#)([^)#]+)")
 _COMMENT = re.compile(r"(?:^|\s)# (.*)$", re.MULTILINE)
 # Where the text's calls come from; the last one may be missing.
-_MODULES = ("guided_decode", "guided_decode.integrations.transformers", "transformers", "vllm")
+_MODULES = (
+    "guided_decode",
+    "guided_decode.search",
+    "guided_decode.integrations.transformers",
+    "transformers",
+    "vllm",
+)
 
 
 def of(chosen):
