@@ -1,4 +1,4 @@
-"""What methods ask, what they are answered, and the two protocols that answer."""
+"""What methods ask, what they are answered, and the protocols that answer."""
 
 from __future__ import annotations
 
