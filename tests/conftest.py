@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from importlib.util import find_spec
 
 import pytest
@@ -31,6 +32,9 @@ def pytest_configure(config: pytest.Config) -> None:
     # Without pytest-timeout the mark says nothing.
     config.addinivalue_line("markers", "timeout: seconds that a test may take")
     torch.set_num_threads(1)
+    # A shell that runs the tests in the background hands down an ignored Ctrl-C, to children, too.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # What is claimed in float32 is no claim about TF32, whatever the environment asks for.
     torch.set_float32_matmul_precision("highest")
     transformers_logging.set_verbosity_error()
