@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -183,41 +184,41 @@ def load_scorer(
         gguf_file=gguf_file,
         device_map=device_map,
     )
-    if tp_plan is not None and not is_in_memory(model):
-        on = device_of_rank()
-    if adapter is not None:
-        model = Adapted(model, adapter)  # type: ignore[arg-type]
-    quantized = read_quantization(quantization)
-    target = on if spread is None else first_device(spread)
-    options = LoadingOptions(
-        device=on,
-        dtype=settled_dtype(
-            model, target, read_dtype(dtype), None if quantized is None else quantized.dtype
-        ),
-        revision=revision,
-        allow_pickle=allow_pickle,
-        trust_remote_code=trust_remote_code,
-        rope_theta=rope_theta,
-        cache_tokens=cache_tokens,
-        live_tokens=live_tokens,
-        max_forward_tokens=max_forward_tokens,
-        policy_tokenizer=read_tokenizer(policy_tokenizer),
-        quantization=quantized,
-        device_map=spread,
-        sharded=sharded,
-    )
-    if quantized is not None:
-        check_device(quantized, target, options.dtype)
     given: dict[str, Any] = {
         "gguf_file": gguf_file,
         "conventions": {"bos": bos, "terminal": terminal, "transform": transform},
     }
-    if sharded is None:
-        return _load(model, kind, head, reward, reference, options, **given)
-    with sharded.loading():
+    with nullcontext() if sharded is None else sharded.loading():
+        if tp_plan is not None and not is_in_memory(model):
+            on = device_of_rank()
+        if adapter is not None:
+            model = Adapted(model, adapter)  # type: ignore[arg-type]
+        quantized = read_quantization(quantization)
+        target = on if spread is None else first_device(spread)
+        options = LoadingOptions(
+            device=on,
+            dtype=settled_dtype(
+                model, target, read_dtype(dtype), None if quantized is None else quantized.dtype
+            ),
+            revision=revision,
+            allow_pickle=allow_pickle,
+            trust_remote_code=trust_remote_code,
+            rope_theta=rope_theta,
+            cache_tokens=cache_tokens,
+            live_tokens=live_tokens,
+            max_forward_tokens=max_forward_tokens,
+            policy_tokenizer=read_tokenizer(policy_tokenizer),
+            quantization=quantized,
+            device_map=spread,
+            sharded=sharded,
+        )
+        if quantized is not None:
+            check_device(quantized, target, options.dtype)
         scorer = _load(model, kind, head, reward, reference, options, **given)
+    if sharded is None or sharded.leads:
+        return scorer
     # Not a scorer, and says so: its rank has no tree, and does nothing but follow.
-    return scorer if sharded.leads else cast(Scorer, Follower(sharded))
+    return cast(Scorer, Follower(sharded))
 
 
 def _load(

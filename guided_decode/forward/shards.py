@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 import numpy as np
 from torch import Tensor
 
-from guided_decode.cache.slot_tables import Piece
+from guided_decode.cache.slot_tables import Piece, SlotTables
 from guided_decode.forward.packed import PackedBatch
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.forward.ranks import (
@@ -56,8 +56,9 @@ class Shards:
         self._settled = True
         self.models: list[PackedModel] = []
         self._collectives: list[Collectives] = []
-        # Of the leader's tables, by model: what the followers have not been told yet.
+        # Of the leader's tables, by model: what the followers have not been told yet, and of which.
         self._writes: list[list[list[Piece]]] = []
+        self._tables: list[SlotTables] = []
         _OPEN.add(self)
         self._forgotten: Any = None
         if self.leads:
@@ -113,6 +114,7 @@ class Shards:
         self.models.append(model)
         self._collectives.append(collectives_of(model.model, model.mesh))
         self._writes.append([])
+        self._tables.append(model.cache.tables)
         if self.leads:
             model.leader = self
 
@@ -124,8 +126,12 @@ class Shards:
         Raises ShardError: the scorer is closed.
         """
         self._check_open()
+        number, tables = self.models.index(model), model.cache.tables
+        if tables is not self._tables[number]:
+            # Rows of tables that were given up may be none of the new ones.
+            self._tables[number], self._writes[number] = tables, []
         if written:
-            self._writes[self.models.index(model)].append(written)
+            self._writes[number].append(written)
 
     def forward(self, model: PackedModel, batch: PackedBatch, read: Tensor | None) -> Tensor:
         """`model.run` on all ranks.

@@ -23,7 +23,8 @@ import transformers as tf
 from transformers.distributed import DistributedConfig
 from transformers.utils import logging as transformers_logging
 
-from guided_decode import load_scorer
+from guided_decode import PrefixHandle, load_scorer
+from guided_decode.cache import prefix_cache
 from guided_decode.checkpoints.tensor_parallel import join_ranks
 from guided_decode.forward.ranks import ShardError
 from guided_decode.scoring.remote import RemoteScorer
@@ -256,6 +257,26 @@ def failure_before_the_forward():
 
 
 @scenario
+def tables_that_are_given_up():
+    """They start again with fewer rows, after a call that wrote to others and forwarded nothing."""
+    own, prefix_cache._SMALL_TABLES = prefix_cache._SMALL_TABLES, 4 * 64 * 16
+    try:
+        with sharded(cache_tokens=64) as scorer:
+            if not scorer.is_leader:
+                scorer.follow()
+                return {}
+            held, rows = scorer.cache.tables, [PrefixHandle([5, 6, 7])]
+            while scorer.cache.tables is held:
+                scorer.score(rows[-1:], CANDIDATES[:1])
+                rows.append(PrefixHandle([5, 6, 7]))
+            got = scorer.score([[9, 8, 7]], CANDIDATES[:1]).values.tolist()
+    finally:
+        prefix_cache._SMALL_TABLES = own
+    alone = load_scorer(path("llama"), "verl-critic")
+    return {"got": got, "expected": alone.score([[9, 8, 7]], CANDIDATES[:1]).values.tolist()}
+
+
+@scenario
 def forgetting():
     """Nobody calls close(), and the last reference goes."""
     scorer = sharded()
@@ -344,6 +365,10 @@ def refusals():
             lambda: load_scorer(path("llama" if RANK else "nothing"), "verl-critic", tp_plan="auto")
         ),
         "other options": said(lambda: sharded(cache_tokens=64 + RANK)),
+        "tokenizer of both": said(lambda: sharded(policy_tokenizer=path("nowhere"))),
+        "tokenizer of one": said(
+            lambda: sharded(policy_tokenizer=path("nowhere") if RANK else None)
+        ),
         "whole": said(lambda: load_scorer(whole, "verl-critic", tp_plan="auto")),
         "head": said(lambda: load_scorer(path("lm"), head="x", tp_plan="auto")),
         "plan": said(lambda: load_scorer(path("llama"), "verl-critic", tp_plan="colwise")),

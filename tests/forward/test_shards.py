@@ -149,6 +149,11 @@ def test_what_fails_before_the_forward_ends_the_call_only(leader):
     assert facts["next"] == [pytest.approx(row, abs=TOLERANCE) for row in expected]
 
 
+def test_what_was_written_to_tables_that_were_given_up_reaches_no_follower(leader):
+    facts = leader["tables_that_are_given_up"]
+    assert facts["got"] == [pytest.approx(row, abs=TOLERANCE) for row in facts["expected"]]
+
+
 def test_close_ends_the_followers_and_the_scorer(leader, follower):
     said = leader["closing"]["said"]
     assert said.startswith("ShardError: the sharded scorer is closed (close() was called)")
@@ -198,6 +203,7 @@ REFUSALS = {
     "plan": "tp_plan='colwise': expected \"auto\"",
     "device": "device='meta' came with tp_plan=\"auto\": expected none",
     "no plan": "is a gpt2, for which transformers has no tensor-parallel plan",
+    "tokenizer of both": "nowhere cannot be read",
 }
 
 
@@ -205,6 +211,12 @@ REFUSALS = {
 def test_what_cannot_be_sharded_is_refused_on_all_ranks(leader, follower, what):
     assert REFUSALS[what] in leader["refusals"][what]
     assert leader["refusals"][what] == follower["refusals"][what]
+
+
+def test_a_tokenizer_that_one_rank_lacks_is_missing_on_all(leader, follower):
+    own, other = (said["refusals"]["tokenizer of one"] for said in (follower, leader))
+    assert own.startswith("ValueError: the tokenizer of ")
+    assert other == f"ShardError: the call ended on all ranks because it failed on rank 1: {own}"
 
 
 def test_what_one_rank_cannot_load_no_rank_loads(leader, follower):
