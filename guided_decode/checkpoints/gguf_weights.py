@@ -1,7 +1,7 @@
 """The weights of GGUF files, unpacked by transformers."""
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from guided_decode.checkpoints.how_loaded import HowLoaded
 from guided_decode.checkpoints.load_report import check_report, from_pretrained, of_trunk
@@ -46,7 +46,7 @@ def load_gguf(
     if trunk:
         model, report = of_trunk(model, report)
     check_report(source, report)
-    return model if same else _as_class_of(source.config, model, trunk=trunk)
+    return model if same else _as_class_of(source, model, trunk=trunk)
 
 
 def refuse_packed(source: Source, quantization: Quantization) -> None:
@@ -59,17 +59,24 @@ def refuse_packed(source: Source, quantization: Quantization) -> None:
         )
 
 
-def _as_class_of(
-    config: PreTrainedConfig, model: PreTrainedModel, *, trunk: bool
-) -> PreTrainedModel:
-    """The config's own class on the weights of another one, whose weights have the same names."""
+def _as_class_of(source: Source, model: PreTrainedModel, *, trunk: bool) -> PreTrainedModel:
+    """The config's own class on the weights of another one, whose weights have the same names.
+
+    Raises ValueError: the weights lie on several devices.
+    """
     from accelerate import init_empty_weights
     from transformers import AutoModel
 
+    if len({weight.device for weight in model.parameters()}) > 1:
+        raise ValueError(
+            f"{source.name} is a {source.config.model_type} by the config.json beside it and a "
+            f"{model.config.model_type} by its header, which lies on one device only: drop "
+            "device_map, or pass the checkpoint that the file was converted from"
+        )
     auto_class = AutoModel if trunk else AutoModelForCausalLM
     # Buffers are computed from the config.
     with init_empty_weights(include_buffers=False):
-        own = auto_class.from_config(config, dtype=model.dtype)
+        own = auto_class.from_config(source.config, dtype=model.dtype)
     own.load_state_dict(model.state_dict(), assign=True)
     moved: PreTrainedModel = own.to(model.device)
     return moved

@@ -126,11 +126,16 @@ def _is_beside_trunk(name: str) -> bool:
 
 
 def with_head(weights: WeightFiles, head: str | Path, allow_pickle: bool) -> WeightFiles:
-    """The same, with the head of a safetensors file or of another checkpoint.
+    """The same, with the head of a safetensors file or of another checkpoint, and no other.
 
-    Raises ValueError: there is no such file or checkpoint.
+    Raises ValueError: there is no such file or checkpoint, or it is a pickle that was not allowed.
     """
     path = Path(head)
+    if path.suffix == ".bin" and path.is_file() and not allow_pickle:
+        raise ValueError(
+            f"head={str(head)!r} is a pickle: expected a safetensors file; convert it, or pass "
+            "allow_pickle=True if you trust its author"
+        )
     if path.is_file():
         found = {name: Stored(path.name, name, str(path.parent)) for name in _names(path)}
     else:
@@ -138,7 +143,8 @@ def with_head(weights: WeightFiles, head: str | Path, allow_pickle: bool) -> Wei
         found = {name: Stored(stored.file, stored.name, other.location)
                  for name, stored in other.tensors.items()}  # fmt: skip
     own = {name: stored for name, stored in found.items() if _is_beside_trunk(name)}
-    return replace(weights, tensors={**weights.tensors, **own})
+    trunk = {name: at for name, at in weights.tensors.items() if not _is_beside_trunk(name)}
+    return replace(weights, tensors=trunk | own)
 
 
 def _weight_files(

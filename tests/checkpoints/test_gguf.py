@@ -12,7 +12,7 @@ import transformers as tf
 from safetensors.torch import save_file
 
 from guided_decode import load_scorer
-from guided_decode.checkpoints import quantization
+from guided_decode.checkpoints import gguf_weights, quantization
 from guided_decode.checkpoints.tokenizer_files import tokenizer_place
 from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from tests.checkpoints.gguf_files import write_gguf
@@ -78,6 +78,41 @@ def test_where_a_critics_head_may_be(where, tmp_path):
     more = heads(tmp_path, where)
     scorer = load_scorer(tmp_path, "ppo-critic", gguf_file="c.Q8_0.gguf", **more)
     assert_scored_by(scorer, with_weights(critic("llama"), left))
+
+
+def test_a_head_that_is_given_wins_over_those_in_and_beside_the_file(tmp_path):
+    write_gguf(tmp_path / "c.gguf", critic("llama"), head=("score.bias", torch.ones(1), "F32"))
+    weight = critic("llama").score.weight.clone()
+    save_file({"v_head.summary.weight": weight * 2}, tmp_path / "value_head.safetensors")
+    save_file({"score.weight": weight}, tmp_path / "own.safetensors")
+    head = load_scorer(tmp_path / "c.gguf", "value-head", head=tmp_path / "own.safetensors").head
+    assert torch.equal(head.weight, weight)
+    assert head.bias is None
+    with pytest.raises(ValueError, match="has no head that value-head expects"):
+        load_scorer(tmp_path / "c.gguf", "value-head", head=folder("llama", "lm"))
+
+
+def test_a_pickled_head_has_to_be_allowed(tmp_path):
+    write_gguf(tmp_path / "c.gguf", critic("llama"))
+    weight, pickle = critic("llama").score.weight.detach().clone(), tmp_path / "head.bin"
+    torch.save({"score.weight": weight}, pickle)
+    with pytest.raises(ValueError, match="is a pickle: expected a safetensors file; .* allow_pick"):
+        load_scorer(tmp_path / "c.gguf", "value-head", head=pickle)
+    allowed = load_scorer(tmp_path / "c.gguf", "value-head", head=pickle, allow_pickle=True)
+    assert torch.equal(allowed.head.weight, weight)
+
+
+def test_a_file_of_another_class_than_its_header_says_lies_on_one_device(tmp_path, monkeypatch):
+    write_gguf(tmp_path / "c.gguf", critic("mistral"))
+    beside(tmp_path, "mistral", "token", "config.json")
+
+    def spread(model, report):
+        model.base_model.layers[1].to("meta")
+        return model.base_model, {"missing_keys": [], "mismatched_keys": [], "unexpected_keys": []}
+
+    monkeypatch.setattr(gguf_weights, "of_trunk", spread)
+    with pytest.raises(ValueError, match="is a mistral by the config.json .* drop device_map"):
+        load_scorer(tmp_path / "c.gguf", "verl-critic", head=folder("mistral"))
 
 
 def test_a_reward_model_is_known_by_the_config_beside_it(tmp_path):
