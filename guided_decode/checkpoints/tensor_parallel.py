@@ -54,12 +54,17 @@ def open_shards(
         )
     join_ranks()
     own = device_of_rank()
-    if device is not None and (device.type, device.index or own.index) != (own.type, own.index):
+    if device is not None and not _is_at(device, own):
         raise ValueError(
             f'device={str(device)!r} came with tp_plan="{TP_PLAN}": expected none, since each rank '
             f"has its own device ({own} here)"
         )
     return Shards() if dist.get_world_size() > 1 else None
+
+
+def _is_at(device: torch.device, own: torch.device) -> bool:
+    """Whether a device that was asked for is this rank's; without an index it is any rank's."""
+    return device.type == own.type and device.index in (None, own.index or 0)
 
 
 def join_ranks() -> None:
@@ -83,6 +88,17 @@ def join_ranks() -> None:
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=_TIMEOUT, device_id=device)
     atexit.register(_leave_ranks)
+
+
+def rank_0_loads(loads: bool = True) -> bool:
+    """Whether rank 0 loads a scorer, or has no use for one; all ranks ask together.
+
+    Raises ValueError: torchrun did not start this process.
+    """
+    join_ranks()
+    said = torch.tensor(int(loads), device=device_of_rank())
+    dist.broadcast(said, 0)
+    return bool(said)
 
 
 def device_of_rank() -> torch.device:

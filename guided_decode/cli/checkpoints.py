@@ -197,6 +197,8 @@ def open_scorer(
         if other is not None and not Path(other).is_file():
             location(other)
     # After that has quietened what transformers imports.
+    if options.tp_plan is not None and not _rank_0_loads(True):
+        raise typer.Exit
     from guided_decode import load_scorer
     from guided_decode.checkpoints.loading import UnknownPolicyWarning
 
@@ -255,6 +257,22 @@ def follow_if_not_leading(name: str, options: ScorerOptions, dtype: str) -> None
         for one, handler in handled.items():
             signal.signal(one, handler)
     raise typer.Exit
+
+
+def open_none(options: ScorerOptions) -> None:
+    """What the leader calls in the place of `open_scorer` where nothing is left to score: the other
+    ranks of torchrun's, which wait for it, exit."""
+    if options.tp_plan is not None:
+        _rank_0_loads(False)
+
+
+def _rank_0_loads(loads: bool) -> bool:
+    if "RANK" not in os.environ:
+        # There are no others; `load_scorer` says what a plan needs.
+        return loads
+    from guided_decode.checkpoints.tensor_parallel import rank_0_loads
+
+    return rank_0_loads(loads)
 
 
 def parse_dtype(dtype: str) -> torch.dtype | None:

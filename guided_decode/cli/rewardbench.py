@@ -18,7 +18,12 @@ from guided_decode.cli import model_options as models
 from guided_decode.cli import row_options
 from guided_decode.cli.bench_pairs import PairReader, Read, as_pairs, read_pairs
 from guided_decode.cli.chats import format_of
-from guided_decode.cli.checkpoints import follow_if_not_leading, load_tokenizer, open_scorer
+from guided_decode.cli.checkpoints import (
+    follow_if_not_leading,
+    load_tokenizer,
+    open_none,
+    open_scorer,
+)
 from guided_decode.cli.picture import checked_picture
 from guided_decode.cli.score_run import Job, identity, open_output, score_rest
 from guided_decode.cli.terminal import console
@@ -108,6 +113,8 @@ def rewardbench(
             where = cast(Read, read or _published(scorer))
             reader = PairReader(scorer, tokenizer, text_format, where, max_length)
             score_rest(Job(reader.answer, run, skip=False), rows, file, batch_size)
+        else:
+            open_none(reading)
         lines = [json.loads(line) for line in output.read_text().splitlines()]
     outcome = Outcome.of(as_pairs(lines))
     if picture is not None:

@@ -21,6 +21,7 @@ from guided_decode.cli.checkpoints import (
     follow_if_not_leading,
     known_as,
     load_tokenizer,
+    open_none,
     open_scorer,
 )
 from guided_decode.cli.errors import Refusal, report
@@ -106,6 +107,8 @@ def score(
             chats = ChatScorer(critic, ids, text_format)
             job = Job(partial(chats.score, per_token=per_token), run, skip)
             score_rest(job, rows, file, batch_size)
+        else:
+            open_none(reading)
         scored = len(rows) - file.failed
         print(f"{scored} chats are scored in {file.path}", file=sys.stderr)
         if file.failed:

@@ -3,8 +3,10 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 from guided_decode import Adapted, load_scorer
+from guided_decode.checkpoints import tensor_parallel
 from guided_decode.checkpoints.adapter_files import AdapterFiles
 from guided_decode.checkpoints.source import open_source
 from guided_decode.checkpoints.tensor_parallel import check_divides, check_vocabulary_divides
@@ -61,6 +63,17 @@ def test_a_plan_does_not_go_with_what_places_or_packs_weights_otherwise(given):
     (name,) = given
     with pytest.raises(ValueError, match=f'tp_plan="auto" came with {name}, which it does not go'):
         load_scorer("MODEL", "verl-critic", tp_plan="auto", **given)
+
+
+def test_a_device_is_the_ranks_own(monkeypatch):
+    monkeypatch.setattr(tensor_parallel, "join_ranks", lambda: None)
+    monkeypatch.setattr(tensor_parallel, "device_of_rank", lambda: torch.device("cuda", 1))
+    monkeypatch.setattr(tensor_parallel.dist, "get_world_size", lambda: 1)
+    for given in ("cuda", "cuda:1"):
+        assert tensor_parallel.open_shards("auto", "MODEL", torch.device(given)) is None
+    for given in ("cuda:0", "cuda:2", "cpu"):
+        with pytest.raises(ValueError, match=r"expected none, since .* own device \(cuda:1 here\)"):
+            tensor_parallel.open_shards("auto", "MODEL", torch.device(given))
 
 
 def test_a_gguf_file_is_refused(tmp_path):

@@ -43,6 +43,9 @@ def test_a_file_is_scored_by_two_shards_as_by_one_process(tmp_path):
     again = CliRunner().invoke(app, ["score", str(source), str(sharded), "--device", "cpu"])
     assert again.exit_code == 0, again.output
     assert read(sharded) == ours
+    # Where nothing is left to score nobody waits for a scorer.
+    idle = torchrun(*CLI, "score", str(source), str(sharded), *plan, timeout=200)
+    assert idle.returncode == 0, idle.stdout + idle.stderr
 
 
 @pytest.mark.slow
