@@ -86,8 +86,8 @@ class HowLoaded:
             of_trunk(self.device_map, prefix) if trunk else self.device_map,
             device,
             always=quantised or "quantization_config" in given,
-            prefix="" if alone or not trunk else prefix,
-            others=() if alone or not trunk else ("score", "lm_head"),
+            prefix="" if alone else prefix,
+            others=() if alone else ("score", "lm_head"),
         )
         return given if placed is None else given | {"device_map": placed}
 

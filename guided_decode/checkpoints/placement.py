@@ -102,7 +102,7 @@ def _named(
     device_map: dict[str, torch.device], prefix: str, others: tuple[str, ...]
 ) -> dict[str, torch.device]:
     """The map by the names of the class that is loaded, whichever class it was written for."""
-    own = {prefix + name if name and not name.startswith(prefix) and name not in others else name:
+    own = {name if not name or f"{name}.".startswith(prefix) or name in others else prefix + name:
            place for name, place in device_map.items()}  # fmt: skip
     if "" in own:
         return own

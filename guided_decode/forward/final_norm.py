@@ -61,12 +61,18 @@ def take_final_norm(trunk: PreTrainedModel) -> Norm | None:
     return norm
 
 
+def eps_of(module: nn.Module) -> float | None:
+    """What a module adds to the mean square, by either of its names; None where it has none."""
+    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
+    return eps if isinstance(eps, float) else None
+
+
 @torch.no_grad()
 def norm_of(module: nn.Module) -> Norm | None:
     """What a module is, where it gives what `rms_norm` gives on its weights; else None."""
     weight = getattr(module, "weight", None)
-    eps = getattr(module, "variance_epsilon", getattr(module, "eps", None))
-    if not isinstance(weight, nn.Parameter) or not isinstance(eps, float):
+    eps = eps_of(module)
+    if not isinstance(weight, nn.Parameter) or eps is None:
         return None
     if weight.dtype not in _ALLOWED or weight.ndim != 1:
         return None

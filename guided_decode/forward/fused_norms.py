@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from guided_decode.forward.final_norm import norm_of
+from guided_decode.forward.final_norm import eps_of, norm_of
 from guided_decode.kernels.jit import FLOATS
 from guided_decode.kernels.norm import Norm
 from guided_decode.kernels.norm_rows import MAX_SIZE, norm_rows, norm_rows_reference
@@ -46,13 +46,14 @@ def fuse_norms(model: nn.Module) -> None:
     Only modules that give what the formula gives, on their own weights, and whose forward is their
     class's: what hooks replace stays. Their parameters stay what they are.
     """
-    forms: dict[tuple[int, int, str, str], _Form | None] = {}
+    forms: dict[tuple[int, int, str, str, float | None], _Form | None] = {}
     for module in model.modules():
         weight = getattr(module, "weight", None)
         if not isinstance(weight, nn.Parameter) or not weight.is_cuda or not _is_suited(module):
             continue
-        # Modules of one class and size have one formula.
-        kind = (id(type(module)), len(weight), str(weight.dtype), str(weight.device))
+        # Modules of one class, size and eps have one formula.
+        place = (str(weight.dtype), str(weight.device))
+        kind = (id(type(module)), len(weight), *place, eps_of(module))
         if kind not in forms:
             forms[kind] = form_of(module)
         form = forms[kind]

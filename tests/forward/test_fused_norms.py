@@ -104,6 +104,16 @@ def test_switched_norms_are_copied_trained_and_taken_as_before(as_on_a_gpu):
     assert take_final_norm(copied).eps == copied.config.rms_norm_eps
 
 
+@torch.no_grad()
+def test_norms_of_one_class_and_size_keep_their_own_eps(as_on_a_gpu):
+    model = nn.ModuleList([norm(LlamaRMSNorm), norm(LlamaRMSNorm)])
+    model[1].variance_epsilon = 0.5
+    hidden = torch.full((2, 96), 0.25, dtype=torch.bfloat16)
+    expected = [module(hidden) for module in model]
+    fuse_norms(model)
+    assert all(torch.equal(m(hidden), e) for m, e in zip(model, expected, strict=True))
+
+
 def test_what_replaces_a_forward_stays(as_on_a_gpu):
     model = LlamaModel(LlamaConfig(**SMALL)).eval()
     model.norm.forward = lambda hidden: hidden

@@ -8,6 +8,8 @@ import transformers as tf
 
 from guided_decode import load_scorer
 from guided_decode.cache.pool import SlotPool
+from guided_decode.checkpoints.how_loaded import HowLoaded
+from guided_decode.checkpoints.source import open_source
 from guided_decode.forward import attention
 from guided_decode.forward.pool_size import default_capacity
 from tests import models
@@ -160,6 +162,26 @@ def test_maps_by_the_names_of_the_trunk_or_of_the_whole_class(given):
     assert for_loading(trunk, None, always=False) == trunk
     whole = for_loading(trunk, None, always=False, prefix="model.", others=("score",))
     assert whole == {f"model.{name}": place for name, place in trunk.items()} | {"score": 0}
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"embed_tokens": 0, "layers": 1, "norm": 1},
+        {"model.embed_tokens": 0, "model.layers": 1, "model.norm": 1, "lm_head": 1},
+    ],
+)
+def test_maps_of_a_language_model_have_either_names(given):
+    """One of an implicit pair is loaded whole."""
+    source = open_source(models.saved("llama", "lm"))
+    how = HowLoaded(device_map={name: torch.device("cuda", at) for name, at in given.items()})
+    options = how.options(source, None, None, tf.AutoModelForCausalLM, trunk=False)
+    placed = {name: place.index for name, place in options["device_map"].items()}
+    assert placed.pop("score", 1) == 1
+    assert placed == {"model.embed_tokens": 0, "model.layers": 1, "model.norm": 1, "lm_head": 1}
+    whole = HowLoaded(device_map={"model": CPU, "lm_head": META})
+    options = whole.options(source, None, None, tf.AutoModelForCausalLM, trunk=False)
+    assert {name: options["device_map"][name] for name in ("model", "lm_head")} == whole.device_map
 
 
 @pytest.mark.parametrize(
