@@ -11,6 +11,7 @@ from guided_decode.cli.plan import plan
 from guided_decode.cli.rewardbench import rewardbench
 from guided_decode.cli.score import score
 from guided_decode.cli.scorer import scorer
+from guided_decode.cli.search import search
 from guided_decode.cli.serve import serve
 from guided_decode.cli.vllm_options import PassingOn
 
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 app.command()(demo)
 app.command()(grouped(generate))
+app.command()(grouped(search))
 app.command(cls=PassingOn)(grouped(serve))
 app.command()(grouped(scorer))
 app.command()(grouped(score))

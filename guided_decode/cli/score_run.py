@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import typer
 from rich.console import Console
@@ -14,6 +14,7 @@ from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TextColumn,
     TimeElapsedColumn,
     TimeRemainingColumn,
@@ -64,8 +65,15 @@ def identity(
     return run_identity({"scorer": scorer, **others}, own, reading.revision, reading.gguf_file)
 
 
+class Keyed(Protocol):
+    """A row with the digest of its text."""
+
+    @property
+    def key(self) -> str: ...
+
+
 def open_output(
-    source: Path, output: Path, rows: list[Row], run: str, overwrite: bool
+    source: Path, output: Path, rows: Sequence[Keyed], run: str, overwrite: bool
 ) -> ScoredFile | ScoredStream:
     """Where the lines of a run go; what an earlier run of the same finished stays.
 
@@ -93,37 +101,83 @@ class Job:
 
     def lines(self, batch: list[Row]) -> Iterator[list[dict[str, Any]]]:
         """The batch's output lines; one by one where a row of it cannot be scored."""
-        try:
-            for row in batch:
-                if row.problem is not None:
-                    raise Refusal(row.problem)
-            chats = [chat for row in batch for chat in row.chats]
-            answers = iter(self.answer(chats))
-        except (ValueError, Refusal) as error:
-            if len(batch) == 1:
-                yield [self._unscored(batch[0], error)]
-                return
-            # What comes before the row that cannot be scored is worth keeping.
-            for row in batch:
-                yield from self.lines([row])
-            return
-        yield [row.scored([next(answers) for _ in row.chats], self.run) for row in batch]
+        return lines_of(batch, self._scored, self._unscored)
+
+    def _scored(self, batch: list[Row]) -> list[dict[str, Any]]:
+        answers = iter(self.answer([chat for row in batch for chat in row.chats]))
+        return [row.scored([next(answers) for _ in row.chats], self.run) for row in batch]
 
     def _unscored(self, row: Row, error: Exception) -> dict[str, Any]:
-        message = f"{row.where} cannot be scored: {typed(error)}"
-        if not self.skip:
-            raise Refusal(message) from error
-        report(message)
+        skipped_or_refused(f"{row.where} cannot be scored: {typed(error)}", self.skip, error)
         return row.skipped(typed(error), self.run)
 
 
-def score_rest(job: Job, rows: list[Row], file: ScoredFile | ScoredStream, batch_size: int) -> None:
-    """Scores the rows that are not done yet, a batch a call, with a progress bar on stderr."""
-    columns = (TextColumn("scoring"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
+class Answerable(Protocol):
+    """A row of any input. problem: why it is none, where it is broken."""
+
+    @property
+    def problem(self) -> str | None: ...
+
+
+_AnyRow = TypeVar("_AnyRow", bound=Answerable)
+
+
+class Lines(Protocol[_AnyRow]):
+    """What makes output lines of rows."""
+
+    def lines(self, batch: list[_AnyRow]) -> Iterator[list[dict[str, Any]]]:
+        """The batch's output lines, in its order, in one list or more."""
+        ...
+
+
+def lines_of(
+    batch: list[_AnyRow],
+    whole: Callable[[list[_AnyRow]], list[dict[str, Any]]],
+    failed: Callable[[_AnyRow, Exception], dict[str, Any]],
+) -> Iterator[list[dict[str, Any]]]:
+    """The batch's output lines; one by one where a row of it cannot be answered."""
+    try:
+        for row in batch:
+            if row.problem is not None:
+                raise Refusal(row.problem)
+        lines = whole(batch)
+    except (ValueError, Refusal) as error:
+        if len(batch) == 1:
+            yield [failed(batch[0], error)]
+            return
+        # What comes before the row that cannot be answered is worth keeping.
+        for row in batch:
+            yield from lines_of([row], whole, failed)
+        return
+    yield lines
+
+
+def skipped_or_refused(message: str, skip: bool, error: Exception) -> None:
+    """Reports what failed. Raises Refusal: it is not to be skipped."""
+    if not skip:
+        raise Refusal(message) from error
+    report(message)
+
+
+def score_rest(
+    job: Lines[_AnyRow],
+    rows: list[_AnyRow],
+    file: ScoredFile | ScoredStream,
+    batch_size: int,
+    *,
+    doing: str = "scoring",
+    done_so: str = "chats are scored",
+    beside: Sequence[ProgressColumn] = (),
+) -> None:
+    """Answers the rows that are not done yet, a batch a call, with a progress bar on stderr.
+
+    doing, done_so: what the bar and an interruption say. beside: what else the bar shows.
+    """
+    columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), *beside, TimeElapsedColumn(),
                TextColumn("left"), TimeRemainingColumn())  # fmt: skip
     done, console = file.done, Console(stderr=True)
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task("scoring", total=len(rows), completed=done)
+        bar = progress.add_task(doing, total=len(rows), completed=done)
         try:
             for begin in range(done, len(rows), batch_size):
                 for lines in job.lines(rows[begin : begin + batch_size]):
@@ -136,6 +190,6 @@ def score_rest(job: Job, rows: list[Row], file: ScoredFile | ScoredStream, batch
             goes_on = (
                 "" if isinstance(file, ScoredStream) else ("; the same command goes on from there")
             )
-            print(f"interrupted: {done} of {len(rows)} chats are scored in {file.path}{goes_on}",
+            print(f"interrupted: {done} of {len(rows)} {done_so} in {file.path}{goes_on}",
                   file=sys.stderr)  # fmt: skip
             raise typer.Exit(INTERRUPTED) from None

@@ -6,10 +6,12 @@ share the engine's batches, and a recorded search can be replayed. `run` answers
 search, `run_all` those of many.
 """
 
+from guided_decode.search.answers import ANSWERS
 from guided_decode.search.budget import Budget, Spent
 from guided_decode.search.driver import run, run_all
 from guided_decode.search.judges import CallableJudge, ScorerJudge
 from guided_decode.search.local import LocalGenerator, load_generator
+from guided_decode.search.method_table import METHODS, Method, find_method
 from guided_decode.search.methods.best_of_n import best_of_n
 from guided_decode.search.methods.blockwise import Blocks, block_search
 from guided_decode.search.methods.mcts_tree import MCTS
@@ -32,7 +34,9 @@ from guided_decode.search.requests import (
 from guided_decode.search.result import Candidate, SearchResult
 
 __all__ = [
+    "ANSWERS",
     "MCTS",
+    "METHODS",
     "Blocks",
     "Budget",
     "CallableJudge",
@@ -43,6 +47,7 @@ __all__ = [
     "Judge",
     "Judged",
     "LocalGenerator",
+    "Method",
     "Next",
     "NextTokens",
     "Sampling",
@@ -53,6 +58,7 @@ __all__ = [
     "TokenGenerator",
     "best_of_n",
     "block_search",
+    "find_method",
     "load_generator",
     "ppo_mcts",
     "prune_and_refill",

@@ -66,10 +66,14 @@ def run_all(
 
 @dataclass(slots=True)
 class _Running:
-    """A search and what it waits for; None: it has ended."""
+    """A search and what it waits for; None: it has ended.
+
+    cut: the limit of the budget that made its continuations shorter than it asked for.
+    """
 
     search: Search
     request: Request | None = None
+    cut: str | None = None
     result: SearchResult | None = None
     spent: Spent = field(default_factory=Spent)
 
@@ -88,9 +92,19 @@ class _Running:
             return
         self.spent.begin()
 
+    def note_cuts(self, allowed: Extend, answer: Sequence[Sequence[Continuation]]) -> None:
+        """Remembers that the budget, and not the method, ended continuations."""
+        assert isinstance(self.request, Extend)
+        wanted = zip(self.request.max_tokens, allowed.max_tokens, answer, strict=True)
+        for own, most, continuations in wanted:
+            if most < own and any(each.reason == "length" for each in continuations):
+                self.cut = "policy_tokens"
+
     def outcome(self) -> SearchResult:
-        assert self.result is not None
-        return replace(self.result, spent=self.spent)
+        result = self.result
+        assert result is not None
+        cut = None if all(each.finished for each in result.candidates) else self.cut
+        return replace(result, spent=self.spent, stopped=result.stopped or cut)
 
 
 def _extend(waiting: Sequence[_Running], generator: Generator, budget: Budget) -> None:
@@ -117,6 +131,7 @@ def _extend(waiting: Sequence[_Running], generator: Generator, budget: Budget) -
         own: list[list[Continuation]] = answers[done : done + len(request.prefixes)]
         done += len(request.prefixes)
         each.spent.extended(request, own)
+        each.note_cuts(request, own)
         each.send(own)
 
 

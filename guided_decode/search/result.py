@@ -46,7 +46,8 @@ class Candidate:
 class SearchResult:
     """All candidates of a search, and which of them it chose (None: there is none).
 
-    stopped: the limit of the budget that ended it; None: it came to its own end.
+    stopped: the limit of the budget that ended it, or cut responses of it; None: it came to its own
+    end.
     details: figures of the method, by name.
     """
 

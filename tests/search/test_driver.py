@@ -155,6 +155,18 @@ def test_no_budget_is_exceeded_and_what_was_found_is_kept(method, limit):
     assert run(method(), ToyPolicy(), ToyJudge(), Budget(**{limit: needed * 9})).stopped is None
 
 
+def test_a_budget_that_cuts_responses_is_named():
+    whole = run(METHODS["best of n"](), ToyPolicy(), ToyJudge())
+    assert whole.stopped is None
+    cut = 0
+    for most in range(1, whole.spent.policy_tokens):
+        result = run(METHODS["best of n"](), ToyPolicy(), ToyJudge(), Budget(policy_tokens=most))
+        short = any(not each.finished and len(each.tokens) < DEPTH for each in result.candidates)
+        assert (result.stopped == "policy_tokens") == (short or not result.candidates)
+        cut += short
+    assert cut
+
+
 def test_a_search_stops_at_its_time():
     result = run(METHODS["blocks"](), ToyPolicy(), ToyJudge(), Budget(seconds=1e-9))
     assert (result.stopped, result.candidates) == ("seconds", ())

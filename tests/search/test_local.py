@@ -161,6 +161,17 @@ def test_pieces_end_with_a_stop_string_wherever_tokens_are_cut():
         assert not any(each in before for each in stop)
 
 
+def test_a_stop_string_ends_a_response_of_best_of_n():
+    policy = load_generator(tiny_tulu.model_path("sft"))
+    prompt = policy.encode(tiny_tulu.render(tiny_tulu.held_out_prompts(1)[0]))
+    search = best_of_n(prompt, n=6, max_tokens=6, sampling=Sampling(stop=("=",)))
+    result = run(search, policy, CallableJudge(lambda texts: [float(t.finished) for t in texts]))
+    ended = [policy.decode(each.tokens).endswith("=") for each in result.candidates]
+    assert any(ended)
+    assert [each.finished for each in result.candidates] == ended
+    assert [each.score for each in result.candidates] == [float(each) for each in ended]
+
+
 def test_what_cannot_be_continued_is_refused():
     with pytest.raises(ValueError, match="this generator has no tokenizer"):
         extend(generator(), [PROMPTS[0]], how=Sampling(stop=("x",)))

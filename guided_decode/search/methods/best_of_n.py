@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from guided_decode.search.budget import BudgetSpent
 from guided_decode.search.requests import Continuation, Extend, Judge, Sampling
@@ -28,7 +29,7 @@ def best_of_n(
         prompt: token ids.
         n: responses.
         max_tokens: of one response.
-        sampling: how they are drawn.
+        sampling: how they are drawn; a stop string ends a response.
         seed: of all draws.
     """
     prompt = tuple(prompt)
@@ -45,5 +46,9 @@ def best_of_n(
 
 
 def responses(answers: Sequence[Sequence[Continuation]]) -> list[Candidate]:
-    """The candidates that continuations of prompts are."""
-    return [Candidate().extended(each) for own in answers for each in own]
+    """The candidates that continuations of prompts are; a stop string ends them, too."""
+    return [
+        replace(Candidate().extended(each), finished=each.reason != "length")
+        for own in answers
+        for each in own
+    ]

@@ -59,6 +59,15 @@ class Blocks:
         return cls(width=blocks // width, branches=width, block=block, trees=trees, leave=True)
 
     @classmethod
+    def dvts(cls, trees: int = 4, branches: int = 4, block: int = 2048) -> Blocks:
+        """Diverse verifier tree search: of each tree's `branches` steps the best one goes on.
+
+        Of Hugging Face's search-and-learn, whose n is trees · branches; there a step ends at
+        "\\n\\n" (pass it as a stop string) or at 2,048 tokens, drawn at temperature 0.8.
+        """
+        return cls(width=1, branches=branches, block=block, trees=trees)
+
+    @classmethod
     def chunk_beam(cls, width: int = 4, branches: int = 4, chunk: int = 30) -> Blocks:
         """Chunk-level beam search on an implicit reward (Zhou et al., arXiv 2405.19262)."""
         return cls(width=width, branches=branches, block=chunk)

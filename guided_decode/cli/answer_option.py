@@ -1,0 +1,72 @@
+"""`--answer`: the answer in a response, by a built-in extraction or a function of the user's."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.cli.run_identity import fingerprint
+from guided_decode.search.answers import ANSWERS, TextAnswer
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerFunction:
+    """A function of a response's text. known_as: what it is, for a run's identity."""
+
+    name: str
+    function: TextAnswer
+    known_as: str
+
+    def __call__(self, text: str) -> Hashable | None:
+        """The answer. Raises Refusal: the function raises, or its answer cannot be counted."""
+        try:
+            given = self.function(text)
+            hash(given)
+        except Exception as error:
+            # It is the user's own: it raises what it likes.
+            raise Refusal(
+                f"--answer {self.name} failed on a response: {type(error).__name__}: "
+                f"{one_line(error)}"
+            ) from error
+        return given
+
+
+def read_answer(name: str) -> AnswerFunction:
+    """The function of a name, or of MODULE:FUNCTION, which is imported as from a script here.
+
+    Raises Refusal: there is none.
+    """
+    if name in ANSWERS:
+        return AnswerFunction(name, ANSWERS[name], name)
+    module, colon, attribute = name.partition(":")
+    if not (module and colon and attribute):
+        raise Refusal(f"--answer {name}: expected one of {', '.join(ANSWERS)}, or "
+                      "MODULE:FUNCTION, a function of a response's text")  # fmt: skip
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found = importlib.import_module(module)
+    except Exception as error:
+        raise Refusal(
+            f"--answer {name}: {module} cannot be imported: {type(error).__name__}: "
+            f"{one_line(error)}"
+        ) from error
+    function = getattr(found, attribute, None)
+    if not callable(function):
+        raise Refusal(f"--answer {name}: {module} has no function {attribute}")
+    return AnswerFunction(name, function, f"{name} {_contents(function)}")
+
+
+def _contents(function: TextAnswer) -> str:
+    """Its file's contents, if there is one: a run does not go on with another function's lines."""
+    try:
+        file = inspect.getsourcefile(function)
+    except TypeError:
+        file = None
+    return "" if file is None or not os.path.isfile(file) else fingerprint(file)

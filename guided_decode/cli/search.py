@@ -1,0 +1,102 @@
+"""`guided-decode search`: methods that judge whole pieces of responses, over a file of prompts."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from guided_decode.checkpoints.registry import find
+from guided_decode.cli import model_options as models
+from guided_decode.cli import row_options
+from guided_decode.cli.chats import format_of
+from guided_decode.cli.checkpoints import NOT_REMOTE, follow_if_not_leading
+from guided_decode.cli.errors import Refusal, report
+from guided_decode.cli.jsonl import STDIN
+from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
+from guided_decode.cli.score_run import STDOUT, open_output, score_rest
+from guided_decode.cli.search_models import SearchModels, named
+from guided_decode.cli.search_options import BudgetOptions, MethodOptions
+from guided_decode.cli.search_plan import read_plan
+from guided_decode.cli.search_rows import read_search_rows
+from guided_decode.search.method_table import METHODS
+
+Source = Annotated[
+    Path | None,
+    typer.Argument(metavar="[INPUT]", help="prompts: .jsonl has a chat a line, and so has -, "
+                   "stdin; any other file is one message")]  # fmt: skip
+Name = Annotated[str, typer.Option("--method", metavar="NAME", help=", ".join(METHODS))]
+Text = Annotated[str | None, typer.Option(help="one message, instead of a file")]
+Output = Annotated[
+    Path,
+    typer.Option("--output", metavar="FILE", help="JSONL: a line for each prompt; kept and "
+                 "continued; - is stdout")]  # fmt: skip
+Answer = Annotated[
+    str | None,
+    typer.Option(metavar="final|boxed|number|MODULE:FUNCTION",
+                 help="the answer in a response, for a vote at the end \\[final, where the method "
+                 "is a vote]")]  # fmt: skip
+Longest = Annotated[
+    int | None, typer.Option(min=1, help="tokens of the longest response \\[the method's, 512]")
+]
+Batch = Annotated[int, typer.Option("--batch", min=1, help="prompts that are searched at once")]
+Raw = Annotated[bool, typer.Option("--raw", help="prompts are text as it is, not chats")]
+Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="of all draws")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin again instead of going on")]
+_AS_IT_IS, _NO_SETTINGS, _NO_LIMITS = models.ScorerOptions(), MethodOptions(), BudgetOptions()
+
+
+def search(
+    method: Name,
+    source: Source = None,
+    prompt: Text = None,
+    output: Output = STDOUT,
+    policy: models.Policy = None,
+    scorer: models.Scorer = None,
+    settings: MethodOptions = _NO_SETTINGS,
+    answer: Answer = None,
+    max_new_tokens: Longest = None,
+    limits: BudgetOptions = _NO_LIMITS,
+    seed: Seed = 0,
+    batch: Batch = 8,
+    raw: Raw = False,
+    prompt_format: row_options.PromptFormat = None,
+    on_error: row_options.OnError = row_options.Failing.STOP,
+    overwrite: Overwrite = False,
+    device: models.Device = None,
+    scorer_device: models.ScorerDevice = None,
+    dtype: models.Dtype = "auto",
+    reading: models.ScorerOptions = _AS_IT_IS,
+    remote: RemoteOptions = NOT_REMOTE,
+) -> None:
+    """Search for the best response to each prompt, by a published method and at a stated budget.
+
+    An output line has the chosen response, every candidate with its scores, and the costs. Run
+    again, it goes on where it stopped. Without models: tiny-tulu, which is built in.
+    """
+    plan = read_plan(method, settings, answer, max_new_tokens, limits, seed)
+    names = named(plan, policy, scorer, reading)
+    if names[1] is not None:
+        refuse_placement(names[1], scorer_device=scorer_device)
+        follow_if_not_leading(names[1], reading, dtype)
+    if raw and prompt_format is not None:
+        raise Refusal(f"--raw takes text as it is, so --prompt-format {prompt_format} has nothing "
+                      "to say: drop one of them")  # fmt: skip
+    skip = on_error is row_options.Failing.SKIP
+    rows = read_search_rows(source, prompt, skip=skip)
+    text_format = format_of(prompt_format, find(names[0]))
+    asked = SearchModels(*names, reading, remote, device, scorer_device, dtype, text_format, raw)
+    served = asked.served()
+    run = asked.identity(plan, served)
+    with open_output(source or STDIN, output, rows, run, overwrite) as file:
+        if file.done < len(rows):
+            job = asked.job(plan, served, run, skip)
+            file.begin()
+            score_rest(job, rows, file, batch, doing="searching", done_so="prompts are done",
+                       beside=job.columns())  # fmt: skip
+        print(f"{len(rows) - file.failed} prompts are done in {file.path}", file=sys.stderr)
+        if file.failed:
+            report(f"{file.failed} of {len(rows)} have no result")
+            raise typer.Exit(1)

@@ -1,0 +1,96 @@
+"""The options of `search`: settings of the methods, how pieces are drawn, and budgets."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
+
+import typer
+
+from guided_decode.search.budget import Budget
+
+
+def _option(panel: str, text: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=panel)
+
+
+def _setting(text: str, *names: str, metavar: str | None = None) -> Any:
+    return _option("The method's own settings \\[as published]", text, *names, metavar=metavar)
+
+
+def _limit(text: str, *names: str) -> Any:
+    return _option("Budget of one prompt's search", text, *names)
+
+
+Temperature = Annotated[float | None, _setting("of the draws; 0 is greedy")]
+TopP = Annotated[float | None, _setting("probability mass of the draws")]
+Stop = Annotated[
+    list[str] | None,
+    _setting("text that ends a response (best-of-n, votes) or a piece of it; may be repeated"),
+]
+N = Annotated[int | None, _setting("responses (best-of-n, votes, prune-and-refill)")]
+Particles = Annotated[int | None, _setting("responses at a time (smc)")]
+Width = Annotated[int | None, _setting("beams that a tree keeps (block searches)")]
+Branches = Annotated[int | None, _setting("blocks drawn after each beam (block searches)")]
+Block = Annotated[int | None, _setting("tokens of a block, or between two looks at values")]
+Trees = Annotated[int | None, _setting("searches side by side (block searches)")]
+Margin = Annotated[
+    float | None,
+    _setting("drop what is further below the best value (block searches, prune-and-refill)"),
+]
+Leave = Annotated[
+    bool | None,
+    _setting("finished beams leave their tree, or stay in the competition", "--leave/--stay"),
+]
+Beta = Annotated[float | None, _setting("weight of a value, in nats a unit (smc)")]
+Threshold = Annotated[
+    float | None, _setting("share of the particles below which they are drawn anew (smc)")
+]
+Choice = Annotated[
+    str | None,
+    _setting("response drawn by weight, or the best one (smc)", metavar="sample|best"),
+]
+
+
+@dataclass(frozen=True, slots=True)
+class MethodOptions:
+    """The settings of all methods, by the library's names; None was not given."""
+
+    n: N = None
+    particles: Particles = None
+    width: Width = None
+    branches: Branches = None
+    block: Block = None
+    trees: Trees = None
+    margin: Margin = None
+    leave: Leave = None
+    beta: Beta = None
+    threshold: Threshold = None
+    choice: Choice = None
+    temperature: Temperature = None
+    top_p: TopP = None
+    stop: Stop = None
+
+    def given(self) -> dict[str, Any]:
+        """What was given, by name."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        own["stop"] = tuple(self.stop) if self.stop else None
+        return {name: value for name, value in own.items() if value is not None}
+
+
+PolicyTokens = Annotated[int | None, _limit("distinct tokens that the policy reads or writes")]
+ScorerTokens = Annotated[int | None, _limit("distinct tokens that the scorer reads")]
+Seconds = Annotated[float | None, _limit("on the clock, looked at between two calls of a model")]
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetOptions:
+    """The limits of one search; None is no limit."""
+
+    max_policy_tokens: PolicyTokens = None
+    max_scorer_tokens: ScorerTokens = None
+    max_seconds: Seconds = None
+
+    def budget(self) -> Budget:
+        """The same for the library. Raises ValueError: a limit that is not above 0."""
+        return Budget(self.max_policy_tokens, self.max_scorer_tokens, self.max_seconds)

@@ -1,0 +1,64 @@
+"""What `search` does for each prompt, from its options, whichever models answer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from guided_decode.cli.answer_option import AnswerFunction, read_answer
+from guided_decode.cli.errors import Refusal
+from guided_decode.cli.search_options import BudgetOptions, MethodOptions
+from guided_decode.search.budget import Budget
+from guided_decode.search.method_table import Method, find_method
+
+# Where a vote names no function: what is boxed, or announced, or the last number.
+_DEFAULT_ANSWER = "final"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is searched for each prompt, whoever answers. settings: of the method, those given."""
+
+    method: Method
+    settings: dict[str, Any]
+    max_tokens: int
+    budget: Budget
+    seed: int
+    answer: AnswerFunction | None
+
+    def identity(self) -> dict[str, Any]:
+        """From what a line follows, by name."""
+        return {
+            "method": self.method.name,
+            "settings": sorted(self.method.checked(self.settings).items()),
+            "max_tokens": self.max_tokens,
+            "budget": asdict(self.budget),
+            "seed": self.seed,
+            "answer": None if self.answer is None else self.answer.known_as,
+        }
+
+
+def read_plan(
+    name: str,
+    settings: MethodOptions,
+    answer: str | None,
+    max_tokens: int | None,
+    limits: BudgetOptions,
+    seed: int,
+) -> Plan:
+    """The plan of a command line.
+
+    Raises Refusal or ValueError: there is no such method, it has not that setting, or the setting
+    has no meaning.
+    """
+    method, given = find_method(name), settings.given()
+    if answer is not None and method.votes is False:
+        raise Refusal(f"--answer {answer} came with --method {name}, which takes no vote: drop it")
+    if answer is None and method.votes:
+        answer = _DEFAULT_ANSWER
+    function = None if answer is None else read_answer(answer)
+    most = method.max_tokens if max_tokens is None else max_tokens
+    # What is refused is refused before models are loaded.
+    vote = None if function is None else lambda tokens: None
+    method.begin((0,), max_tokens=most, answer=vote, **given).close()
+    return Plan(method, given, most, limits.budget(), seed, function)

@@ -1,0 +1,58 @@
+"""Answers in the text of responses, for votes: boxed, announced, or the last number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Hashable
+from decimal import Decimal
+from types import MappingProxyType
+
+# The answer in a response's text; None: it has none.
+TextAnswer = Callable[[str], Hashable | None]
+
+_BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
+_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+# GSM8K's mark, and what a model is asked to write most often.
+_ANNOUNCED = re.compile(r"(?:####|(?:final )?answer(?: is)?\s*:?)\s*(?P<answer>[^\n]+)", re.I)
+
+
+def final_answer(text: str) -> str | None:
+    """The last boxed answer; else the last that is announced ("Answer: 7", "#### 7"); else the
+    last number. Numbers are written alike, "7,793.0" as "7793"."""
+    if (boxed := boxed_answer(text)) is not None:
+        return boxed
+    announced = [found["answer"] for found in _ANNOUNCED.finditer(text)]
+    return _written(announced[-1]) if announced else last_number(text)
+
+
+def boxed_answer(text: str) -> str | None:
+    r"""What the last \boxed{} holds; None where none is complete."""
+    for found in reversed(list(_BOX.finditer(text))):
+        depth = 1
+        for i in range(found.end(), len(text)):
+            depth += (text[i] == "{") - (text[i] == "}")
+            if depth == 0:
+                return _written(text[found.end() : i])
+    return None
+
+
+def last_number(text: str) -> str | None:
+    """The last number, without commas, a plus or zeros that say nothing."""
+    found = _NUMBER.findall(text)
+    return _number(found[-1]) if found else None
+
+
+ANSWERS = MappingProxyType({"final": final_answer, "boxed": boxed_answer, "number": last_number})
+
+
+def _written(text: str) -> str | None:
+    """An answer without what surrounds it; one that is a number, as numbers are written."""
+    bare = text.strip().rstrip(".").strip("$ ").strip()
+    return _number(bare) if _NUMBER.fullmatch(bare) else bare or None
+
+
+def _number(text: str) -> str:
+    number = Decimal(text.replace(",", ""))
+    whole = number.to_integral_value()
+    # As whole numbers are written, and not as 1E+3; a minus before 0 says nothing.
+    return str(int(whole)) if number == whole else format(number.normalize(), "f")
