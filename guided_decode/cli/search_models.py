@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -42,6 +42,9 @@ def named(
 
     Raises Refusal: as `pair`; a scorer was given that nothing would ask.
     """
+    if (kl_coef := plan.settings.get("kl_coef")) and reading.reference is None:
+        raise Refusal(f"--kl-coef {kl_coef} needs --reference, the model that the policy was tuned "
+                      "from")  # fmt: skip
     if plan.method.judged:
         return pair(policy, scorer, head=reading.head)
     given = [f"--scorer {scorer}"] if scorer is not None else []
@@ -111,11 +114,15 @@ class SearchModels:
         from guided_decode.search.judges import ScorerJudge
         from guided_decode.search.local import load_generator
 
-        generator = load_generator(loaded.model, tokenizer=loaded.tokenizer)
+        reading, reference = self.reading, None
+        if plan.settings.get("kl_coef"):
+            # The method's KL term has it, and not the scorer's.
+            reference, reading = reading.reference, replace(reading, reference=None)
+        generator = load_generator(loaded.model, tokenizer=loaded.tokenizer, reference=reference)
         judge = None
         if self.scorer is not None:
             scorer = served or open_scorer(
-                self.scorer, self.reading, device=self.scorer_device or self.device,
+                self.scorer, reading, device=self.scorer_device or self.device,
                 dtype=self.dtype, policy=loaded,
             )  # fmt: skip
             if not self.raw:

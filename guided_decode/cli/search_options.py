@@ -42,13 +42,58 @@ Leave = Annotated[
     bool | None,
     _setting("finished beams leave their tree, or stay in the competition", "--leave/--stay"),
 ]
-Beta = Annotated[float | None, _setting("weight of a value, in nats a unit (smc)")]
+Beta = Annotated[
+    float | None,
+    _setting("weight of a value, in nats a unit (smc); tolerance in units of value (cards)"),
+]
 Threshold = Annotated[
     float | None, _setting("share of the particles below which they are drawn anew (smc)")
 ]
 Choice = Annotated[
     str | None,
     _setting("response drawn by weight, or the best one (smc)", metavar="sample|best"),
+]
+
+Target = Annotated[
+    float | None, _setting("what a whole response should be worth, in units of value (cards)")
+]
+Entropy = Annotated[float | None, _setting("a segment ends before a token of so many nats (cards)")]
+Shortest = Annotated[int | None, _setting("tokens of a segment (cards)")]
+Longest = Annotated[int | None, _setting("tokens of a segment (cards)")]
+Alpha = Annotated[
+    float | None,
+    _setting("where the threshold begins: 0 the prompt's value, 1 the target (cards)"),
+]
+Accept = Annotated[
+    str | None, _setting("by chance, or above the threshold only (cards)", metavar="soft|hard")
+]
+TopK = Annotated[int | None, _setting("likeliest tokens that are drawn from (cards)")]
+Retries = Annotated[int | None, _setting("rejections before the best is taken (cards)")]
+Simulations = Annotated[int | None, _setting("of a token (ppo-mcts, as all that follows)")]
+K = Annotated[int | None, _setting("next tokens of a node")]
+CPuct = Annotated[float | None, _setting("weight of exploration, in units of value")]
+PriorTemperature = Annotated[float | None, _setting("of the priors")]
+Sample = Annotated[
+    bool | None,
+    _setting("tokens drawn by visits, or the most visited", "--sample/--most-visited"),
+]
+VisitTemperature = Annotated[float | None, _setting("of draws by visits")]
+Anneal = Annotated[bool | None, _setting("that temperature falls to 0", "--anneal/--no-anneal")]
+Gamma = Annotated[float | None, _setting("discount, where there is a KL term")]
+KlCoef = Annotated[float | None, _setting("weight of the KL term; needs --reference")]
+KlTerm = Annotated[
+    str | None,
+    _setting("the paper's, or its code's", metavar="log-ratio|probability"),
+]
+ClampKl = Annotated[bool | None, _setting("no term below 0", "--clamp-kl/--no-clamp-kl")]
+EndValue = Annotated[str | None, _setting("of a finished response", metavar="judge|published")]
+LookPast = Annotated[
+    bool | None, _setting("simulations go on at the most tokens", "--look-past/--no-look-past")
+]
+KeepSubtree = Annotated[bool | None, _setting("of the chosen token", "--keep-subtree/--fresh-tree")]
+Leaves = Annotated[int | None, _setting("that are evaluated in one batch")]
+VirtualLoss = Annotated[
+    float | None, _setting("of a simulation that is under way, in units of value")
 ]
 
 
@@ -70,6 +115,30 @@ class MethodOptions:
     temperature: Temperature = None
     top_p: TopP = None
     stop: Stop = None
+    target: Target = None
+    entropy: Entropy = None
+    shortest: Shortest = None
+    longest: Longest = None
+    alpha: Alpha = None
+    accept: Accept = None
+    top_k: TopK = None
+    retries: Retries = None
+    simulations: Simulations = None
+    k: K = None
+    c_puct: CPuct = None
+    prior_temperature: PriorTemperature = None
+    sample: Sample = None
+    visit_temperature: VisitTemperature = None
+    anneal: Anneal = None
+    gamma: Gamma = None
+    kl_coef: KlCoef = None
+    kl_term: KlTerm = None
+    clamp_kl: ClampKl = None
+    end_value: EndValue = None
+    look_past: LookPast = None
+    keep_subtree: KeepSubtree = None
+    leaves: Leaves = None
+    virtual_loss: VirtualLoss = None
 
     def given(self) -> dict[str, Any]:
         """What was given, by name."""

@@ -10,7 +10,10 @@ from typing import Any
 
 from guided_decode.search.methods.best_of_n import best_of_n
 from guided_decode.search.methods.blockwise import Blocks, block_search
+from guided_decode.search.methods.mcts_tree import MCTS
+from guided_decode.search.methods.ppo_mcts import ppo_mcts
 from guided_decode.search.methods.refill import prune_and_refill
+from guided_decode.search.methods.segment_rejection import Segments, segment_rejection
 from guided_decode.search.methods.smc import sequential_monte_carlo
 from guided_decode.search.methods.vote import Answer, vote
 from guided_decode.search.requests import Sampling
@@ -156,6 +159,11 @@ METHODS = {
                prune_and_refill),
         Method("smc", "particles weighted by exp(beta V), resampled (2404.17546)",
                sequential_monte_carlo),
+        Method("cards", "segments drawn again until they pass a threshold (2406.16306)",
+               segment_rejection, Segments),
+        Method("ppo-mcts", "a tree search for each token (2309.15028)", ppo_mcts, MCTS()),
+        Method("ppo-mcts-published", "the same as its published code has it", ppo_mcts,
+               MCTS.published()),
     )
 }  # fmt: skip
 

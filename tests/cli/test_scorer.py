@@ -48,6 +48,21 @@ def server():
         yield server
 
 
+def test_a_search_asks_it_what_it_asks_a_scorer_of_its_own(server):
+    words = ["search", "--method", "cd", "--branches", 2, "--block", 16, "--max-new-tokens", 40,
+             "--prompt", PROMPT]  # fmt: skip
+    local, remote = (
+        run(*words, "--policy", "tiny-tulu-sft", "--scorer", scorer)
+        for scorer in ("tiny-tulu-value", server.address)
+    )
+    assert remote.exit_code == 0, remote.output
+    own, other = (json.loads(result.stdout) for result in (local, remote))
+    assert other["response"] == own["response"]
+    assert other["score"] == pytest.approx(own["score"], abs=1e-5)
+    assert other["cost"]["scorer_tokens"] == own["cost"]["scorer_tokens"]
+    assert other["run"] != own["run"]
+
+
 def test_it_says_where_it_is_and_answers_there(server, tokenizer):
     at = server.address
     assert server.said == (

@@ -1,12 +1,6 @@
 """`guided-decode search` on tiny-tulu: it writes what the library finds and `score` says."""
 
 import functools
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import fields
 
 import pytest
@@ -18,72 +12,17 @@ from guided_decode.cli.search_options import MethodOptions
 from guided_decode.search import METHODS, ScorerJudge, load_generator, run
 from guided_decode.search.answers import final_answer
 from guided_decode.search.seeds import derive
-from tests import PATIENCE
-
-# Small enough for a test, and of more than one round.
-SMALL = {
-    "best-of-n": {"n": 3},
-    "vote": {"n": 5},
-    "weighted-vote": {"n": 4},
-    "block": {"width": 2, "branches": 2, "block": 20, "trees": 2, "leave": True, "margin": 0.5},
-    "cd": {"branches": 3, "block": 20},
-    "vgs": {"width": 2, "block": 20},
-    "dvts": {"trees": 2, "branches": 2, "stop": ("c1\n", "c0\n")},
-    "chunk-beam": {"width": 2, "branches": 2, "block": 24},
-    "value-beam": {"width": 2, "branches": 2, "margin": 0.4},
-    "prune-and-refill": {"n": 3, "block": 16, "margin": 0.1},
-    "smc": {"particles": 3, "block": 20, "beta": 3.0, "threshold": 0.9, "choice": "best"},
-}
-PROMPTS = tiny_tulu.held_out_prompts(3)
-
-
-def invoke(*args, stdin=None):
-    return CliRunner().invoke(app, ["search", *map(str, args)], input=stdin)
-
-
-def search(*args, stdin=None):
-    result = invoke(*args, stdin=stdin)
-    assert result.exit_code == 0, result.output
-    return [json.loads(line) for line in result.stdout.splitlines()]
-
-
-def refused(*args, stdin=None):
-    result = invoke(*args, stdin=stdin)
-    assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1
-    return result.stderr
-
-
-def write(path, lines):
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return path
-
-
-def read(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def options(settings):
-    """Settings as they are typed."""
-    words = []
-    for name, value in settings.items():
-        if name == "leave":
-            words += ["--leave" if value else "--stay"]
-        elif isinstance(value, tuple):
-            words += [word for one in value for word in (f"--{name}", one)]
-        else:
-            words += [f"--{name.replace('_', '-')}", str(value)]
-    return words
-
-
-def agree(one, other):
-    """Whether two lines, or parts of them, are the same but for time and rounding."""
-    if isinstance(one, dict):
-        timed = [name for name in one if name != "seconds"]
-        return one.keys() == other.keys() and all(agree(one[name], other[name]) for name in timed)
-    if isinstance(one, list):
-        return len(one) == len(other) and all(map(agree, one, other))
-    return one == (pytest.approx(other, abs=1e-4) if isinstance(one, float) else other)
+from tests.cli.search_runs import (
+    PROMPTS,
+    SMALL,
+    agree,
+    options,
+    read,
+    refused,
+    search,
+    write,
+    write_prompts,
+)
 
 
 @functools.cache
@@ -100,8 +39,7 @@ def judge():
 
 @pytest.fixture(scope="module")
 def prompts(tmp_path_factory):
-    rows = [{"id": i, "prompt": text} for i, text in enumerate(PROMPTS)]
-    return write(tmp_path_factory.mktemp("prompts") / "in.jsonl", rows)
+    return write_prompts(tmp_path_factory.mktemp("prompts") / "in.jsonl")
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -141,6 +79,41 @@ def test_every_method_writes_what_the_library_finds(name, prompts):
         assert line["cost"].pop("seconds") > 0
         assert line["cost"] == cost
         assert set(line["details"]) == set(found.details)
+
+
+def test_a_kl_term_compares_with_the_reference():
+    shape = {"simulations": 8, "k": 4, "c_puct": 0.3, "prior_temperature": 5.0}
+    words = ["--method", "ppo-mcts", *options(shape), "--max-new-tokens", 12, "--policy",
+             "tiny-tulu-ppo", "--prompt", PROMPTS[0]]  # fmt: skip
+    (line,) = search(*words, "--kl-coef", 0.5, "--reference", "tiny-tulu-sft")
+    tuned = load_generator(tiny_tulu.model_path("ppo"), reference=tiny_tulu.model_path("sft"))
+    begun = METHODS["ppo-mcts"].begin(
+        tuned.encode(tiny_tulu.render(PROMPTS[0])), seed=derive(0, 0), max_tokens=12,
+        kl_coef=0.5, **shape,
+    )  # fmt: skip
+    found = run(begun, tuned, judge())
+    assert line["response"] == tuned.decode(found.best.tokens)
+    assert line["details"]["visits"] == [
+        {str(token): visits for token, visits in each.items()} for each in found.details["visits"]
+    ]
+    (without,) = search(*words)
+    assert without["details"]["visits"] != line["details"]["visits"]
+
+
+def test_a_head_on_the_policys_own_hidden_states_judges():
+    head = tiny_tulu.trunk_head_path("ppo")
+    words = ["--method", "cd", *options({"branches": 2, "block": 12}), "--max-new-tokens", 30]
+    models = ["--policy", "tiny-tulu-ppo", "--head", head]
+    (line,) = search(*words, *models, "--prompt", PROMPTS[0])
+    scorer = load_scorer(tiny_tulu.model_path("ppo"), kind="trunk-head", head=head)
+    own = load_generator(tiny_tulu.model_path("ppo"))
+    begun = METHODS["cd"].begin(
+        own.encode(tiny_tulu.render(PROMPTS[0])), seed=derive(0, 0), max_tokens=30, branches=2,
+        block=12,
+    )  # fmt: skip
+    found = run(begun, own, ScorerJudge(scorer, terminals=own.eos_token_ids))
+    assert line["response"] == own.decode(found.best.tokens)
+    assert line["score"] == pytest.approx(found.best.score, abs=1e-5)
 
 
 def test_best_of_n_chooses_what_score_puts_first(prompts, tmp_path):
@@ -234,117 +207,3 @@ def test_a_vote_ends_a_block_search_where_an_answer_is_asked_for():
         sums[each["answer"]] = sums.get(each["answer"], 0.0) + each["score"]
     assert line["details"]["votes"] == pytest.approx(sums, abs=1e-5)
     assert line["candidates"][line["chosen"]]["answer"] == max(sums, key=sums.get)
-
-
-def test_prompts_come_as_lines_as_text_or_typed(tmp_path):
-    words = ["--method", "best-of-n", "--n", 2, "--max-new-tokens", 20]
-    row = {"messages": [{"role": "user", "content": PROMPTS[0]}], "score": 5, "id": "a"}
-    text = tmp_path / "prompt.txt"
-    text.write_text(PROMPTS[0] + "\n")
-    piped = search(*words, "-", stdin=json.dumps(row) + "\n")
-    for (line,) in (piped, search(*words, text), search(*words, "--prompt", PROMPTS[0])):
-        assert line["prompt"] == PROMPTS[0]
-        assert [each["response"] for each in line["candidates"]] == [
-            each["response"] for each in piped[0]["candidates"]
-        ]
-    # What the row has is passed on, and never in the place of what was found.
-    assert (piped[0]["id"], piped[0]["input"]) == ("a", {"score": 5})
-    raw = search(*words, "--raw", "--prompt", tiny_tulu.render(PROMPTS[0]))
-    assert raw[0]["response"] == piped[0]["response"]
-    turns = [*tiny_tulu.chat_prompts()[1]]
-    (line,) = search(*words, "-", stdin=json.dumps(turns) + "\n")
-    assert line["prompt"] == turns
-
-
-def test_a_broken_line_is_refused_by_its_number_or_skipped(tmp_path):
-    ended = {"prompt": PROMPTS[0], "response": "10"}
-    long = {"prompt": "1" * 5000}
-    rows = [{"prompt": PROMPTS[0]}, {"text": 1}, ended, long, {"prompt": PROMPTS[1]}]
-    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    words = ["--method", "best-of-n", "--n", 2, "--max-new-tokens", 30, source, "--output", output]
-    assert "in.jsonl, line 2" in refused(*words)
-    assert not output.exists()
-    result = invoke(*words, "--on-error", "skip")
-    assert result.exit_code == 1
-    assert "3 of 5 have no result" in result.stderr
-    lines = read(output)
-    assert ["error" in line for line in lines] == [False, True, True, True, False]
-    assert "the chat ends with an assistant's turn" in lines[2]["error"]
-    assert "positions" in lines[3]["error"]
-    assert lines[4]["seed"] == derive(0, 4)
-
-
-def test_another_setting_is_not_mixed_in(prompts, tmp_path):
-    output = tmp_path / "out.jsonl"
-    words = ["--method", "best-of-n", "--n", 2, "--max-new-tokens", 20, prompts, "--output", output]
-    search(*words)
-    done = output.read_bytes()
-    search(*words, "--batch", 2)
-    assert output.read_bytes() == done
-    others = (["--n", 3], ["--seed", 1], ["--temperature", 0.5], ["--max-policy-tokens", 500],
-              ["--max-new-tokens", 21], ["--policy", "tiny-tulu-ppo"])  # fmt: skip
-    for other in others:
-        assert "with other settings" in refused(*words, *other)
-    search(*words, "--n", 3, "--overwrite")
-    assert [len(line["candidates"]) for line in read(output)] == [3] * len(PROMPTS)
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--method", "best"], "--method best: unknown"),
-        (["--method", "best-of-n", "--margin", "0.1"],
-         "--margin 0.1: best-of-n has no such setting; it has n, temperature, top_p, stop"),
-        (["--method", "prune-and-refill"], "prune-and-refill needs --margin, which has no default"),
-        (["--method", "cd", "--branches", "0"], "--branches 0: expected an integer"),
-        (["--method", "smc", "--choice", "worst"], "--choice worst: expected"),
-        (["--method", "vote", "--scorer", "tiny-tulu-value"], "vote, which asks no scorer"),
-        (["--method", "smc", "--answer", "final"], "--answer final came with --method smc"),
-        (["--method", "cd", "--max-policy-tokens", "0"], "policy_tokens=0: expected a number"),
-        (["--method", "cd", "--raw", "--prompt-format", "tulu-2"], "--raw takes text as it is"),
-        (["--method", "cd", "--policy", "nothing"], "nothing: unknown model"),
-    ],
-)  # fmt: skip
-def test_what_makes_no_search_is_refused_in_one_line(words, message):
-    assert message in refused(*words, "--prompt", PROMPTS[0])
-
-
-def test_prompts_are_needed_once(prompts):
-    assert "expected prompts: pass a file" in refused("--method", "cd")
-    assert "--prompt and" in refused("--method", "cd", "--prompt", "1+1", prompts)
-
-
-def start(source, output):
-    """A run of its own, one prompt at a time, that has begun to write."""
-    command = [sys.executable, "-m", "guided_decode.cli", "search", "--method", "smc", "--batch",
-               "1", *options(SMALL["smc"]), str(source), "--output", str(output)]  # fmt: skip
-    process = subprocess.Popen(
-        command, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    deadline = time.monotonic() + PATIENCE
-    while not (output.exists() and output.read_bytes().count(b"\n") >= 2):
-        assert process.poll() is None, process.stderr.read()
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return process
-
-
-def test_a_run_that_is_killed_goes_on_to_the_uninterrupted_file(tmp_path):
-    rows = [{"prompt": text} for text in tiny_tulu.held_out_prompts(200)]
-    source, output = write(tmp_path / "in.jsonl", rows), tmp_path / "out.jsonl"
-    process = start(source, output)
-    process.send_signal(signal.SIGKILL)
-    process.communicate(timeout=PATIENCE)
-    kept = output.read_bytes()
-    whole = kept[: kept.rindex(b"\n") + 1]
-    done = whole.count(b"\n")
-    assert 2 <= done < len(rows), "the run was over before it was stopped"
-    # Half a line, as a kill may leave it.
-    output.write_bytes(whole + b'{"line": 3, "prom')
-    write(source, rows[: done + 3])
-    words = ["--method", "smc", *options(SMALL["smc"]), source, "--output"]
-    search(*words, output, "--batch", 2)
-    assert output.read_bytes().startswith(whole)
-    search(*words, tmp_path / "uninterrupted.jsonl")
-    assert agree(read(output), read(tmp_path / "uninterrupted.jsonl"))

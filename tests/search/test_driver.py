@@ -37,7 +37,7 @@ METHODS = PIECEWISE | {
     "mcts in batches": lambda: ppo_mcts(PROMPT, MCTS(c_puct=1.0, leaves=3, kl_coef=0.1), **COMMON),
     "segments": lambda: segment_rejection(PROMPT, SEGMENTS, **COMMON),
 }
-SEGMENTS = Segments(reward=0.5, entropy=1.0, shortest=1, longest=3)
+SEGMENTS = Segments(target=0.5, entropy=1.0, shortest=1, longest=3)
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 

@@ -6,21 +6,25 @@ import pytest
 
 from guided_decode import search
 from guided_decode.search import (
+    MCTS,
     METHODS,
     Blocks,
     Sampling,
+    Segments,
     best_of_n,
     block_search,
     find_method,
+    ppo_mcts,
     prune_and_refill,
     run,
+    segment_rejection,
     sequential_monte_carlo,
     vote,
 )
 from guided_decode.search.method_table import NEEDED
 from tests.search.toy import DEPTH, PROMPT, ToyJudge, ToyPolicy
 
-NEEDS = {"prune-and-refill": {"margin": 0.3}}
+NEEDS = {"prune-and-refill": {"margin": 0.3}, "cards": {"target": 0.6}}
 HOW = Sampling(0.8, stop=("\n\n",))
 
 
@@ -42,6 +46,11 @@ PUBLISHED = {
     "prune-and-refill": lambda **own: prune_and_refill(PROMPT, n=16, block=32, margin=0.3, **own),
     "smc": lambda **own: sequential_monte_carlo(
         PROMPT, particles=16, block=32, beta=1.0, threshold=0.5, choice="sample", **own
+    ),
+    "cards": lambda **own: segment_rejection(PROMPT, Segments(0.6), **own),
+    "ppo-mcts": lambda **own: ppo_mcts(PROMPT, MCTS(simulations=10, k=10, c_puct=8.0), **own),
+    "ppo-mcts-published": lambda **own: ppo_mcts(
+        PROMPT, MCTS(kl_term="probability", end_value="published", look_past=True), **own
     ),
 }
 
@@ -98,6 +107,9 @@ def test_settings_say_what_there_is_and_what_is_needed():
     [
         ("best-of-n", {"margin": 0.1}, "margin=0.1: best-of-n has no such setting; it has n, temp"),
         ("smc", {"n": 3}, "n=3: smc has no such setting; it has particles, block, beta"),
+        ("cards", {}, "cards needs target=, which has no default"),
+        ("ppo-mcts", {"temperature": 1.0}, "temperature=1.0: ppo-mcts has no such setting"),
+        ("ppo-mcts", {"c_puct": 0.0}, "c_puct=0.0: expected a number above 0"),
         ("prune-and-refill", {}, "prune-and-refill needs margin=, which has no default"),
         ("vote", {}, "vote votes on answers: pass answer="),
         ("smc", {"answer": first}, "smc takes no vote: drop it"),

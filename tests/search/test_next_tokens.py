@@ -144,7 +144,7 @@ def test_a_tree_on_the_packed_forward_is_the_stock_forwards(settings):
 def test_segments_on_the_packed_forward_are_the_stock_forwards():
     local, stock = policy(), Stock()
     judge = ScorerJudge(critic(), terminals=[EOS])
-    segments = Segments(reward=0.5, entropy=4.0, shortest=2, longest=5, retries=3)
+    segments = Segments(target=0.5, entropy=4.0, shortest=2, longest=5, retries=3)
     for seed, prompt in enumerate(PROMPTS):
         search = segment_rejection(prompt, segments, max_tokens=9, seed=seed)
         own = run(search, local, judge)
@@ -161,7 +161,7 @@ SEARCHES = {
         prompt, MCTS(30, leaves=8, keep_subtree=True, c_puct=1.0), max_tokens=8
     ),
     "segments": lambda prompt: segment_rejection(
-        prompt, Segments(reward=0.3, entropy=4.0, longest=4, retries=5), max_tokens=12
+        prompt, Segments(target=0.3, entropy=4.0, longest=4, retries=5), max_tokens=12
     ),
 }
 

@@ -13,7 +13,7 @@ from guided_decode.search.seeds import uniform
 from tests.search.toy import DEPTH, END, PROMPT, VOCAB, ToyJudge, ToyPolicy, tempered
 
 # Entropies of the toy are between 0.8 and 1.1 nats, its values between -1 and 1.
-SHORT = Segments(reward=0.6, entropy=1.0, shortest=1, longest=3, retries=4)
+SHORT = Segments(target=0.6, entropy=1.0, shortest=1, longest=3, retries=4)
 
 
 def entropy(policy, s):
@@ -43,7 +43,7 @@ def plainly(policy, judge, segments, seed, depth=DEPTH):
     def ended(s):
         return s[-1:] == (END,) or len(s) == depth
 
-    r0 = (1 - segments.alpha) * value((), False) + segments.alpha * segments.reward
+    r0 = (1 - segments.alpha) * value((), False) + segments.alpha * segments.target
     response, attempts, forced = (), [], 0
     while not ended(response):
         seen, rejected = [], 0
@@ -61,7 +61,7 @@ def plainly(policy, judge, segments, seed, depth=DEPTH):
                 forced += 1
                 s = max(seen, key=lambda each: each[0])[1]
                 break
-            threshold = min(segments.reward, r0 + len(s) * (segments.reward - r0) / depth)
+            threshold = min(segments.target, r0 + len(s) * (segments.target - r0) / depth)
             chance = float(r >= threshold)
             if segments.accept == "soft":
                 chance = min(1.0, math.exp((r - threshold) / segments.beta))
@@ -77,13 +77,13 @@ SETTINGS = {
     "short": SHORT,
     "hard": replace(SHORT, accept="hard"),
     "no retries": replace(SHORT, retries=0),
-    "many retries": replace(SHORT, reward=0.95, beta=0.05, retries=20),
+    "many retries": replace(SHORT, target=0.95, beta=0.05, retries=20),
     "unsure at once": replace(SHORT, entropy=0.0, shortest=2),
     "by length": replace(SHORT, entropy=9.0, longest=2),
     "two tokens": replace(SHORT, top_k=2, temperature=1.3),
     "from the prompt": replace(SHORT, alpha=0.0, beta=0.2),
-    "at the goal": replace(SHORT, alpha=1.0, reward=-0.8),
-    "the paper's": Segments(reward=0.5),
+    "at the goal": replace(SHORT, alpha=1.0, target=-0.8),
+    "the paper's": Segments(target=0.5),
 }
 
 
@@ -106,7 +106,7 @@ def test_segments_are_accepted_as_the_definition_says(seed, segments):
 
 
 def test_the_papers_defaults():
-    own = Segments(reward=8.5)
+    own = Segments(target=8.5)
     assert (own.entropy, own.shortest, own.longest, own.alpha, own.beta) == (3.0, 4, 64, 0.5, 0.7)
     assert (own.accept, own.temperature, own.top_k, own.retries) == ("soft", 0.7, 40, 20)
 
@@ -138,7 +138,7 @@ def test_a_distribution_is_asked_for_once_however_often_it_is_drawn_from():
             asked.extend(prefixes)
             return policy.next_tokens(prefixes, k, **how)
 
-    segments = replace(SHORT, reward=1.5, beta=0.05, alpha=1.0, retries=20)
+    segments = replace(SHORT, target=1.5, beta=0.05, alpha=1.0, retries=20)
     result = run(segment_rejection(PROMPT, segments, max_tokens=DEPTH), Watching(), ToyJudge(3))
     assert result.details["attempts"][0] == 21
     assert len(set(asked)) == len(asked)
@@ -156,8 +156,8 @@ def test_the_threshold_rises_to_the_goal_and_no_further():
 
 def test_settings_without_meaning_are_refused():
     for wrong in (
-        {"reward": math.inf}, {"entropy": -1.0}, {"shortest": 0}, {"longest": 0}, {"alpha": 1.5},
+        {"target": math.inf}, {"entropy": -1.0}, {"shortest": 0}, {"longest": 0}, {"alpha": 1.5},
         {"beta": 0.0}, {"accept": "maybe"}, {"temperature": 0.0}, {"top_k": 0}, {"retries": -1},
     ):  # fmt: skip
         with pytest.raises(ValueError, match=next(iter(wrong))):
-            Segments(**{"reward": 1.0} | wrong)
+            Segments(**{"target": 1.0} | wrong)

@@ -18,7 +18,7 @@ from guided_decode.search.seeds import uniform
 class Segments:
     """The settings of segment rejection; the defaults are CARDS's (arXiv 2406.16306 and its code).
 
-    reward: r*, the value that a whole response should have, in the judge's units. entropy: a
+    target: r*, the value that a whole response should have, in the judge's units. entropy: a
     segment ends before a token whose distribution has at least this entropy, in nats, but not
     before it has `shortest` tokens; at `longest` it ends in any case. alpha: where the threshold
     begins, between the prompt's value (0) and r* (1). beta: how far below the threshold a value may
@@ -27,7 +27,7 @@ class Segments:
     drawn, and the best of them all is taken.
     """
 
-    reward: float
+    target: float
     entropy: float = 3.0
     shortest: int = 4
     longest: int = 64
@@ -45,8 +45,8 @@ class Segments:
         for name in ("beta", "temperature"):
             if not (given := getattr(self, name)) > 0:
                 raise ValueError(f"{name}={given}: expected a number above 0")
-        if not math.isfinite(self.reward):
-            raise ValueError(f"reward={self.reward}: expected a finite number, in the judge's "
+        if not math.isfinite(self.target):
+            raise ValueError(f"target={self.target}: expected a finite number, in the judge's "
                              "units")  # fmt: skip
         if not self.entropy >= 0:
             raise ValueError(f"entropy={self.entropy}: expected a number of at least 0")
@@ -90,7 +90,7 @@ def segment_rejection(
     forced, stopped = 0, None
     try:
         (value,) = yield Judge([Judged(drawing.prompt, (), False)])
-        first = (1 - segments.alpha) * value + segments.alpha * segments.reward
+        first = (1 - segments.alpha) * value + segments.alpha * segments.target
         while not response.finished:
             longer, drawn, accepted = yield from drawing.settle(response, first)
             lengths.append(len(longer.tokens) - len(response.tokens))
@@ -141,7 +141,7 @@ class _Drawing:
             if value > most:
                 best, most = candidate, value
             share = len(candidate.tokens) / self.max_tokens
-            threshold = rising(first, self.segments.reward, share)
+            threshold = rising(first, self.segments.target, share)
             point = uniform(self.seed, start, attempt, -1)
             # What is drawn after the last retry is not asked whether it passes.
             if attempt < self.segments.retries and acceptable(
