@@ -78,6 +78,7 @@ def generate(
     refuse_placement(names[1], scorer_device=scorer_device)
     follow_if_not_leading(names[1], reading, dtype)
     config = guidance.over(_defaults(names[1], guidance.rule))
+    reading = guidance.reading(reading)
     sampling = Sampling(temperature, num_samples, max_new_tokens, seed)
     streams = _streams(stream, sampling, plain_text=not (as_json or compare_plain))
     if raw and prompt_format is not None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Annotated, Any
 
 import typer
 
+from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.guidance.presets import PRESETS, find_preset
 
 _PANEL = "Guidance"
 
@@ -16,6 +18,11 @@ def _option(text: str, *names: str, metavar: str | None = None) -> Any:
     return typer.Option(*names, help=text, metavar=metavar, rich_help_panel=_PANEL)
 
 
+Preset = Annotated[
+    str | None,
+    _option("a published method's settings, which the options below change",
+            metavar="|".join(PRESETS)),
+]  # fmt: skip
 Beta = Annotated[float | None, _option("weight of the advantage, in logits per unit of value")]
 TopK = Annotated[
     int | None, _option("candidates a step; 0 is the whole vocabulary (implicit rewards only)")
@@ -39,8 +46,9 @@ KlCoef = Annotated[float | None, _option("weight of the KL term; needs --referen
 
 @dataclass(frozen=True, slots=True)
 class GuidanceOptions:
-    """The fields of GuidanceConfig; None was not given."""
+    """A preset, and the fields of GuidanceConfig; None was not given."""
 
+    preset: Preset = None
     beta: Beta = None
     top_k: TopK = None
     top_p: TopP = None
@@ -52,8 +60,18 @@ class GuidanceOptions:
     kl_coef: KlCoef = None
 
     def over(self, default: GuidanceConfig) -> GuidanceConfig:
-        """The default with what was given in its place. Raises ValueError as GuidanceConfig."""
-        return guidance_config(default, **asdict(self))
+        """The preset, else the default, with what was given in its place.
+
+        Raises ValueError: there is no such preset; as GuidanceConfig.
+        """
+        given = asdict(self)
+        name = given.pop("preset")
+        return guidance_config(default if name is None else find_preset(name).config, **given)
+
+    def reading(self, scorer: ScorerOptions) -> ScorerOptions:
+        """How the scorer is read: by the preset's transform, where none was given."""
+        transform = None if self.preset is None else find_preset(self.preset).transform
+        return replace(scorer, transform=scorer.transform or transform)
 
 
 def guidance_config(default: GuidanceConfig, **given: Any) -> GuidanceConfig:

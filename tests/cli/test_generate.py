@@ -108,6 +108,31 @@ def test_options_reach_the_guidance_rule():
     assert tiny_tulu.is_correct(PROMPT, pruned["text"])
 
 
+@pytest.mark.parametrize(
+    ("preset", "written_out"),
+    [
+        ("vas", ["--beta", 3, "--top-k", 20, "--tail", "keep", "--baseline", "mean"]),
+        ("args", ["--beta", 1, "--top-k", 10]),
+        ("rad", ["--beta", 30, "--top-k", 20, "--transform", "clip:0,1"]),
+        ("fudge", ["--beta", 1, "--top-k", 200, "--transform", "log-sigmoid"]),
+    ],
+)
+def test_a_preset_is_its_settings_and_options_change_it(preset, written_out):
+    common = ["--prompt", PROMPT, "--json", *SAMPLED, "--max-new-tokens", 20]
+
+    def texts(*words):
+        return [line["text"] for line in objects(generate(*common, *words))]
+
+    assert texts("--preset", preset) == texts(*written_out)
+    assert texts("--preset", preset, "--beta", 7) == texts(*written_out, "--beta", 7)
+
+
+def test_an_unknown_preset_is_refused():
+    result = CliRunner().invoke(app, ["generate", "--prompt", PROMPT, "--preset", "args2"])
+    assert result.exit_code == 2
+    assert "--preset args2: unknown (did you mean args?); expected one of cd," in result.stderr
+
+
 def test_raw_leaves_the_prompt_as_it_is():
     chat = generate("--prompt", tiny_tulu.render(PROMPT), "--raw", "--max-new-tokens", 12)
     assert chat.startswith("5+6+0=11 c1")
