@@ -11,7 +11,7 @@ from guided_decode.checkpoints.families import BosRule, Family
 from guided_decode.checkpoints.head import choose_transform, read_head
 from guided_decode.checkpoints.how_loaded import HowLoaded
 from guided_decode.checkpoints.kinds import choose_family
-from guided_decode.checkpoints.placement import DeviceMap
+from guided_decode.checkpoints.placement import DeviceMap, refuse_waiting
 from guided_decode.checkpoints.quantization import Quantization, check_stored, refuse_twice
 from guided_decode.checkpoints.registry import Record
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
@@ -195,6 +195,8 @@ def _how_loaded(
     """
     check_config(source.name, source.config)
     in_memory = source.instance is not None
+    if source.instance is not None:
+        refuse_waiting(source.instance, source.name)
     if sharded is not None and not in_memory:
         check_divides(source, sharded.ranks.world)
     if not in_memory:

@@ -20,6 +20,7 @@ from guided_decode.checkpoints.placement import (
     for_loading,
     of_trunk,
     refuse_offloaded,
+    refuse_unknown_modules,
 )
 from guided_decode.checkpoints.quantization import Quantization, settle_stored, stored_method
 from guided_decode.checkpoints.source import Source
@@ -92,8 +93,10 @@ class HowLoaded:
         return given if placed is None else given | {"device_map": placed}
 
     def check_placed(self, model: PreTrainedModel, name: str) -> None:
-        """Raises ValueError: a part of the model found no room on its devices."""
+        """Raises ValueError: a part of the model found no room on its devices, or the device map
+        names what is none of its parts."""
         if self.device_map is not None:
+            refuse_unknown_modules(self.device_map, model, name, base_prefix(model.config))
             refuse_offloaded(model, name)
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from guided_decode.checkpoints.quantization import MissingLibrary
+from guided_decode.checkpoints.quantization import MissingLibrary, stored_method
 from guided_decode.checkpoints.source import Source
 
 _SHOWN = 5
@@ -43,8 +43,14 @@ def from_pretrained(
         RuntimeError, AssertionError, TypeError, KeyError, AttributeError, OSError, SafetensorError
     ) as error:  # fmt: skip
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
+        misfit = _misfit(source.config)
+        if misfit is None and ("quantization_config" in given or stored_method(source.config)):
+            raise ValueError(
+                f"{source.name} cannot be loaded quantised as it was asked for or is stored: "
+                f"{said}; pass another device or quantization, or another checkpoint of the model"
+            ) from error
         raise ValueError(
-            f"{source.name}: {_misfit(source.config) or 'its weights do not fit its config'}; "
+            f"{source.name}: {misfit or 'its weights do not fit its config'}; "
             f"expected the two of one model; {said}"
         ) from error
     return model, report

@@ -136,3 +136,34 @@ def refuse_offloaded(model: PreTrainedModel, name: str) -> None:
             f"{f' and {len(waiting) - 3} more' if len(waiting) > 3 else ''} would wait on the CPU "
             "or a disk, and every step would move them; pass quantization=, or add GPUs"
         )
+
+
+def refuse_waiting(model: PreTrainedModel, name: str) -> None:
+    """Raises ValueError: a model in memory has weights that hooks bring in at each forward."""
+    waiting = next((each for each, weight in model.named_parameters() if weight.is_meta), None)
+    if waiting is not None:
+        raise ValueError(
+            f"{name} is in memory without all of its weights ({waiting} is on the meta device, and "
+            "waits on the CPU or a disk at best): expected all of them on devices; load it where "
+            "there is room, or pass its name with quantization= or device_map="
+        )
+
+
+def refuse_unknown_modules(
+    device_map: DeviceMap, model: PreTrainedModel, name: str, prefix: str
+) -> None:
+    """Raises ValueError: a device map names what no model of this class has, which would be left
+    out in silence.
+
+    prefix: under which a class with a head has its trunk, with the dot.
+    """
+    if isinstance(device_map, str):
+        return
+    parts = [part for part, _ in (*model.named_modules(), *model.named_parameters())]
+    known = {"", prefix[:-1], "score", "lm_head", *parts}
+    known |= {prefix + part for part in parts} | {part.removeprefix(prefix) for part in parts}
+    if unknown := [module for module in device_map if module not in known]:
+        raise ValueError(
+            f"device_map names {', '.join(unknown[:3])}, which {name} does not have: expected its "
+            f"modules, {prefix}layers.0 say, or layers.0 of its trunk; mend the map"
+        )

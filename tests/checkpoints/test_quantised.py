@@ -271,6 +271,16 @@ def test_nothing_is_quantised_twice_or_in_memory(tmp_path):
         load_scorer(tmp_path, "ppo-critic", quantization="int8")
 
 
+@needs("accelerate")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels for it")
+def test_what_a_library_says_of_a_config_is_not_taken_for_a_misfit():
+    config = tf.FineGrainedFP8Config()
+    with pytest.raises(
+        ValueError, match=r"cannot be loaded quantised as it was asked .* GPU .*; p"
+    ):
+        load_scorer(folder("llama"), "verl-critic", quantization=config)
+
+
 @ao
 def test_quantised_weights_in_memory_stay_in_their_dtype():
     model = by_transformers(folder("llama"), config_of("int8"))

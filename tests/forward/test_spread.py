@@ -191,9 +191,11 @@ def test_maps_of_a_language_model_have_either_names(given):
         ({}, {}, "expected one of auto"),
         ({"": "gpu"}, {}, "device_map sends the model to 'gpu': device='gpu' names no device"),
         ({"model.layers.0": "meta", "": "cpu"}, {}, "sends model.layers.0 to 'meta', which holds"),
+        ({"": "cpu", "model.layerz.1": "cpu"}, {}, "device_map names model.layerz.1, which .* does "
+         "not have: expected its modules, model.layers.0 say"),
         ("auto", {"device": "cpu"}, "device='cpu' and device_map='auto' were both given"),
     ],
-)
+)  # fmt: skip
 @accelerate
 def test_maps_that_are_refused(given, more, message):
     with pytest.raises(ValueError, match=message):
@@ -204,6 +206,15 @@ def test_maps_that_are_refused(given, more, message):
 def test_a_model_in_memory_has_its_places():
     with pytest.raises(ValueError, match=r"device_map='auto' was given for .*, a model in memory"):
         load_scorer(models.tiny("llama", "token"), "verl-critic", device_map="auto")
+
+
+@accelerate
+def test_a_model_in_memory_whose_weights_wait_elsewhere_is_refused():
+    from accelerate import cpu_offload
+
+    waits = cpu_offload(copy.deepcopy(models.tiny("llama", "token")), CPU)
+    with pytest.raises(ValueError, match="without all of its weights .* on the meta device, and w"):
+        load_scorer(waits, "verl-critic")
 
 
 def test_weights_that_wait_elsewhere_are_refused():
