@@ -19,7 +19,7 @@ from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
 from guided_decode.cli.score_run import STDOUT, open_output, score_rest
 from guided_decode.cli.search_models import SearchModels, named
 from guided_decode.cli.search_options import BudgetOptions, MethodOptions
-from guided_decode.cli.search_plan import read_plan
+from guided_decode.cli.search_plan import print_settings, read_plan
 from guided_decode.cli.search_rows import read_search_rows
 from guided_decode.search.method_table import METHODS
 
@@ -39,11 +39,14 @@ Answer = Annotated[
                  help="the answer in a response, for a vote at the end \\[final, where the method "
                  "is a vote]")]  # fmt: skip
 Longest = Annotated[
-    int | None, typer.Option(min=1, help="tokens of the longest response \\[the method's, 512]")
+    int | None, typer.Option(min=1, help="tokens of the longest response \\[the method's own]")
 ]
 Batch = Annotated[int, typer.Option("--batch", min=1, help="prompts that are searched at once")]
 Raw = Annotated[bool, typer.Option("--raw", help="prompts are text as it is, not chats")]
 Seed = Annotated[int, typer.Option(min=-(2**63), max=2**63 - 1, help="of all draws")]
+Listing = Annotated[
+    bool, typer.Option("--list-settings", help="print the method's settings and their defaults")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin again instead of going on")]
 _AS_IT_IS, _NO_SETTINGS, _NO_LIMITS = models.ScorerOptions(), MethodOptions(), BudgetOptions()
 
@@ -56,6 +59,7 @@ def search(
     policy: models.Policy = None,
     scorer: models.Scorer = None,
     settings: MethodOptions = _NO_SETTINGS,
+    list_settings: Listing = False,
     answer: Answer = None,
     max_new_tokens: Longest = None,
     limits: BudgetOptions = _NO_LIMITS,
@@ -76,6 +80,9 @@ def search(
     An output line has the chosen response, every candidate with its scores, and the costs. Run
     again, it goes on where it stopped. Without models: tiny-tulu, which is built in.
     """
+    if list_settings:
+        print_settings(method)
+        return
     plan = read_plan(method, settings, answer, max_new_tokens, limits, seed)
     names = named(plan, policy, scorer, reading)
     if names[1] is not None:

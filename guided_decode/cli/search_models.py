@@ -118,7 +118,10 @@ class SearchModels:
         if plan.settings.get("kl_coef"):
             # The method's KL term has it, and not the scorer's.
             reference, reading = reading.reference, replace(reading, reference=None)
-        generator = load_generator(loaded.model, tokenizer=loaded.tokenizer, reference=reference)
+        generator = load_generator(
+            loaded.model, tokenizer=loaded.tokenizer, reference=reference,
+            device=loaded.model.device,
+        )  # fmt: skip
         judge = None
         if self.scorer is not None:
             scorer = served or open_scorer(

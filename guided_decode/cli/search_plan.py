@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -9,7 +10,7 @@ from guided_decode.cli.answer_option import AnswerFunction, read_answer
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.search_options import BudgetOptions, MethodOptions
 from guided_decode.search.budget import Budget
-from guided_decode.search.method_table import Method, find_method
+from guided_decode.search.method_table import NEEDED, Method, find_method
 
 # Where a vote names no function: what is boxed, or announced, or the last number.
 _DEFAULT_ANSWER = "final"
@@ -62,3 +63,14 @@ def read_plan(
     vote = None if function is None else lambda tokens: None
     method.begin((0,), max_tokens=most, answer=vote, **given).close()
     return Plan(method, given, most, limits.budget(), seed, function)
+
+
+def print_settings(name: str) -> None:
+    """The settings of a method as they are typed, with their defaults."""
+    method = find_method(name)
+    print(f"{method.name}: {method.summary}")
+    for setting, default in {**method.settings, "max_new_tokens": method.max_tokens}.items():
+        shown = "needed" if default is NEEDED else json.dumps(default)
+        print(f"  --{setting.replace('_', '-'):<20} {'none' if default in (None, ()) else shown}")
+    if method.votes is not False:
+        print(f"  --{'answer':<20} {_DEFAULT_ANSWER if method.votes else 'none'}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import ProgressColumn, Task
@@ -51,7 +52,9 @@ class SearchJob:
 
     def lines(self, batch: list[SearchRow]) -> Iterator[list[dict[str, Any]]]:
         """The batch's output lines; one by one where a prompt of it cannot be searched."""
-        return lines_of(batch, self._searched, self._failed)
+        # A broken line does not take its neighbours out of their batch.
+        for _, rows in groupby(batch, key=lambda row: row.problem is None):
+            yield from lines_of(list(rows), self._searched, self._failed)
 
     def _searched(self, batch: list[SearchRow]) -> list[dict[str, Any]]:
         seeds = [derive(self.plan.seed, row.index) for row in batch]

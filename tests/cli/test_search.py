@@ -142,6 +142,24 @@ def test_every_setting_has_an_option_and_every_option_a_method():
     assert {field.name for field in fields(MethodOptions)} == known
 
 
+def test_settings_are_listed_as_they_are_typed():
+    lines = CliRunner().invoke(app, ["search", "--method", "dvts", "--list-settings"]).stdout
+    assert lines.splitlines() == [
+        "dvts: diverse verifier tree search: trees of steps",
+        "  --width                1",
+        "  --branches             4",
+        "  --block                2048",
+        "  --margin               none",
+        "  --trees                4",
+        "  --leave                false",
+        "  --temperature          0.8",
+        "  --top-p                1.0",
+        '  --stop                 ["\\n\\n"]',
+        "  --max-new-tokens       512",
+        "  --answer               none",
+    ]
+
+
 def test_batches_change_nothing(prompts):
     words = ["--method", "smc", *options(SMALL["smc"]), "--max-new-tokens", 50, prompts]
     one, all_ = (search(*words, "--batch", size) for size in (1, 4))

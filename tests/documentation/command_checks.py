@@ -30,7 +30,7 @@ _PIP_OPTIONS = ("-e", "--editable", "--config-settings", "editable_mode=strict")
 VENV = ".venv/bin/"
 OPTION = re.compile(r"--[a-z][\w-]*")
 # Commands that end by themselves within seconds.
-_RUN = ("generate", "models", "plan")
+_RUN = ("generate", "models", "plan", "search")
 
 
 def run_command(command: Command) -> None:

@@ -1,6 +1,7 @@
 """What commands print, as the documentation shows it, compared with what they would print."""
 
 import io
+import json
 import re
 from collections.abc import Callable
 
@@ -61,6 +62,20 @@ def _plan_of_the_70b_critic(text: str) -> tuple[object, object]:
     return _lines(text), _lines(table)
 
 
+def _line_of_a_search(text: str) -> tuple[object, object]:
+    """All but how long it took and what names the run; figures as the text rounds them."""
+    words = ["search", "--method", "best-of-n", "--n", "2", "--seed", "3",
+             "--prompt", "What is 4785 + 5426?"]  # fmt: skip
+    shown, printed = (
+        json.loads(one, parse_float=lambda figure: round(float(figure), 3))
+        for one in (text, CliRunner().invoke(app, words).stdout)
+    )
+    for line in (shown, printed):
+        assert line["cost"].pop("seconds") > 0
+        line["run"] = len(line["run"])
+    return shown, printed
+
+
 def _lines(text: str) -> list[str]:
     return [line.rstrip() for line in text.strip().splitlines()]
 
@@ -69,5 +84,6 @@ def _lines(text: str) -> list[str]:
 OUTPUTS: dict[str, Callable[[str], tuple[object, object]]] = {
     "the demo's table": _demo_table,
     "the answer to 4837 + 2956": _worked_answer,
+    "the line of a search": _line_of_a_search,
     "the plan of the 70B critic": _plan_of_the_70b_critic,
 }
