@@ -230,6 +230,8 @@ def lookahead_attention_triton(
         BLOCK_V=next_power_of_two(max(value_dim, 16)),
         BLOCK_M=tile.m,
         BLOCK_N=tile.n,
+        PLAIN=tile.plain,
+        MASKED_STAGES=1 if tile.plain else tile.stages,
         num_warps=tile.warps,
         num_stages=tile.stages,
     )
@@ -309,11 +311,14 @@ def _attend_kernel(
     BLOCK_V: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    PLAIN: tl.constexpr,
+    MASKED_STAGES: tl.constexpr,
 ):
     """One program: some queries of a segment, the query heads of one group, a part of the prefix.
 
     Row m of its tile is query m // group and head m % group. The first part takes each query's
     own key as well. With lse the output is the part's own, in float32, for merge_splits.
+    PLAIN: columns that all queries see have a loop of their own, without masks.
     """
     segment = segments + (tl.program_id(0) // tiles) * 3
     begin = (tl.program_id(0) % tiles) * (BLOCK_M // group)
@@ -361,17 +366,19 @@ def _attend_kernel(
     low += split * part
     high = tl.minimum(high, low + part)
     before = tl.cdiv(tl.maximum(tl.minimum(common, high) - low, 0), BLOCK_N)
-    whole = tl.maximum(tl.minimum(lowest, high) - low - before * BLOCK_N, 0) // BLOCK_N
     blocks = tl.cdiv(tl.maximum(high - low, 0), BLOCK_N)
     table += tl.load(segment + 2).to(tl.int64) * table_stride
-    for block in range(before, before + whole):
-        slot = tl.load(table + low + block * BLOCK_N + n)
-        highest, mass, total = _absorb(
-            q, highest, mass, total, slot, None, keys, values, scaling, softcap,
-            key_stride, value_stride, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
-        )  # fmt: skip
+    whole = 0
+    if PLAIN:
+        whole = tl.maximum(tl.minimum(lowest, high) - low - before * BLOCK_N, 0) // BLOCK_N
+        for block in range(before, before + whole):
+            slot = tl.load(table + low + block * BLOCK_N + n)
+            highest, mass, total = _absorb(
+                q, highest, mass, total, slot, None, keys, values, scaling, softcap,
+                key_stride, value_stride, HEAD_DIM, VALUE_DIM, BLOCK_D, BLOCK_V,
+            )  # fmt: skip
     # The others: where a window begins, and the last ones.
-    for block in tl.range(0, blocks - whole, num_stages=1):
+    for block in tl.range(0, blocks - whole, num_stages=MASKED_STAGES):
         column = low + tl.where(block < before, block, block + whole) * BLOCK_N + n
         slot = tl.load(table + column, mask=column < high, other=-1)
         behind = position[:, None] - column[None, :]

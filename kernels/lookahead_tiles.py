@@ -15,19 +15,27 @@ _SHORTEST_SPLIT = 256
 
 
 class Tile(NamedTuple):
-    """Fixed launch parameters. m: rows of a score tile, queries · heads of a group. n: columns."""
+    """Fixed launch parameters. m: rows of a score tile, queries · heads of a group. n: columns.
+
+    plain: columns that all queries see have a loop of their own, whose registers must be there.
+    """
 
     m: int
     n: int
     warps: int
     stages: int
+    plain: bool = False
 
 
 # By float32 or not, and by the power of two that the larger head size fills; the smallest m that
 # holds a segment's queries is taken, else the largest. None of them spills on sm_80 or sm_90.
 TILES = {
     (False, 64): (Tile(16, 128, 4, 5), Tile(64, 64, 8, 3), Tile(128, 64, 8, 3)),
-    (False, 128): (Tile(16, 128, 4, 4), Tile(32, 64, 4, 3), Tile(64, 64, 8, 3)),
+    (False, 128): (
+        Tile(16, 128, 4, 4, plain=True),
+        Tile(32, 64, 4, 3, plain=True),
+        Tile(64, 64, 8, 3, plain=True),
+    ),
     (False, 256): (Tile(16, 32, 4, 5), Tile(64, 32, 8, 2)),
     (True, 64): (Tile(16, 32, 8, 2),),
     (True, 128): (Tile(16, 32, 8, 2),),
@@ -35,7 +43,11 @@ TILES = {
 }
 # From sm_90 on, where a warpgroup multiplies: measured on an H200.
 HOPPER_TILES = TILES | {
-    (False, 128): (Tile(16, 128, 4, 4), Tile(32, 64, 4, 4), Tile(64, 64, 4, 5)),
+    (False, 128): (
+        Tile(16, 128, 4, 4, plain=True),
+        Tile(32, 64, 4, 4, plain=True),
+        Tile(64, 64, 4, 5, plain=True),
+    ),
 }
 
 

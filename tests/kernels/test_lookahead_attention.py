@@ -209,11 +209,11 @@ def test_kernel_knows_windows_and_soft_caps(window, softcap, dtype, monkeypatch)
 
 
 @runs_kernels
-@pytest.mark.parametrize("tile", sorted({(t.m, t.n) for tiles in (*TILES.values(),
-                         *HOPPER_TILES.values()) for t in tiles}))  # fmt: skip
-def test_kernel_holds_for_every_tile(tile, monkeypatch):
+@pytest.mark.parametrize(("m", "n", "plain"), sorted({(t.m, t.n, t.plain) for tiles in
+                         (*TILES.values(), *HOPPER_TILES.values()) for t in tiles}))  # fmt: skip
+def test_kernel_holds_for_every_tile(m, n, plain, monkeypatch):
     # In float32, which the tiles of 16 bits would never see.
-    monkeypatch.setattr(module, "tile_of", lambda *_: Tile(*tile, warps=8, stages=1))
+    monkeypatch.setattr(module, "tile_of", lambda *_: Tile(m, n, warps=8, stages=1, plain=plain))
     for name in ("ragged", "many candidates"):
         check(BATCHES[name], Heads(3, 1, 16, 16), monkeypatch)
 
