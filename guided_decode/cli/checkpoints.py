@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import logging
 import os
 import signal
 import warnings
@@ -16,6 +15,7 @@ import typer
 from guided_decode.checkpoints.registry import REGISTRY, Record, find
 from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.model_options import ScorerOptions
+from guided_decode.cli.quiet import quieten_libraries
 from guided_decode.cli.remote_options import RemoteOptions
 from guided_decode.scoring.remote.address import is_address
 
@@ -306,9 +306,7 @@ def _quieten(where: str) -> str:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
-    # torchao, which transformers imports where it is installed, speaks of kernels it has none for.
-    for talker in ("huggingface_hub", "torchao", "torch.utils._pytree", "bitsandbytes"):
-        logging.getLogger(talker).setLevel(logging.ERROR)
+    quieten_libraries()
     if Path(where).is_dir():
         transformers_logging.disable_progress_bar()
     return where
