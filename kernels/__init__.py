@@ -5,6 +5,7 @@ from guided_decode.kernels.guide_sample import guide_sample
 from guided_decode.kernels.gumbel import gumbel_noise
 from guided_decode.kernels.lm_head_value import lm_head_value
 from guided_decode.kernels.lookahead_attention import lookahead_attention
+from guided_decode.kernels.norm_rows import norm_rows
 from guided_decode.kernels.top_candidates import top_candidates
 from guided_decode.kernels.value_head import value_head
 
@@ -14,6 +15,7 @@ __all__ = [
     "gumbel_noise",
     "lm_head_value",
     "lookahead_attention",
+    "norm_rows",
     "top_candidates",
     "value_head",
 ]

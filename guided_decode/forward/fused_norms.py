@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from guided_decode.forward.final_norm import eps_of, norm_of
+from guided_decode.kernels import norm_rows
 from guided_decode.kernels.jit import FLOATS
 from guided_decode.kernels.norm import Norm
-from guided_decode.kernels.norm_rows import MAX_SIZE, norm_rows, norm_rows_reference
+from guided_decode.kernels.norm_rows import MAX_SIZE, norm_rows_reference
 
 
 class _Form(NamedTuple):
@@ -63,6 +64,7 @@ def fuse_norms(model: nn.Module) -> None:
             switched.fused_form = form
 
 
+@torch.no_grad()
 def form_of(module: nn.Module) -> _Form | None:
     """A module's form, by what it gives; None where it is no root mean square norm."""
     norm = norm_of(module)
