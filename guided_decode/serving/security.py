@@ -68,7 +68,9 @@ def listening(
         stack.callback(socket.close, 0)
         socket.set(zmq.MAXMSGSIZE, message_bytes)
         socket.set(zmq.IPV6, int(is_ipv6(address)))
-        # A client has one request at a time; one that does not read its answers loses them.
+        # A client has one request at a time; to one that does not read its answers, or has gone,
+        # sending fails.
+        socket.set(zmq.ROUTER_MANDATORY, 1)
         socket.set(zmq.SNDHWM, 8)
         socket.set(zmq.RCVHWM, 8)
         if keys is not None:

@@ -319,9 +319,15 @@ class ScorerServer:
     def _send(self, peer: bytes, header: wire.Reply, *buffers: bytes) -> None:
         message = wire.frames(header, *buffers)
         self.counts.bytes_sent += sum(map(len, message))
-        # A peer that has gone, or does not read, loses its answer: ROUTER drops it.
+        # A peer that has gone, or does not read, loses its answer.
         with contextlib.suppress(zmq.ZMQError):
-            self._socket.send_multipart([peer, *message], zmq.NOBLOCK)
+            try:
+                self._socket.send_multipart([peer, *message], zmq.NOBLOCK)
+            except zmq.Again:
+                # ZeroMQ hears that answers have been read when it is asked for events; on its
+                # own, only once a millisecond while messages keep coming.
+                self._socket.get(zmq.EVENTS)
+                self._socket.send_multipart([peer, *message], zmq.NOBLOCK)
 
 
 def _failed(number: int, error: Exception) -> wire.Failed:

@@ -110,6 +110,15 @@ def test_noise_is_refused_or_dropped(server):
     assert server.counts.malformed >= before + 200
 
 
+def test_a_quick_client_gets_every_answer(server):
+    """However quickly one request follows another: the answers of before have been read."""
+    hello = wire.frames(wire.Hello())
+    with peer(server, RCVTIMEO=60_000) as dealer:
+        for _ in range(5_000):
+            dealer.send_multipart(hello)
+            dealer.recv_multipart()
+
+
 def test_plain_tcp_that_is_no_zeromq(server):
     host, port = server.address.removeprefix("tcp://").split(":")
     for text in (b"GET / HTTP/1.1\r\n\r\n", os.urandom(500), b""):
