@@ -9,6 +9,7 @@ import torch
 from guided_decode.guidance.terminal import score_candidates
 from guided_decode.scorer import Scorer
 from guided_decode.search.requests import Judged
+from guided_decode.search.response_ratios import ResponseRatios
 
 
 class ScorerJudge:
@@ -28,11 +29,12 @@ class ScorerJudge:
         self.scorer = scorer
         own = () if scorer.eos_token_id is None else (scorer.eos_token_id,)
         self._terminals = sorted({*terminals, *own})
+        self._ratios = ResponseRatios(scorer)
 
     def judge(self, texts: Sequence[Judged]) -> list[float]:
         """As `requests.JudgeOfTexts.judge`. Raises ValueError: as the scorer."""
         if self.scorer.terminal == "included":
-            return self._sums(texts)
+            return self._ratios.sums(texts)
         values = [0.0] * len(texts)
         ended = [i for i, text in enumerate(texts) if self._ended(text)]
         open_ = [i for i, text in enumerate(texts) if not self._ended(text)]
@@ -59,23 +61,6 @@ class ScorerJudge:
         if exempt is not None:
             values = torch.where(exempt[:, 0].to(values.device), scores.baseline, values)
         return values.tolist()
-
-    def _sums(self, texts: Sequence[Judged]) -> list[float]:
-        """Sums of log-ratios; the rows find their prefixes in the cache."""
-        rows = [
-            (text.prompt + text.response[:i], token)
-            for text in texts
-            for i, token in enumerate(text.response)
-        ]
-        if not rows:
-            return [0.0] * len(texts)
-        candidates = torch.tensor([[token] for _, token in rows])
-        ratios = self.scorer.score([prefix for prefix, _ in rows], candidates).values[:, 0].tolist()
-        sums, done = [], 0
-        for text in texts:
-            sums.append(sum(ratios[done : done + len(text.response)]))
-            done += len(text.response)
-        return sums
 
 
 class CallableJudge:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from guided_decode import load_scorer
-from guided_decode.search import Judged, ScorerJudge
+from guided_decode.search import Judged, ScorerJudge, response_ratios
 from tests import models
 
 EOS = 2
@@ -60,3 +60,21 @@ def test_an_implicit_reward_is_summed_over_the_response():
         )  # fmt: skip
         assert value == pytest.approx(own - other, abs=1e-3)
     assert judged[-1] == 0.0
+
+
+def test_log_ratios_of_a_tree_are_asked_for_once(monkeypatch):
+    tuned, base = (models.tiny("llama", "lm", seed=seed) for seed in (0, 1))
+    scorer = load_scorer(tuned, kind="implicit", reference=base)
+    judge, other = ScorerJudge(scorer), (9, *PROMPT)
+    wanted = [ScorerJudge(scorer).judge([text])[0] for text in texts()]
+    before = scorer.stats.rows_scored
+    # Piece by piece, beside another prompt with the same responses.
+    judge.judge([Judged(PROMPT, each[:2], finished=False) for each in RESPONSES])
+    assert judge.judge(texts()) == pytest.approx(wanted, abs=1e-5)
+    judge.judge([Judged(other, each, finished=False) for each in RESPONSES])
+    assert judge.judge(texts()) == pytest.approx(wanted, abs=1e-5)
+    # 5, 9, 11, EOS after each, and 8 four times with its EOS.
+    assert scorer.stats.rows_scored - before == 2 * 10
+    monkeypatch.setattr(response_ratios, "_MOST_KNOWN", 5)
+    assert judge.judge(texts()) == pytest.approx(wanted, abs=1e-5)
+    assert scorer.stats.rows_scored - before == 3 * 10
