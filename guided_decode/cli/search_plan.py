@@ -59,9 +59,12 @@ def read_plan(
         answer = _DEFAULT_ANSWER
     function = None if answer is None else read_answer(answer)
     most = method.max_tokens if max_tokens is None else max_tokens
-    # What is refused is refused before models are loaded.
+    # What is refused is refused before models are loaded: where a method looks at its settings,
+    # which is before its first request.
     vote = None if function is None else lambda tokens: None
-    method.begin((0,), max_tokens=most, answer=vote, **given).close()
+    trial = method.begin((0,), max_tokens=most, answer=vote, **given)
+    next(trial)
+    trial.close()
     return Plan(method, given, most, limits.budget(), seed, function)
 
 

@@ -87,8 +87,8 @@ class Method:
             answer: the answer in a response's token ids.
             given: of `settings`, by name.
 
-        Raises ValueError: a setting that the method has not, or that has no meaning; one that it
-        needs is missing.
+        Raises ValueError: a setting that the method has not; one that it needs is missing. The
+        search itself raises at its first step where one has no meaning.
         """
         settings = self.checked(given)
         if self.votes is False and answer is not None:
@@ -108,8 +108,6 @@ class Method:
         if self.votes is not False:
             settings["answer"] = answer
         most = self.max_tokens if max_tokens is None else max_tokens
-        if most < 1:
-            raise ValueError(f"max_tokens={most}: expected an integer of at least 1")
         return self.function(*arguments, max_tokens=most, seed=seed, **self.fixed, **settings)
 
     def checked(self, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -123,8 +121,6 @@ class Method:
         for name, value in settings.items():
             if value is NEEDED:
                 raise ValueError(f"{self.name} needs {name}=, which has no default")
-            if name in ("n", "particles", "block") and value < 1:
-                raise ValueError(f"{name}={value}: expected an integer of at least 1")
         return settings
 
     @property

@@ -1,6 +1,7 @@
 """Methods by name: each is what its function is at its published settings, and knows no others."""
 
 import inspect
+import math
 
 import pytest
 
@@ -116,12 +117,29 @@ def test_settings_say_what_there_is_and_what_is_needed():
         ("best-of-n", {"n": 0}, "n=0: expected an integer of at least 1"),
         ("cd", {"branches": 0}, "branches=0: expected an integer of at least 1"),
         ("cd", {"temperature": -1.0}, "temperature=-1.0: expected a number of at least 0"),
-        ("cd", {"max_tokens": 0}, "max_tokens=0: expected an integer of at least 1"),
+        *(
+            (
+                name,
+                {
+                    "max_tokens": 0,
+                    **NEEDS.get(name, {}),
+                    **({"answer": first} if "vote" in name else {}),
+                },
+                "max_tokens=0: expected an integer of at least 1",
+            )
+            for name in METHODS
+        ),
+        ("weighted-vote", {"n": 0, "answer": first}, "n=0: expected an integer of at least 1"),
+        ("prune-and-refill", {"margin": -1.0}, "margin=-1.0: expected a number of at least 0"),
+        ("prune-and-refill", {"margin": 1.0, "block": 0}, "block=0: expected an integer"),
+        ("smc", {"particles": 0}, "particles=0: expected an integer of at least 1"),
+        ("smc", {"threshold": 2.0}, "threshold=2.0: expected a number between 0 and 1"),
+        ("smc", {"beta": math.inf}, "beta=inf: expected a finite number"),
     ],
 )
 def test_what_has_no_meaning_is_refused_by_name(name, given, message):
     with pytest.raises(ValueError, match=message):
-        METHODS[name].begin(PROMPT, **given)
+        next(METHODS[name].begin(PROMPT, **given))
 
 
 def test_an_unknown_name_is_refused_with_those_there_are():

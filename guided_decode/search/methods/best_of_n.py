@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from guided_decode.search.budget import BudgetSpent
+from guided_decode.search.methods.pieces import require_counts
 from guided_decode.search.requests import Continuation, Extend, Judge, Sampling
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
 from guided_decode.search.seeds import derive
@@ -32,6 +33,7 @@ def best_of_n(
         sampling: how they are drawn; a stop string ends a response.
         seed: of all draws.
     """
+    require_counts(n=n, max_tokens=max_tokens)
     prompt = tuple(prompt)
     candidates: list[Candidate] = []
     stopped = None

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from guided_decode.search.budget import BudgetSpent
+from guided_decode.search.methods.pieces import require_counts
 from guided_decode.search.methods.vote import Answer, elect
 from guided_decode.search.requests import Extend, Judge, Request, Sampling, Tokens
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
@@ -33,9 +34,7 @@ class Blocks:
     leave: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("width", "branches", "block", "trees"):
-            if (given := getattr(self, name)) < 1:
-                raise ValueError(f"{name}={given}: expected an integer of at least 1")
+        require_counts(width=self.width, branches=self.branches, block=self.block, trees=self.trees)
         if self.margin is not None and not self.margin >= 0:
             raise ValueError(f"margin={self.margin}: expected a number of at least 0, or None")
 
@@ -112,6 +111,7 @@ def block_search(
         seed: of all draws.
         answer: the answer in a response, for a vote at the end.
     """
+    require_counts(max_tokens=max_tokens)
     prompt = tuple(prompt)
     trees = [_Tree(i, blocks.width) for i in range(blocks.trees)]
     rounds, stopped = 0, None

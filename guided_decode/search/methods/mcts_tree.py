@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
+from guided_decode.search.methods.pieces import require_counts
 from guided_decode.search.requests import NextTokens, Tokens
 
 KLTerm = Literal["log-ratio", "probability"]
@@ -57,9 +58,7 @@ class MCTS:
     virtual_loss: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("simulations", "k", "leaves"):
-            if (given := getattr(self, name)) < 1:
-                raise ValueError(f"{name}={given}: expected an integer of at least 1")
+        require_counts(simulations=self.simulations, k=self.k, leaves=self.leaves)
         for name in ("c_puct", "prior_temperature", "visit_temperature"):
             if not (given := getattr(self, name)) > 0:
                 raise ValueError(f"{name}={given}: expected a number above 0")

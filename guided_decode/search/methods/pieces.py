@@ -1,4 +1,4 @@
-"""One piece more of responses that grow side by side."""
+"""What several methods do: they check their counts, and grow responses side by side."""
 
 from __future__ import annotations
 
@@ -41,3 +41,10 @@ def grow(
     for i, score in zip(going, scores, strict=True):
         grown[i] = grown[i].scored(score)
     return grown
+
+
+def require_counts(**given: int) -> None:
+    """Raises ValueError: one of these is below 1."""
+    for name, value in given.items():
+        if value < 1:
+            raise ValueError(f"{name}={value}: expected an integer of at least 1")

@@ -9,6 +9,7 @@ from typing import Any
 
 from guided_decode.search.budget import BudgetSpent
 from guided_decode.search.methods.mcts_tree import MCTS, Edge, Node, Walk
+from guided_decode.search.methods.pieces import require_counts
 from guided_decode.search.requests import Judge, Judged, Next, Request, Tokens
 from guided_decode.search.result import Candidate, Search, SearchResult
 from guided_decode.search.seeds import uniform
@@ -44,6 +45,7 @@ def ppo_mcts(
         max_tokens: of the response.
         seed: of the draws by visits, where settings.sample.
     """
+    require_counts(max_tokens=max_tokens)
     tree = _Tree(tuple(prompt), settings, max_tokens)
     response, log_prob = Candidate(), 0.0
     visits: list[dict[int, int]] = []

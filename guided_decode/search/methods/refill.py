@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from guided_decode.search.budget import BudgetSpent
-from guided_decode.search.methods.pieces import grow
+from guided_decode.search.methods.pieces import grow, require_counts
 from guided_decode.search.requests import Sampling
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
 from guided_decode.search.seeds import derive
@@ -35,6 +35,9 @@ def prune_and_refill(
         margin: in units of value.
         max_tokens, sampling, seed: as of `best_of_n`.
     """
+    require_counts(n=n, block=block, max_tokens=max_tokens)
+    if not margin >= 0:
+        raise ValueError(f"margin={margin}: expected a number of at least 0")
     prompt = tuple(prompt)
     beams = [Candidate()] * n
     rounds = pruned = 0

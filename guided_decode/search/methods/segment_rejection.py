@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from guided_decode.search.budget import BudgetSpent
+from guided_decode.search.methods.pieces import require_counts
 from guided_decode.search.requests import Judge, Judged, Next, NextTokens, Request, Tokens
 from guided_decode.search.result import Candidate, Search, SearchResult
 from guided_decode.search.seeds import uniform
@@ -83,6 +84,7 @@ def segment_rejection(
         max_tokens: of the response.
         seed: of all draws.
     """
+    require_counts(max_tokens=max_tokens)
     drawing = _Drawing(tuple(prompt), segments, max_tokens, seed)
     response = Candidate()
     lengths: list[int] = []

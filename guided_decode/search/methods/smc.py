@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from guided_decode.search.budget import BudgetSpent
-from guided_decode.search.methods.pieces import grow
+from guided_decode.search.methods.pieces import grow, require_counts
 from guided_decode.search.requests import Sampling
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
 from guided_decode.search.seeds import derive, uniform
@@ -50,6 +50,11 @@ def sequential_monte_carlo(
         choice: the response is drawn by weight ("sample"), or has the highest value ("best").
         max_tokens, sampling, seed: as of `best_of_n`; π is the policy as it is sampled.
     """
+    require_counts(particles=particles, block=block, max_tokens=max_tokens)
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"threshold={threshold}: expected a number between 0 and 1")
+    if not math.isfinite(beta):
+        raise ValueError(f"beta={beta}: expected a finite number")
     if choice not in ("sample", "best"):
         raise ValueError(f"choice={choice!r}: expected 'sample' or 'best'")
     prompt = tuple(prompt)

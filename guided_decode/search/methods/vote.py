@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable, Sequence
 
 from guided_decode.search.budget import BudgetSpent
 from guided_decode.search.methods.best_of_n import responses
+from guided_decode.search.methods.pieces import require_counts
 from guided_decode.search.requests import Extend, Judge, Sampling, Tokens
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
 from guided_decode.search.seeds import derive
@@ -37,6 +38,7 @@ def vote(
         weighted: a vote counts the judge's value, and not 1; values should not be negative.
         max_tokens, sampling, seed: as of `best_of_n`.
     """
+    require_counts(n=n, max_tokens=max_tokens)
     prompt = tuple(prompt)
     candidates: list[Candidate] = []
     stopped = None
