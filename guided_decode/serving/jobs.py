@@ -85,6 +85,13 @@ class FairQueue:
             if not jobs:
                 del self._clients[job.client]
 
+    def drain(self) -> list[Job]:
+        """All jobs, those of which rows were taken among them; nothing waits any longer."""
+        jobs = [job for own in self._clients.values() for job in own]
+        self._clients.clear()
+        self.tokens = 0
+        return jobs
+
     def take(self, tokens: int) -> list[Slice]:
         """Rows for one round: about so many tokens, shared evenly by the clients that wait."""
         share = max(1, tokens // max(1, len(self._clients)))

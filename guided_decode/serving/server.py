@@ -293,8 +293,10 @@ class ScorerServer:
     def _end_if_lost(self, error: Exception, slices: list[Slice]) -> None:
         """Raises the error, if the scorer does not survive it."""
         if is_device_error(error) or getattr(self._scorer, "closed", None) is not None:
-            for each in slices:
-                self._fail(each.job, error)
+            # Whoever has asked is told, those too whose requests have only arrived.
+            self._receive()
+            for job in dict.fromkeys([*(each.job for each in slices), *self._queue.drain()]):
+                self._fail(job, error)
             self._socket.linger = _LINGER_MILLISECONDS
             raise error
 

@@ -233,6 +233,41 @@ def test_a_device_that_fails_ends_the_server_and_whoever_waits_is_told():
     assert told[0].endswith("AcceleratorError: an illegal memory access")
 
 
+def test_all_who_wait_are_told_that_the_device_failed():
+    scorer, told = Broken(), []
+    asked, go = threading.Event(), threading.Event()
+
+    def breaks(prefixes, candidates):
+        asked.set()
+        assert go.wait(PATIENCE)
+        raise torch.AcceleratorError("an illegal memory access")
+
+    def asks(remote):
+        with pytest.raises(ScorerServerError) as refusal:
+            remote.score([[5, 6]], CANDIDATES)
+        told.append(str(refusal.value))
+
+    def serve():
+        with served(scorer) as server:
+            clients = [client(server, timeout=60) for _ in range(3)]
+            scorer.score = breaks
+            threads = [threading.Thread(target=asks, args=(each,)) for each in clients]
+            threads[0].start()
+            assert asked.wait(PATIENCE)
+            for thread in threads[1:]:
+                thread.start()
+            # Their requests arrive while the scorer is at work.
+            time.sleep(0.5)
+            go.set()
+            for thread in threads:
+                thread.join()
+
+    with pytest.raises(torch.AcceleratorError):
+        serve()
+    assert len(told) == 3
+    assert all(each.endswith("AcceleratorError: an illegal memory access") for each in told)
+
+
 def test_no_server_at_all():
     begun = time.perf_counter()
     with pytest.raises(ScorerServerError, match=(
