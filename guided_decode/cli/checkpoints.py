@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 import signal
 import warnings
 from dataclasses import dataclass
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from guided_decode.scorer import Scorer
 
 NOT_REMOTE = RemoteOptions()
+# What may have been meant as a scorer server's address.
+_ADDRESS = re.compile(r"(?:https?://|zmq://)?([\w.-]+:\d+)/?")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_POLICY, DEFAULT_SCORER = "tiny-tulu-sft", "tiny-tulu-value"
 
@@ -57,6 +60,9 @@ def pair(policy: str | None, scorer: str | None, *, head: str | None = None) -> 
         return DEFAULT_POLICY, DEFAULT_SCORER
     if policy is None:
         assert scorer is not None
+        if is_address(scorer):
+            raise Refusal(f"--scorer {scorer} is a server, which does not say whose critic it "
+                          "serves: pass --policy")  # fmt: skip
         record = find(scorer)
         if record is None or record.policy is None:
             raise Refusal(f"--scorer {scorer} is paired with no policy in the registry: "
@@ -83,6 +89,9 @@ def location(name: str) -> str:
     record = find(name)
     if Path(name).is_dir() or (name.endswith(".gguf") and Path(name).is_file()):
         return _quieten(name)
+    if (host := _ADDRESS.fullmatch(name)) and not Path(name).exists():
+        raise Refusal(f"{name}: no such model; the address of a scorer server is written "
+                      f"tcp://{host[1]}")  # fmt: skip
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
         raise Refusal(f"{name}: no such folder")
     if record is None and "/" not in name:

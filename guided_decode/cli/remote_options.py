@@ -18,7 +18,9 @@ KeyFile = Annotated[
 ]
 Timeout = Annotated[
     float | None,
-    typer.Option(help="seconds that a scorer server may take \\[60]", rich_help_panel=_PANEL),
+    typer.Option(
+        help="seconds that an answer of a scorer server may take \\[60]", rich_help_panel=_PANEL
+    ),
 ]
 
 

@@ -20,7 +20,7 @@ _COUNTERS = {
     "seconds": "seconds in the scorer",
     "sessions_evicted": "prefixes that had to go for others",
     "sessions_expired": "prefixes that were not used for too long",
-    "keys_refused": "connections with another key, or none",
+    "keys_refused": "connections that were refused: with another key, with none, or of no client",
     "scorer_prefix_tokens": "tokens of prefixes that went through the scorer",
     "scorer_candidate_tokens": "candidates that went through the scorer",
     "scorer_cache_hits": "tokens found in the scorer's cache",

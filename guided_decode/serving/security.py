@@ -8,12 +8,19 @@ from typing import Any
 
 import zmq
 import zmq.utils.z85
+from zmq.utils.monitor import recv_monitor_message
 
 from guided_decode.scoring.remote.address import IPC, check_address, is_ipv6, is_local
 from guided_decode.scoring.remote.keys import ServerKeys
 
 _ZAP = "inproc://zeromq.zap.01"
 _ZAP_FRAMES = 7
+# Which of them it is depends on who of both breaks off first.
+_REFUSED = (
+    zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
+    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+)
 
 
 def check_listening(address: str, keys: ServerKeys | None, *, insecure: bool) -> None:
@@ -35,7 +42,11 @@ def require_free(address: str, keys: ServerKeys | None, *, insecure: bool) -> No
 
 
 class Gate:
-    """ZeroMQ's question whether a client may come in (ZAP): only with the clients' key."""
+    """ZeroMQ's question whether a client may come in (ZAP): only with the clients' key.
+
+    refused: connections without that key, or with none, and of what is no client at all. Most of
+    them fail before the question is asked.
+    """
 
     def __init__(self, context: "zmq.Context[Any]", keys: ServerKeys) -> None:
         self._client = zmq.utils.z85.decode(keys.client_public)
@@ -43,6 +54,18 @@ class Gate:
         self.socket.linger = 0
         self.socket.bind(_ZAP)
         self.refused = 0
+        self._monitor: Any = None
+
+    @contextlib.contextmanager
+    def watching(self, socket: Any) -> Iterator[None]:
+        """Counts who is refused at the server's socket."""
+        self._monitor = socket.get_monitor_socket(_REFUSED)
+        try:
+            yield
+        finally:
+            socket.disable_monitor()
+            self._monitor.close(0)
+            self._monitor = None
 
     def answer(self) -> None:
         """Answers the questions that wait."""
@@ -50,9 +73,11 @@ class Gate:
             while True:
                 asked = self.socket.recv_multipart(zmq.NOBLOCK)
                 lets_in = len(asked) == _ZAP_FRAMES and asked[5:] == [b"CURVE", self._client]
-                self.refused += not lets_in
                 verdict = (b"200", b"OK") if lets_in else (b"400", b"another key")
                 self.socket.send_multipart([b"1.0", asked[1], *verdict, b"", b""])
+        while self._monitor is not None and self._monitor.poll(0):
+            recv_monitor_message(self._monitor)
+            self.refused += 1
 
 
 @contextlib.contextmanager

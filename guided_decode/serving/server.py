@@ -82,6 +82,8 @@ class ScorerServer:
             self._socket = stack.enter_context(
                 listening(context, listen, keys, limits.max_message_bytes)
             )
+            if self._gate is not None:
+                stack.enter_context(self._gate.watching(self._socket))
             self._wake, self._woken = os.pipe()
             stack.callback(os.close, self._wake)
             stack.callback(os.close, self._woken)

@@ -71,7 +71,8 @@ def test_a_gguf_file_and_its_head(tmp_path, head):
 @needs("gguf")
 def test_no_such_gguf_file(tmp_path):
     (tmp_path / "value.gguf").touch()
-    words = ["scorer", str(tmp_path), "--gguf-file", "other.gguf", "--kind", "ppo-critic"]
+    words = ["scorer", str(tmp_path), "--gguf-file", "other.gguf", "--kind", "ppo-critic",
+             "--listen", "tcp://127.0.0.1:0"]  # fmt: skip
     result = CliRunner().invoke(app, words)
     assert result.exit_code == 2
     assert "has no other.gguf: expected one of its GGUF files (value.gguf" in result.stderr

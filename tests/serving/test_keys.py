@@ -1,8 +1,12 @@
 """Who may come in: keys, addresses that others reach, one server a path."""
 
+import contextlib
 import json
 import os
+import socket
 import stat
+import threading
+import time
 
 import pytest
 import torch
@@ -12,6 +16,7 @@ from guided_decode import load_scorer
 from guided_decode.scoring.remote import RemoteScorer, ScorerServerError, wire
 from guided_decode.scoring.remote.keys import ClientKeys, ServerKeys, write_keys
 from guided_decode.serving import ScorerServer
+from tests import PATIENCE
 from tests.serving.served import CLOSE, client, critic, loaded, served
 
 ASKED = ([[5, 6, 7]], torch.tensor([[3, 4]]))
@@ -55,9 +60,18 @@ def test_without_the_key_nothing_is_answered(files, tmp_path):
     # Who knows the server's public key alone is not let in either.
     stranger = ClientKeys(own.server_public, other.client_public, other.client_secret)
     with served(critic(), keys=ServerKeys.read(files[0])) as server:
-        for keys in (None, other, stranger):
-            with pytest.raises(ScorerServerError, match="look whether it wants a key"):
-                client(server, keys=keys, connect_seconds=SOON)
+        begun = time.monotonic()
+        for number, (keys, reason) in enumerate([
+            (None, r"not in: it wants a key \(pass key_file=, the file that ends in \.client"),
+            (other, "with another key, or with none: pass key_file=, the file that ends"),
+            (stranger, "was started with another key"),
+        ], start=1):  # fmt: skip
+            with pytest.raises(ScorerServerError, match=reason):
+                client(server, keys=keys, connect_seconds=PATIENCE)
+            while server.counters()["keys_refused"] < number:
+                time.sleep(0.05)
+        # They need not wait as for a server that may be starting.
+        assert time.monotonic() - begun < PATIENCE
         context = zmq.Context()
         for kind in (zmq.DEALER, zmq.REQ):
             with context.socket(kind) as plain:
@@ -67,13 +81,43 @@ def test_without_the_key_nothing_is_answered(files, tmp_path):
                 assert plain.poll(SOON * 1000) == 0
         context.term()
         assert server.counts.bytes_received == 0
-        assert server.counters()["keys_refused"] >= 1
         assert client(server, keys=own).score(*ASKED)
 
 
 def test_a_key_for_a_server_without_keys_is_no_way_in(files):
-    with served(critic()) as server, pytest.raises(ScorerServerError, match="wants a key"):
-        client(server, keys=ClientKeys.read(files[1]), connect_seconds=SOON)
+    reason = (
+        "has no keys, so that nothing would be encrypted: start it|with another key, or with none"
+    )
+    with served(critic()) as server, pytest.raises(ScorerServerError, match=reason):
+        client(server, keys=ClientKeys.read(files[1]), connect_seconds=PATIENCE)
+
+
+def test_what_is_no_scorer_server_is_told_apart():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        stop = threading.Event()
+
+        def answer():
+            server.settimeout(0.1)
+            while not stop.is_set():
+                with contextlib.suppress(TimeoutError):
+                    connection, _ = server.accept()
+                    connection.sendall(b"HTTP/1.1 400 Bad Request\r\n\r\n")
+                    connection.close()
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            with pytest.raises(ScorerServerError, match="or it is no scorer server"):
+                RemoteScorer(f"tcp://127.0.0.1:{server.getsockname()[1]}")
+        finally:
+            stop.set()
+            thread.join()
+
+
+def test_a_host_that_is_none_is_named():
+    reason = r"within 0.3 s \(this machine knows no host no.such.invalid\): see that the name is"
+    with pytest.raises(ScorerServerError, match=reason):
+        RemoteScorer("tcp://no.such.invalid:7070", connect_seconds=0.3)
 
 
 def test_key_files_that_are_none(files, tmp_path):

@@ -7,14 +7,16 @@ there, calls fail at once: whoever goes on without scores is not held up by them
 
 import contextlib
 import os
+import socket as sockets
 import time
 from collections.abc import Sequence
 from typing import Any, Never
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from guided_decode.scoring.remote import wire
-from guided_decode.scoring.remote.address import is_ipv6
+from guided_decode.scoring.remote.address import IPC, TCP, is_ipv6
 from guided_decode.scoring.remote.failures import ScorerBusyError, ScorerServerError
 from guided_decode.scoring.remote.keys import ClientKeys
 
@@ -24,16 +26,24 @@ _PAUSE_SECONDS = 0.1
 _BYE_MILLISECONDS = 200
 # A machine that vanished from the network is lost after so long; a busy server answers these, too.
 _HEARTBEAT_MILLISECONDS, _HEARTBEAT_LOST_MILLISECONDS = 2_000, 10_000
-_LOST = (
-    zmq.EVENT_DISCONNECTED
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
-    | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_AUTH
-)
+_NOT_LET_IN = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
+# What it looks like to have a key of another server's, or to meet what is no scorer server.
+_BROKEN_OFF = zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
+_LOST = zmq.EVENT_DISCONNECTED | _BROKEN_OFF | _NOT_LET_IN
+# A server that goes away as it is met does so once.
+_MOST_BROKEN_OFF = 3
 
 
 class _LineLost(Exception):
     """The server went away, or was never there."""
+
+
+class _NotLetIn(_LineLost):
+    """What answers lets this client not in. by: zmq's event."""
+
+    def __init__(self, by: int) -> None:
+        super().__init__("it does not let this client in")
+        self.by = by
 
 
 class Line:
@@ -78,11 +88,18 @@ class Line:
         seconds = self.connect_seconds
         try:
             return self._met(self._await_welcome(seconds))
+        except _NotLetIn as error:
+            raise ScorerServerError(self._why_not_let_in(error.by)) from None
         except _LineLost as error:
+            unknown = self._unknown_host()
             raise ScorerServerError(
-                f"no scorer server answers at {self.address} within {seconds:g} s ({error}): start "
-                f"one with guided-decode scorer MODEL --listen {self.address}, and look whether it "
-                f"wants a key ({'another' if self.keys else 'none was given'})"
+                f"no scorer server answers at {self.address} within {seconds:g} s "
+                f"({unknown or error}): "
+                + (
+                    "see that the name is right"
+                    if unknown
+                    else f"start one with guided-decode scorer MODEL --listen {self.address}"
+                )
             ) from None
 
     def ask(self, header: wire.Request, *buffers: bytes) -> tuple[wire.Reply, Sequence[bytes]]:
@@ -134,6 +151,35 @@ class Line:
         self._socket = self._monitor = None
         self.is_up = False
         return True
+
+    def _why_not_let_in(self, by: int) -> str:
+        # Whether a server breaks off before or after it says why is a matter of moments.
+        if self.keys is None:
+            return (
+                f"what answers at {self.address} lets this client not in: it wants a key (pass "
+                "key_file=, the file that ends in .client beside the one that it was started "
+                "with), or it is no scorer server"
+            )
+        if by == zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL:
+            return (
+                f"the server at {self.address} has no keys, so that nothing would be encrypted: "
+                "start it with --key-file, or drop key_file="
+            )
+        return (
+            f"the server at {self.address} was started with another key, or with none: pass "
+            "key_file=, the file that ends in .client beside its own, or drop it"
+        )
+
+    def _unknown_host(self) -> str | None:
+        """What is wrong with the host's name; None: nothing."""
+        if self.address.startswith(IPC):
+            return None
+        host = self.address.removeprefix(TCP).rpartition(":")[0].strip("[]")
+        try:
+            sockets.getaddrinfo(host, None)
+        except OSError:
+            return f"this machine knows no host {host}"
+        return None
 
     def _connect(self) -> None:
         """A new socket, on which a greeting waits for the server."""
@@ -217,14 +263,18 @@ class Line:
 
     def _await_welcome(self, seconds: float) -> wire.Welcome:
         """Raises _LineLost: none came in time."""
-        end = time.monotonic() + seconds
+        end, broken_off = time.monotonic() + seconds, 0
         while True:
             try:
                 reply, _ = self._receive(end)
             except TimeoutError:
                 # A server that refuses connections may be one that is being started.
                 raise _LineLost("nothing listens there, or it has not started yet") from None
-            except _LineLost:
+            except _LineLost as error:
+                by = error.by if isinstance(error, _NotLetIn) else 0
+                broken_off += by == _BROKEN_OFF
+                if by & _NOT_LET_IN or broken_off == _MOST_BROKEN_OFF:
+                    raise
                 if time.monotonic() + _PAUSE_SECONDS >= end:
                     raise
                 # Whoever got the greeting is gone.
@@ -268,6 +318,9 @@ class Line:
                 self.received += sum(map(len, message))
                 return self._read(message)
             if self._monitor in events:
+                event = recv_monitor_message(self._monitor)["event"]
+                if event & (_NOT_LET_IN | _BROKEN_OFF):
+                    raise _NotLetIn(int(event))
                 raise _LineLost("the connection broke")
             if not left:
                 raise TimeoutError
