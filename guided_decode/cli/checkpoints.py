@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 NOT_REMOTE = RemoteOptions()
 # What may have been meant as a scorer server's address.
-_ADDRESS = re.compile(r"(?:https?://|zmq://)?([\w.-]+:\d+)/?")
+_ADDRESS = re.compile(r"(?:zmq://)?([\w.-]+:\d+)")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 DEFAULT_POLICY, DEFAULT_SCORER = "tiny-tulu-sft", "tiny-tulu-value"
 

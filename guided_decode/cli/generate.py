@@ -16,7 +16,6 @@ from guided_decode.cli import model_options as models
 from guided_decode.cli import row_options
 from guided_decode.cli.chats import format_of
 from guided_decode.cli.checkpoints import (
-    DEFAULT_SCORER,
     NOT_REMOTE,
     follow_if_not_leading,
     known_as,
@@ -27,12 +26,11 @@ from guided_decode.cli.checkpoints import (
 from guided_decode.cli.compare import compare
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
 from guided_decode.cli.errors import Refusal, report, typed
-from guided_decode.cli.guidance_options import GuidanceOptions
+from guided_decode.cli.guidance_options import GuidanceOptions, chosen_for
 from guided_decode.cli.prompt_formats import warn_of_another_format
 from guided_decode.cli.prompts_in import Prompt, read_prompts
 from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
-from guided_decode.guidance.config import GuidanceConfig
-from guided_decode.lab.demo import chosen
+from guided_decode.scoring.remote.address import is_address
 
 Text = Annotated[str | None, typer.Option(help="the user's message")]
 PromptFile = Annotated[
@@ -77,7 +75,9 @@ def generate(
     names = pair(policy, scorer, head=reading.head)
     refuse_placement(names[1], scorer_device=scorer_device)
     follow_if_not_leading(names[1], reading, dtype)
-    config = guidance.over(_defaults(names[1], guidance.rule))
+    if not is_address(names[1]):
+        # What is refused is refused before models are loaded.
+        guidance.over(chosen_for(names[1], guidance.rule))
     reading = guidance.reading(reading)
     sampling = Sampling(temperature, num_samples, max_new_tokens, seed)
     streams = _streams(stream, sampling, plain_text=not (as_json or compare_plain))
@@ -100,6 +100,7 @@ def generate(
         warn_of_another_format(
             loaded.tokenizer, decoded_in, known_as(critic, names[1]), reading.bos
         )
+    config = guidance.over(chosen_for(known_as(critic, names[1]), guidance.rule))
     setup = Setup(loaded, critic, config, sampling, raw, decoded_in)
     answer = (
         partial(compare, as_json=as_json)
@@ -133,13 +134,6 @@ def _answered(
         report(message)
         return prompt.typed
     return True
-
-
-def _defaults(scorer: str, rule: str | None) -> GuidanceConfig:
-    """The rule's settings that were chosen for a scorer, where some were."""
-    if scorer != DEFAULT_SCORER:
-        return GuidanceConfig()
-    return chosen.PRUNE if rule == "prune" else chosen.REWEIGHT
 
 
 def _streams(asked: bool | None, sampling: Sampling, *, plain_text: bool) -> bool:

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
+from guided_decode.cli.checkpoints import DEFAULT_SCORER
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.guidance.presets import PRESETS, find_preset
+from guided_decode.lab.demo import chosen
 
 _PANEL = "Guidance"
 
@@ -83,3 +85,10 @@ def guidance_config(default: GuidanceConfig, **given: Any) -> GuidanceConfig:
     if fields.get("top_k") == 0:
         fields["top_k"] = None
     return default.changed(**fields)
+
+
+def chosen_for(scorer: str, rule: object) -> GuidanceConfig:
+    """The rule's settings that were chosen for a scorer of that name, where some were."""
+    if scorer != DEFAULT_SCORER:
+        return GuidanceConfig()
+    return chosen.PRUNE if rule == "prune" else chosen.REWEIGHT

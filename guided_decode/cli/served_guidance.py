@@ -10,9 +10,9 @@ from typing import Any
 
 from guided_decode.cli.checkpoints import DEFAULT_POLICY, DEFAULT_SCORER, location, pair
 from guided_decode.cli.errors import Refusal
+from guided_decode.cli.guidance_options import chosen_for
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.integrations.vllm.server_config import parse_config, shown
-from guided_decode.lab.demo import chosen
 
 
 def paired(policy: str | None, scorer: object) -> tuple[str, str]:
@@ -51,7 +51,7 @@ def guided_config(
     if given.get("top_k") == 0:
         given["top_k"] = None
     given = {**in_json, **given, "scorer": scorer}
-    config = _defaults(scorer, given.get("rule")) | given
+    config = chosen_settings(scorer, given.get("rule")) | given
     if not groups:
         config["max_group_size"] = 0
     for name in ("reward", "reference"):
@@ -76,10 +76,7 @@ def example_request(config: Mapping[str, Any], model: str) -> str:
     )
 
 
-def _defaults(scorer: str, rule: object) -> dict[str, Any]:
-    """The settings that were chosen for a scorer, where some were."""
-    if scorer != DEFAULT_SCORER:
-        return {}
-    picked = asdict(chosen.PRUNE if rule == "prune" else chosen.REWEIGHT)
-    usual = asdict(GuidanceConfig())
+def chosen_settings(scorer: str, rule: object) -> dict[str, Any]:
+    """The settings that were chosen for a scorer of that name, where some were."""
+    picked, usual = asdict(chosen_for(scorer, rule)), asdict(GuidanceConfig())
     return {name: value for name, value in picked.items() if value != usual[name]}

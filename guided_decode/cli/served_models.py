@@ -12,6 +12,7 @@ from guided_decode.checkpoints.adapter_files import ADAPTER_CONFIG, base_of
 from guided_decode.cli.checkpoints import location
 from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.run_identity import adapter_home
+from guided_decode.cli.served_guidance import chosen_settings
 from guided_decode.cli.vllm_options import VllmOptions
 
 if TYPE_CHECKING:
@@ -51,9 +52,10 @@ def examined(
         # Of a dry run nobody is asked.
         if only_here:
             return dict(given)
-        found = _meet_server(config, _policy_tokenizer(policy, options) if known else None)
-        _check_sizes(config, found, vocab)
-        return {**given, "kind": found.kind} if found.kind == "implicit" else dict(given)
+        found, name = _meet_server(config, _policy_tokenizer(policy, options) if known else None)
+        settings = chosen_settings(name, given.get("rule")) | dict(given)
+        _check_sizes(parse_config(settings, "the configuration"), found, vocab)
+        return {**settings, "kind": found.kind} if found.kind == "implicit" else settings
     if Path(config.scorer).is_file() and not config.scorer.endswith(".gguf"):
         raise Refusal(
             f"{config.scorer} is a file: expected a folder, a registered name or a Hub id; a head "
@@ -107,8 +109,10 @@ def _check_scorer(
     return kind
 
 
-def _meet_server(config: ServerConfig, tokenizer: PreTrainedTokenizerBase | None) -> Examined:
-    """What a scorer server serves; the worker meets it again.
+def _meet_server(
+    config: ServerConfig, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[Examined, str]:
+    """What a scorer server serves, and its name; the worker meets it again.
 
     Raises ValueError or OSError: no server is there, or its scorer does not fit.
     """
@@ -128,7 +132,8 @@ def _meet_server(config: ServerConfig, tokenizer: PreTrainedTokenizerBase | None
             f"kl_coef={config.kl_coef:g} was given, but the scorer at {config.scorer} has no "
             "reference model: start its server with --reference"
         )
-    return Examined(scorer.described.scorer.kind or config.kind, scorer.vocab_size)
+    served = scorer.described.scorer
+    return Examined(served.kind or config.kind, scorer.vocab_size), served.name
 
 
 def _check_sizes(config: ServerConfig, found: Examined, vocab: int | None) -> None:

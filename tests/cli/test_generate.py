@@ -8,10 +8,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from typer.testing import CliRunner
 
-from guided_decode import tiny_tulu
+from guided_decode import load_scorer, tiny_tulu
 from guided_decode.cli.app import app
 from guided_decode.cli.side_by_side import SCALE, ColourScale, ValuedText, side_by_side
 from guided_decode.cli.token_texts import token_texts
+from tests.serving.served import served
 
 PROMPT = "What is 4785 + 5426?"
 SAMPLED = ("--temperature", 1, "--num-samples", 3, "--seed", 5)
@@ -36,6 +37,16 @@ def test_guided_answers_are_right_where_the_policy_errs():
     (line,) = objects(generate("--prompt", PROMPT, "--compare", "--json"))
     assert not tiny_tulu.is_correct(PROMPT, line["plain"]["text"])
     assert tiny_tulu.is_correct(PROMPT, line["guided"]["text"])
+
+
+@pytest.mark.parametrize("rule", [(), ("--rule", "prune"), ("--gate", 0.9)])
+def test_a_critic_guides_alike_here_and_from_a_server(rule):
+    """Settings that were chosen for a critic are chosen for it wherever it runs."""
+    with served(load_scorer("tiny-tulu-value", policy_tokenizer=tokenizer())) as server:
+        pair = ("--policy", "tiny-tulu-sft", "--scorer", server.address)
+        there = generate(*pair, "--prompt", PROMPT, *rule)
+    assert there == generate("--prompt", PROMPT, *rule)
+    assert tiny_tulu.is_correct(PROMPT, there)
 
 
 def test_compare_prints_the_critics_values_and_what_was_forwarded():

@@ -239,7 +239,7 @@ def test_a_scorer_may_be_an_adapter_and_the_policy_not():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ((), "--scorer tcp://.* is paired with no policy in the registry: pass POLICY"),
+        ((), "--scorer tcp:.* is a server, which does not say whose critic it serves: pass POLICY"),
         (("tiny-tulu-sft", "--scorer-device", "cpu"),
          "--scorer-device came|device came with --scorer tcp://10.0.0.1:7070, whose server loaded "
          "its scorer itself, on its own device: give that to guided-decode scorer, and drop it"),
