@@ -23,7 +23,7 @@ from guided_decode.scoring.remote.keys import ClientKeys
 # For a server that was there a moment ago.
 _AGAIN_SECONDS = 2.0
 _PAUSE_SECONDS = 0.1
-_BYE_MILLISECONDS = 200
+_BYE_MILLISECONDS = 1_000
 # A machine that vanished from the network is lost after so long; a busy server answers these, too.
 _HEARTBEAT_MILLISECONDS, _HEARTBEAT_LOST_MILLISECONDS = 2_000, 10_000
 _NOT_LET_IN = zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL | zmq.EVENT_HANDSHAKE_FAILED_AUTH
