@@ -257,14 +257,14 @@ def test_what_a_scorer_server_was_given_itself_is_refused(words, message):
 
 @needs_vllm
 def test_a_scorer_server_is_met_before_vllm_loads():
-    from tests.serving.served import critic, served
+    from tests.serving.served import critic, nobody_left, served
 
     with served(critic(reference=None)) as server:
         words = ("tiny-tulu-sft", "--scorer", server.address)
         # Another vocabulary than tiny-tulu's.
         refused(run(*words), f"have different|the scorer at {server.address} has a vocabulary of")
         assert server.counts.bytes_received > 0
-        assert server.sessions.clients == 0
+        assert nobody_left(server)
 
 
 @needs_vllm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -76,3 +77,11 @@ def loaded(server: ScorerServer, **options: Any) -> RemoteScorer:
         scorer = load_scorer(server.address, **options)
     assert isinstance(scorer, RemoteScorer)
     return scorer
+
+
+def nobody_left(server: ScorerServer) -> bool:
+    """Whether all clients have gone, with their sessions; their last words may be under way."""
+    end = time.monotonic() + 60
+    while len(server.sessions) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not len(server.sessions) and server.sessions.clients == 0

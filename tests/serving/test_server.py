@@ -12,7 +12,7 @@ from guided_decode import GuidanceConfig, PrefixHandle, Scorer
 from guided_decode.guidance.step import guide_rows
 from guided_decode.scorer import LogProbs
 from tests import models
-from tests.serving.served import CLOSE, client, critic, every_kind, served
+from tests.serving.served import CLOSE, client, critic, every_kind, nobody_left, served
 
 KINDS = list(every_kind())
 SAME = ("vocab_size", "terminal", "bos_token_id", "eos_token_id", "scores_vocabulary")
@@ -226,7 +226,7 @@ def test_a_handle_that_goes_takes_its_session_along():
         remote.score([kept], one[:1])
         assert len(server.sessions) == 1
         remote.close()
-    assert len(server.sessions) == 0
+        assert nobody_left(server)
 
 
 def test_a_client_that_is_collected_says_goodbye():
@@ -235,11 +235,7 @@ def test_a_client_that_is_collected_says_goodbye():
         remote.score([PrefixHandle([5, 6])], torch.tensor([[3]]))
         assert server.sessions.clients == 1
         del remote
-        other = client(server)
-        for _ in range(100):
-            if other.server_counters()["clients"] == 0:
-                break
-        assert server.sessions.clients == 0
+        assert nobody_left(server)
 
 
 def test_copies_have_a_line_of_their_own_and_pickles_are_refused():
