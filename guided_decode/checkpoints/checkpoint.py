@@ -1,5 +1,6 @@
 """Loading a critic or a language model as its trainer's conventions ask, or refusing it."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -8,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode.checkpoints.config_checks import check_config, settle_rope
 from guided_decode.checkpoints.families import BosRule, Family
-from guided_decode.checkpoints.head import choose_transform, read_head
+from guided_decode.checkpoints.head import Head, choose_transform, read_head
 from guided_decode.checkpoints.how_loaded import HowLoaded
 from guided_decode.checkpoints.kinds import choose_family
 from guided_decode.checkpoints.placement import DeviceMap, refuse_waiting
 from guided_decode.checkpoints.quantization import Quantization, check_stored, refuse_twice
-from guided_decode.checkpoints.registry import Record
+from guided_decode.checkpoints.record import CHAT_TEMPLATE, Record
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
 from guided_decode.checkpoints.tensor_parallel import check_divides
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
@@ -21,6 +22,7 @@ from guided_decode.checkpoints.trunk import load_language_model, load_trunk
 from guided_decode.forward.shards import Shards
 from guided_decode.scorer import TerminalRule
 from guided_decode.scoring.transforms import Transform, parse_transform
+from guided_decode.scoring.trunk_head import InnerLayer
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +32,8 @@ class Checkpoint:
     name: what it was loaded by. family: its conventions, with the BOS and terminal rules that
     were asked for. transform: from the head's output to a value. trunk: the decoder without a
     head, on its own config, in eval mode, with eager attention. head_weight: float32
-    [labels, hidden]; head_bias: float32 [labels], or None. tokenizer: None where the checkpoint
+    [labels, hidden]; head_bias: float32 [labels], or None; head_inner: the first layer of a head
+    with two. tokenizer: None where the checkpoint
     has none. record: its entry in the registry, if it has one.
     """
 
@@ -42,6 +45,7 @@ class Checkpoint:
     head_bias: Tensor | None
     tokenizer: PreTrainedTokenizerBase | None
     record: Record | None
+    head_inner: InnerLayer | None = None
 
     @property
     def max_positions(self) -> int | None:
@@ -51,7 +55,10 @@ class Checkpoint:
     @property
     def prompt_format(self) -> str | None:
         """The name of its prompt format; None is the tokenizer's own chat template."""
-        return self.family.prompt_format if self.record is None else self.record.prompt_format
+        if self.record is None:
+            return self.family.prompt_format
+        own = self.record.prompt_format
+        return None if own == CHAT_TEMPLATE else own
 
 
 def load_checkpoint(
@@ -70,6 +77,7 @@ def load_checkpoint(
     quantization: Quantization | None = None,
     device_map: DeviceMap | None = None,
     sharded: Shards | None = None,
+    own_head: Callable[[Source], Head] | None = None,
 ) -> Checkpoint:
     """A critic of any kind but "implicit" and "trunk-head".
 
@@ -89,6 +97,7 @@ def load_checkpoint(
         quantization: of the trunk while it loads; its head stays in full precision.
         device_map: of several devices, by the checkpoint's or its trunk's names of modules.
         sharded: the processes over which the weights of files are cut; None: this one has all.
+        own_head: what reads its head, where it is in none of the family's modules.
 
     Raises:
         ValueError: the checkpoint does not fit its kind, or cannot be scored in packed form;
@@ -111,7 +120,7 @@ def load_checkpoint(
         )
     how = _how_loaded(source, quantization, device_map, sharded)
     _settle_rope(source, family, rope_theta)
-    head = read_head(source, family, wanted)
+    head = read_head(source, family, wanted) if own_head is None else own_head(source)
     read = choose_transform(source, family, wanted, len(head.weight))
     trunk = load_trunk(source, dtype, device, how)
     return Checkpoint(
@@ -123,6 +132,7 @@ def load_checkpoint(
         head_bias=None if head.bias is None else head.bias.to(trunk.device),
         tokenizer=load_tokenizer(source),
         record=source.record,
+        head_inner=None if head.inner is None else head.inner.to(trunk.device),
     )
 
 

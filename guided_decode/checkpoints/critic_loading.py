@@ -1,17 +1,21 @@
 """Critics and trunk heads as scorers, with the reward model and the reference that go with them."""
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode.checkpoints.checkpoint import (
+    Checkpoint,
     load_causal_lm,
     load_checkpoint,
     load_policy_trunk,
 )
 from guided_decode.checkpoints.families import Family
 from guided_decode.checkpoints.following import critic_head_origin, trunk_head_origin
+from guided_decode.checkpoints.head import Head
 from guided_decode.checkpoints.loading_options import (
     LoadingOptions,
     check_tokenizer,
@@ -33,6 +37,7 @@ from guided_decode.scoring.implicit import LanguageModel
 from guided_decode.scoring.transforms import Transform
 from guided_decode.scoring.trunk_head import TrunkHead
 from guided_decode.scoring.trunk_scorer import TrunkScorer
+from guided_decode.scoring.turn_end import TurnEndScorer
 
 
 def load_critic(
@@ -41,23 +46,38 @@ def load_critic(
     options: LoadingOptions,
     reward: "ModelLike | Scorer | None" = None,
     reference: "ModelLike | LogProbs | None" = None,
+    own_head: Callable[[Source], Head] | None = None,
     **given: Any,
 ) -> CriticScorer:
     """A critic or reward model of any kind that has its head inside.
 
-    Args as of `loading.load_scorer`; `given`: bos, terminal and transform.
+    Args as of `loading.load_scorer`; own_head: as of `load_checkpoint`; `given`: bos, terminal and
+    transform.
     """
-    checkpoint = load_checkpoint(source, kind, **given, **options.of_weights)
+    checkpoint = load_checkpoint(source, kind, own_head=own_head, **given, **options.of_weights)
     check_tokenizer(options, checkpoint.tokenizer, checkpoint.trunk, source)
-    return CriticScorer(
+    weight, bias, inner = checkpoint.head_weight, checkpoint.head_bias, checkpoint.head_inner
+    family, transform = checkpoint.family, checkpoint.transform
+    made: Callable[..., CriticScorer] = CriticScorer
+    behind = _turn_end(checkpoint)
+    if behind:
+        made = partial(TurnEndScorer, turn_end=behind)
+    return made(
         packed_model(checkpoint.trunk, checkpoint.name, options),
-        ValueHead(checkpoint.head_weight, checkpoint.head_bias, checkpoint.transform),
-        head_origin=critic_head_origin(source, checkpoint.family, checkpoint.transform),
+        ValueHead(weight, bias, transform, inner),
+        head_origin=critic_head_origin(source, family, transform, own_head),
         **_companions(reward, reference, checkpoint.tokenizer, options),
-        **conventions(
-            checkpoint.family, checkpoint.tokenizer, checkpoint.trunk, options.policy_tokenizer
-        ),
+        **conventions(family, checkpoint.tokenizer, checkpoint.trunk, options.policy_tokenizer),
     )
+
+
+def _turn_end(checkpoint: Checkpoint) -> list[int]:
+    """The token ids after EOS at whose last one its finished responses are read."""
+    record, tokenizer = checkpoint.record, checkpoint.tokenizer
+    if record is None or tokenizer is None or checkpoint.family.terminal != "critic":
+        return []
+    ids: list[int] = tokenizer.encode(record.turn_end, add_special_tokens=False)
+    return ids
 
 
 def load_trunk_scorer(

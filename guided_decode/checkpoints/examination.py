@@ -22,6 +22,7 @@ from guided_decode.checkpoints.quantization import (
 from guided_decode.checkpoints.source import Source, open_source
 from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 from guided_decode.scorer import TerminalRule
+from guided_decode.scoring.step_scorer import NOT_TOKENS
 from guided_decode.scoring.transforms import parse_transform
 
 
@@ -68,6 +69,8 @@ def examine_scorer(
         refuse_twice(source.name, quantized, source.config, in_memory=False)
         refuse_packed(source, quantized)
     family = choose_family(source, kind, bos=bos, terminal=terminal)
+    if family.by_steps:
+        raise ValueError(f"{source.name}: {NOT_TOKENS}")
     _examine(source, family, rope_theta, policy_tokenizer)
     vocab = int(source.config.get_text_config().vocab_size)
     if not family.heads:

@@ -9,8 +9,9 @@ from guided_decode.scoring.transforms import Identity, Sigmoid, SoftmaxClass, Tr
 # "keep" and "drop" speak of one leading BOS of the prefix; "policy" is whatever the policy sees.
 BosRule = Literal["keep", "drop", "policy"]
 # "token": each token's output is a value. "eos": the output at the EOS of a finished response is
-# the score; a partial response is read at its last token.
-ReadPosition = Literal["token", "eos"]
+# the score; a partial response is read at its last token. "step": the outputs at the marks that end
+# a response's steps are scores.
+ReadPosition = Literal["token", "eos", "step"]
 
 BOS_RULES: tuple[BosRule, ...] = ("keep", "drop", "policy")
 TERMINAL_RULES: tuple[TerminalRule, ...] = ("baseline", "reward", "critic", "included")
@@ -38,6 +39,8 @@ class Family:
     normalise_field: a config field under which the trainer gives (output − mean) / std, with the
         config's own mean and std.
     evidence: endings of class names that only this kind's trainers write, for kind "auto".
+    inner_activation: what stands between two layers of a head whose module has a list of them; ""
+        where no trainer has such a head.
     eos_classes: endings of class names that say that the checkpoint is read at EOS, as a reward
         model is: such a one has terminal rule "critic" under this kind, too.
     biasless: heads that have no bias in the trainer, though the Hugging Face class may.
@@ -59,6 +62,7 @@ class Family:
     evidence: tuple[str, ...] = ()
     eos_classes: tuple[str, ...] = ()
     biasless: tuple[str, ...] = ()
+    inner_activation: str = ""
     head_apart: bool = False
     rope_defect: Rope | None = None
     prompt_format: str | None = None
@@ -68,6 +72,11 @@ class Family:
     def labels(self) -> tuple[int, ...]:
         """The numbers of labels that a head of this kind may have."""
         return tuple(labels for labels, _ in self.transforms)
+
+    @property
+    def by_steps(self) -> bool:
+        """Whether it reads steps of responses (`checkpoints.steps`), not tokens."""
+        return self.read == "step"
 
     @property
     def bias_must_be_zero(self) -> bool:
@@ -152,6 +161,21 @@ _RECORDS = (
         bos="keep",
         terminal="critic",
         transforms=((3, SoftmaxClass(1)), (1, Sigmoid())),
+        evidence=("ForClassifier",),
+        inner_activation="relu",
+    ),
+    Family(
+        kind="process-reward",
+        trainers="Qwen2.5-Math-PRM, Skywork-o1-Open-PRM, Math-Shepherd, TRL: two labels, a logit, "
+        "or two tokens, at the end of each step",
+        architectures=("ForProcessRewardModel", "ForPrmModel", *_TOKEN, *_CAUSAL_LM),
+        heads=("score", "v_head.summary"),
+        bos="keep",
+        terminal="critic",
+        transforms=((2, SoftmaxClass(1)), (1, Sigmoid())),
+        evidence=("ForProcessRewardModel", "ForPrmModel"),
+        inner_activation="relu",
+        read="step",
     ),
     Family(
         kind="reward-model",

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from guided_decode.checkpoints.families import Family
-from guided_decode.checkpoints.head import read_head
+from guided_decode.checkpoints.head import Head, read_head
 from guided_decode.checkpoints.source import Source
 from guided_decode.checkpoints.trunk_head_loading import HeadLike
 from guided_decode.forward.weights import Origin
@@ -15,16 +15,26 @@ from guided_decode.scoring.transforms import Transform
 from guided_decode.scoring.trunk_head import TrunkHead
 
 
-def critic_head_origin(source: Source, family: Family, transform: Transform) -> Origin | None:
-    """The head of a critic in memory, which is watched with its trunk; None for files."""
+def critic_head_origin(
+    source: Source,
+    family: Family,
+    transform: Transform,
+    own_head: Callable[[Source], Head] | None = None,
+) -> Origin | None:
+    """The head of a critic in memory, which is watched with its trunk; None for files.
+
+    own_head: as of `checkpoint.load_checkpoint`.
+    """
     memory = source.memory
     if memory is None:
         return None
 
     def read(trunk: PreTrainedModel) -> ValueHead:
-        head = read_head(memory.source(), family, transform)
+        now = memory.source()
+        head = read_head(now, family, transform) if own_head is None else own_head(now)
         bias = None if head.bias is None else head.bias.to(trunk.device)
-        return ValueHead(head.weight.to(trunk.device), bias, transform)
+        inner = None if head.inner is None else head.inner.to(trunk.device)
+        return ValueHead(head.weight.to(trunk.device), bias, transform, inner)
 
     return Origin((), read)
 

@@ -10,20 +10,30 @@ from guided_decode.checkpoints.quantised_layers import is_plain
 from guided_decode.checkpoints.source import Source
 from guided_decode.checkpoints.weight_files import HEADS_BESIDE, pickled_head
 from guided_decode.scoring.transforms import Normalise, Transform
+from guided_decode.scoring.trunk_head import InnerLayer
 
+# Of a list of a linear layer, an activation and a linear layer.
+_FIRST, _LAST = ".0", ".2"
 _CLASSIFIERS = ("ForTokenClassification", "ForSequenceClassification")
 
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """weight: float32 [labels, hidden]. bias: float32 [labels], or None."""
+    """weight: float32 [labels, hidden]. bias: float32 [labels], or None.
+
+    inner: the first of two layers, as wide as the hidden states.
+    """
 
     weight: Tensor
     bias: Tensor | None
+    inner: InnerLayer | None = None
 
 
 def head_module(source: Source, family: Family) -> str | None:
-    """The module that holds the head; None where the checkpoint has none of the family's."""
+    """The module that holds the head; None where the checkpoint has none of the family's.
+
+    Of two layers with an activation between them, which are numbers 0 and 2 of a list, the last.
+    """
     named = getattr(source.config, family.head_field, None) if family.head_field else None
     places = (*((str(named),) if named else ()), *family.heads)
     # An adapter's own head comes before one that its base has.
@@ -31,7 +41,13 @@ def head_module(source: Source, family: Family) -> str | None:
         for place in places:
             if f"{place}.weight" in names:
                 return place
+            if family.inner_activation and _both(place) <= names:
+                return f"{place}{_LAST}"
     return None
+
+
+def _both(place: str) -> set[str]:
+    return {f"{place}{_FIRST}.weight", f"{place}{_LAST}.weight"}
 
 
 def read_head(source: Source, family: Family, transform: Transform | None = None) -> Head:
@@ -62,15 +78,64 @@ def read_head(source: Source, family: Family, transform: Transform | None = None
         kind = type(stored).__name__ if type(stored) is not Tensor else str(stored.dtype)[6:]
         raise _quantised(source, module, kind)
     weight = stored.float()
+    inner = _read_inner(source, family, module)
     _check_shape(source, family, module, weight, transform)
-    head = Head(weight, _read_bias(source, family, module))
-    for part, tensor in (("weight", head.weight), ("bias", head.bias)):
+    head = Head(weight, _read_bias(source, family, module), inner)
+    _check_finite(source, module, head.weight, head.bias)
+    return head
+
+
+def read_token_head(source: Source, rows: list[int], family: Family) -> Head:
+    """Rows of the language-model head as a head: the logits of some tokens.
+
+    rows: token ids. Raises ValueError: it has no such head, or not in full precision.
+    """
+    names = source.tensor_names
+    tables = [
+        name for name in sorted(names) if name.endswith(("lm_head.weight", "embed_tokens.weight"))
+    ]
+    # A head of its own comes before the table that it would be tied to.
+    name = next(iter(sorted(tables, key=lambda each: "lm_head" not in each)), None)
+    if name is None or not source.architecture.endswith(("ForCausalLM", "LMHeadModel", "")):
+        raise ValueError(
+            f"{source.name} is a {source.architecture} without a language-model head: these steps "
+            f"of {family.kind} are read off the logits of two tokens; pass another steps="
+        )
+    table = source.tensor(name)
+    if not is_plain(table):
+        raise _quantised(source, name.removesuffix(".weight"), type(table).__name__)
+    weight = table[rows].float()
+    _check_finite(source, name.removesuffix(".weight"), weight, None)
+    return Head(weight, None)
+
+
+def _read_inner(source: Source, family: Family, module: str) -> InnerLayer | None:
+    """The first layer of a head with two. Raises ValueError: its shape is not the trunk's."""
+    if not (family.inner_activation and module.endswith(_LAST)):
+        return None
+    first = f"{module.removesuffix(_LAST)}{_FIRST}"
+    weight = source.tensor(f"{first}.weight")
+    if not is_plain(weight):
+        raise _quantised(source, first, str(weight.dtype)[6:])
+    hidden = source.config.hidden_size
+    if weight.ndim != 2 or tuple(weight.shape) != (hidden, hidden):
+        raise ValueError(
+            f"{source.name} has {first}.weight of shape {list(weight.shape)}: expected "
+            f"[{hidden}, {hidden}], the trunk's hidden size; the two do not belong together"
+        )
+    bias = f"{first}.bias"
+    read = source.tensor(bias).float() if bias in source.tensor_names else None
+    _check_finite(source, first, weight, read)
+    return InnerLayer(weight.float(), read, family.inner_activation)
+
+
+def _check_finite(source: Source, module: str, weight: Tensor, bias: Tensor | None) -> None:
+    for part, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None and not bool(tensor.isfinite().all()):
             raise ValueError(
                 f"{source.name} has NaN or infinity in {module}.{part}: expected numbers; save or "
                 "download the checkpoint again"
             )
-    return head
 
 
 def _refuse_quantised(source: Source, family: Family) -> None:
@@ -164,7 +229,10 @@ def _could_be(source: Source, family: Family) -> bool:
     if not family.heads:
         return "lm_head.weight" in source.tensor_names or bool(source.architecture)
     module = head_module(source, family)
-    return module is not None and len(source.tensor(f"{module}.weight")) in family.labels
+    labels = 0 if module is None else len(source.tensor(f"{module}.weight"))
+    # Labels at steps look like labels at tokens: only a class that says so is evidence.
+    named = not family.by_steps or source.architecture.endswith(family.evidence)
+    return named and labels in family.labels
 
 
 def _check_shape(

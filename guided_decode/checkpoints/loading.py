@@ -38,6 +38,7 @@ from guided_decode.checkpoints.quantization import (
 from guided_decode.checkpoints.remote_loading import is_remote, load_remote
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
 from guided_decode.checkpoints.special_ids import first, special_token
+from guided_decode.checkpoints.step_loading import load_step_scorer, refuse_steps
 from guided_decode.checkpoints.tensor_parallel import device_of_rank, open_shards
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.checkpoints.trunk_head_loading import HeadLike
@@ -72,6 +73,8 @@ def load_scorer(
     bos: BosRule | None = None,
     terminal: TerminalRule | None = None,
     transform: str | Transform | None = None,
+    steps: str | None = None,
+    aggregate: str | None = None,
     policy_tokenizer: Tokenizer | None = None,
     revision: str | None = None,
     allow_pickle: bool = False,
@@ -114,6 +117,10 @@ def load_scorer(
         bos: "keep" or "drop" one leading BOS; None follows the family.
         terminal: the terminal rule; None follows the family.
         transform: "sigmoid", "softmax:1", "clip:0,1", ...; None follows the family.
+        steps: how the steps of a process reward model are marked, a name of
+            `guided_decode.checkpoints.steps`; None follows the registry, or its class.
+        aggregate: one value of the rewards of all steps: "last", "min", "product" or "mean"; None
+            is what its authors do.
         policy_tokenizer: the policy's, or its path: refused where its ids are not the scorer's,
             whose reward model and reference are compared with the scorer where it is missing.
         revision: of the Hub repository.
@@ -135,7 +142,8 @@ def load_scorer(
         timeout: seconds that a scorer server may take for an answer; None is 60.
 
     Returns:
-        A CriticScorer, TrunkScorer, ImplicitScorer or RemoteScorer.
+        A CriticScorer, TrunkScorer, ImplicitScorer, RemoteScorer, or for process reward models,
+        which judge responses and guide no tokens, a StepScorer.
 
     Raises:
         ValueError: what does not fit; names what was given, what was expected and what to do.
@@ -159,6 +167,8 @@ def load_scorer(
                 "adapter": adapter,
                 "reward": reward,
                 "reference": reference,
+                "steps": steps,
+                "aggregate": aggregate,
                 "device": device,
                 "cache_tokens": cache_tokens,
                 "live_tokens": live_tokens,
@@ -187,6 +197,7 @@ def load_scorer(
     given: dict[str, Any] = {
         "gguf_file": gguf_file,
         "conventions": {"bos": bos, "terminal": terminal, "transform": transform},
+        "by_steps": {"steps": steps, "aggregate": aggregate},
     }
     with nullcontext() if sharded is None else sharded.loading():
         if tp_plan is not None and not is_in_memory(model):
@@ -231,11 +242,19 @@ def _load(
     *,
     gguf_file: str | None,
     conventions: dict[str, Any],
+    by_steps: dict[str, str | None],
 ) -> Scorer:
-    """`load_scorer` with its options read; conventions: bos, terminal and transform."""
+    """`load_scorer` with its options read; conventions: bos, terminal and transform; by_steps:
+    steps and aggregate."""
     source = open_source(model, gguf_file=gguf_file, **options.of_files)
     source, kind, head = with_head_beside(source, kind, head, allow_pickle=options.allow_pickle)
     family = choose_family(source, _kind(kind, head, source.name))
+    if family.by_steps:
+        refuse_for_steps(source.name, reward=reward, reference=reference,
+                         terminal=conventions["terminal"])  # fmt: skip
+        own = {name: conventions[name] for name in ("bos", "transform")}
+        return load_step_scorer(source, kind, family, options, **by_steps, **own)
+    refuse_steps(source.name, family.kind, **by_steps)
     # A head on the policy's own trunk reads the policy's own ids.
     leads = options.sharded is None or options.sharded.leads
     if options.policy_tokenizer is None and not family.head_apart and leads:
@@ -331,6 +350,16 @@ def reference_of(source: Source, reference: "ModelLike | LogProbs | None") -> Mo
             "came with it: pass reference=, the model that its training started from"
         )
     return reference
+
+
+def refuse_for_steps(name: str, **given: object) -> None:
+    """Raises ValueError: an option that a scorer of single tokens has a use for."""
+    names = [f"{option}=" for option, value in given.items() if value is not None]
+    if names:
+        raise ValueError(
+            f"{', '.join(names)} came with {name}, a process reward model, which reads the steps "
+            "of responses and no tokens: drop it"
+        )
 
 
 def refuse_for_implicit(**given: object) -> None:

@@ -24,6 +24,8 @@ class PromptFormat:
     final: what follows the last assistant's message.
     eos_token: the EOS of the checkpoints that were trained on the format.
     bos: whether the training text began with BOS.
+    default_system: the system message of a conversation that has none; "" is none.
+    single: one question and its answer, without earlier turns.
     """
 
     name: str
@@ -33,12 +35,25 @@ class PromptFormat:
     final: str
     eos_token: str
     bos: bool
+    default_system: str = ""
+    single: bool = False
 
 
 _TULU_TURNS = (
     ("system", ("<|system|>\n", "\n")),
     ("user", ("<|user|>\n", "\n")),
 )
+
+_ORZ_BEFORE = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves "
+    "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
+    "User with the answer. The reasoning process is enclosed within <think> </think> and answer is "
+    "enclosed within <answer> </answer> tags, respectively, i.e., <think> reasoning process here "
+    "</think> <answer> answer here </answer>. User: You must put your answer inside <answer> "
+    "</answer> tags, i.e., <answer> answer here </answer>. And your final answer will be extracted "
+    "automatically by the \\boxed{} tag.\nThis is the problem:\n"
+)
+_THINK = " Please think step-by-step and put your final answer within \\boxed{}."
 
 _RECORDS = (
     PromptFormat(
@@ -72,6 +87,64 @@ _RECORDS = (
         eos_token="</s>",
         bos=True,
     ),
+    PromptFormat(
+        # The tokenizers of Qwen2.5-Math-Instruct and of the process reward models on it.
+        name="qwen-2.5-math",
+        turns=(
+            ("system", ("<|im_start|>system\n", "<|im_end|>\n")),
+            ("user", ("<|im_start|>user\n", "<|im_end|>\n")),
+        ),
+        assistant="<|im_start|>assistant\n",
+        between="{eos}\n",
+        final="{eos}\n",
+        eos_token="<|im_end|>",
+        bos=False,
+        default_system="Please reason step by step, and put your final answer within \\boxed{}.",
+    ),
+    PromptFormat(
+        # Its training code, zero_setting_base. A response ends at </answer>, with no EOS after it.
+        name="open-reasoner-zero",
+        turns=(("user", (_ORZ_BEFORE, "")),),
+        assistant="\nAssistant: <think>",
+        between="",
+        final="",
+        eos_token="<|endoftext|>",
+        bos=True,
+        single=True,
+    ),
+    PromptFormat(
+        # The prompts of value-guided search: DeepSeek-R1's turns and a request of its own.
+        name="deepseek-r1-math",
+        turns=(("user", ("<｜User｜>", _THINK)),),
+        assistant="<｜Assistant｜><think>\n",
+        between="{eos}",
+        final="{eos}",
+        eos_token="<｜end▁of▁sentence｜>",
+        bos=True,
+        single=True,
+    ),
+    PromptFormat(
+        # skywork-o1-prm-inference, prepare_input; the response ends with its last step.
+        name="skywork-prm",
+        turns=(("user", ("", "\n")),),
+        assistant="",
+        between="",
+        final="",
+        eos_token="<|im_end|>",
+        bos=True,
+        single=True,
+    ),
+    PromptFormat(
+        # The card of math-shepherd-mistral-7b-prm: question, space, steps.
+        name="math-shepherd",
+        turns=(("user", ("", " ")),),
+        assistant="",
+        between="",
+        final="",
+        eos_token="</s>",
+        bos=True,
+        single=True,
+    ),
 )
 
 FORMATS: dict[str, PromptFormat] = {record.name: record for record in _RECORDS}
@@ -103,7 +176,8 @@ def render(
 
     Raises:
         ValueError: no messages, an unknown role, content that is not text, a system message that
-            is not the first, or an `end` or generation prompt that the last message does not fit.
+            is not the first, earlier turns in a format that has none, or an `end` or generation
+            prompt that the last message does not fit.
     """
     record = find_format(prompt_format) if isinstance(prompt_format, str) else prompt_format
     _check_messages(messages, record)
@@ -111,6 +185,8 @@ def render(
     eos = record.eos_token if eos_token is None else eos_token
     turns = dict(record.turns)
     text = ""
+    if record.default_system and messages[0]["role"] != "system":
+        text = record.default_system.join(turns["system"])
     for i, message in enumerate(messages):
         if message["role"] == "assistant":
             after = record.between if i < len(messages) - 1 else _final(record, end)
@@ -122,8 +198,8 @@ def render(
 
 
 def _final(record: PromptFormat, end: End) -> str:
-    if end == "open":
-        return ""
+    if end == "open" or "{eos}" not in record.final:
+        return record.final if end == "turn" else ""
     return record.final if end == "turn" else record.final.partition("{eos}")[0] + "{eos}"
 
 
@@ -144,6 +220,12 @@ def _check_messages(messages: Sequence[Message], record: PromptFormat) -> None:
             )
         if role == "system" and i > 0:
             raise ValueError(f"message {i} has the role 'system': it may only be the first")
+    asked = [message["role"] for message in messages]
+    if record.single and asked not in (["user"], ["user", "assistant"]):
+        raise ValueError(
+            f"messages of {', '.join(asked)}: {record.name} has one turn, and expects the user's "
+            "message, alone or with the assistant's response"
+        )
 
 
 def _check_end(last_role: str, add_generation_prompt: bool, end: End) -> None:
@@ -173,7 +255,8 @@ def tokenise(
     """Token ids of a conversation, with the tokenizer's own EOS.
 
     bos: "drop" never begins with BOS; "keep" and "policy" do where the format was trained so and
-    the tokenizer has one. With end="eos" the last id is the EOS, where reward models are read.
+    the tokenizer has one. With end="eos" the last id is the EOS, where reward models are read, but
+    in formats whose responses end without one.
 
     Raises ValueError: as `render`; or the tokenizer has no EOS; or it does not read its EOS in
     the text as one token.
@@ -189,7 +272,8 @@ def tokenise(
         eos_token=tokenizer.eos_token,
     )
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if end == "eos" and (not ids or ids[-1] != tokenizer.eos_token_id):
+    ends = end == "eos" and "{eos}" in record.final
+    if ends and (not ids or ids[-1] != tokenizer.eos_token_id):
         raise ValueError(
             f"the text ends with {tokenizer.eos_token!r} but its last token id is {ids[-1:]}: "
             f"expected {tokenizer.eos_token_id}; the tokenizer must read its EOS as one token"

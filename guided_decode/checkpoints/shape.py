@@ -1,6 +1,7 @@
 """The sizes of a decoder, from which its weights and its cache follow."""
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,5 +84,22 @@ LLAMA_3_70B = Shape(80, 8192, 28672, 64, 8, 128256)
 TULU_3_8B = Shape(32, 4096, 14336, 32, 8, 128264)
 # Jiang et al., arXiv 2310.06825, table 1; mistralai/Mistral-7B-Instruct-v0.2/config.json.
 MISTRAL_7B = Shape(32, 4096, 14336, 32, 8, 32000)
+# meta-llama/Llama-3.2-*-Instruct/config.json.
+LLAMA_3_2_1B = Shape(16, 2048, 8192, 32, 8, 128256, tied=True)
+LLAMA_3_2_3B = Shape(28, 3072, 8192, 24, 8, 128256, tied=True)
+# Qwen2.5 technical report, arXiv 2412.15115, table 1; Qwen/Qwen2.5-*/config.json.
+QWEN_2_5_HALF_B = Shape(24, 896, 4864, 14, 2, 151936, qkv_bias=True, tied=True)
+QWEN_2_5_1_5B = Shape(28, 1536, 8960, 12, 2, 151936, qkv_bias=True, tied=True)
+QWEN_2_5_7B = Shape(28, 3584, 18944, 28, 4, 152064, qkv_bias=True)
+QWEN_2_5_32B = Shape(64, 5120, 27648, 40, 8, 152064, qkv_bias=True)
+QWEN_2_5_72B = Shape(80, 8192, 29568, 64, 8, 152064, qkv_bias=True)
+# deepseek-ai/DeepSeek-R1-Distill-Qwen-*/config.json: not tied at 1.5B either.
+R1_QWEN_1_5B = Shape(28, 1536, 8960, 12, 2, 151936, qkv_bias=True)
+# Qwen3 technical report, arXiv 2505.09388, table 1; Qwen/Qwen3-*/config.json.
+_QWEN_3: dict[str, Any] = {"head_size": 128, "qk_norm": True}
+QWEN_3_HALF_B = Shape(28, 1024, 3072, 16, 8, 151936, tied=True, **_QWEN_3)
+QWEN_3_1_7B = Shape(28, 2048, 6144, 16, 8, 151936, tied=True, **_QWEN_3)
+QWEN_3_4B = Shape(36, 2560, 9728, 32, 8, 151936, tied=True, **_QWEN_3)
+QWEN_3_8B = Shape(36, 4096, 12288, 32, 8, 151936, **_QWEN_3)
 # assets/tiny_tulu of this package.
 TINY = Shape(4, 128, 344, 4, 4, 287)

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from guided_decode.cli.chat_rows import Messages
-from guided_decode.cli.chats import response_ids
+from guided_decode.cli.chats import prompt_text, response_ids
 from guided_decode.cli.token_texts import token_texts
 from guided_decode.cli.token_values import finite, last_value, rounded, token_values
+from guided_decode.scoring.step_scorer import StepScorer, aggregated
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,7 +27,8 @@ class ChatScorer:
     prompt_format: str | None
 
     def score(self, chats: Sequence[Messages], *, per_token: bool) -> list[dict[str, Any]]:
-        """For each chat {"score"}, with per_token also its response's {"tokens", "values"}.
+        """For each chat {"score"}, with per_token also its response's {"tokens", "values"}; of a
+        process reward model each step's {"values"}.
 
         The score is a reward model's at EOS, a critic's V at the last token that it was trained
         on, or an implicit reward's sum over the response.
@@ -34,10 +36,23 @@ class ChatScorer:
         Raises Refusal or ValueError: one of them cannot be scored, or has a score that is no
         number.
         """
+        if isinstance(self.scorer, StepScorer):
+            return self._by_step(self.scorer, chats, per_step=per_token)
         pairs = [response_ids(self.tokenizer, self.prompt_format, chat) for chat in chats]
         if self.scorer.terminal != "included" and not per_token:
             return [{"score": rounded(finite(one))} for one in self._last_scores(pairs)]
         return [self._by_token(prompt, response, per_token) for prompt, response in pairs]
+
+    def _by_step(
+        self, scorer: StepScorer, chats: Sequence[Messages], *, per_step: bool
+    ) -> list[dict[str, Any]]:
+        prompts = [prompt_text(self.tokenizer, self.prompt_format, chat[:-1]) for chat in chats]
+        rewards = scorer.step_rewards(prompts, [chat[-1]["content"] for chat in chats])
+        lines: list[dict[str, Any]] = []
+        for steps in rewards:
+            line: dict[str, Any] = {"score": rounded(finite(aggregated(steps, scorer.aggregate)))}
+            lines.append(line | ({"values": [rounded(one) for one in steps]} if per_step else {}))
+        return lines
 
     @property
     def _terminals(self) -> list[int]:

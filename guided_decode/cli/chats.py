@@ -5,7 +5,7 @@ from __future__ import annotations
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
-from guided_decode.checkpoints.registry import Record
+from guided_decode.checkpoints.registry import CHAT_TEMPLATE, Record
 from guided_decode.cli.chat_rows import Messages
 from guided_decode.cli.errors import Refusal, one_line
 
@@ -22,7 +22,8 @@ def format_of(asked: str | None, record: Record | None) -> str | None:
     Raises Refusal for a format that there is not.
     """
     if asked is None:
-        return None if record is None else record.prompt_format
+        own = None if record is None else record.prompt_format
+        return None if own == CHAT_TEMPLATE else own
     from guided_decode.checkpoints.prompts import FORMATS
 
     if asked not in (*FORMATS, TEMPLATE):
@@ -45,6 +46,23 @@ def prompt_ids(
 
         return tokenise(tokenizer, messages, prompt_format, add_generation_prompt=True)
     return _template_ids(tokenizer, messages, add_generation_prompt=True)
+
+
+def prompt_text(
+    tokenizer: PreTrainedTokenizerBase, prompt_format: str | None, messages: Messages
+) -> str:
+    """The text after which the assistant answers, without BOS; as `prompt_ids`.
+
+    Raises Refusal as `prompt_ids`, ValueError as `prompts.render`.
+    """
+    if prompt_format is not None:
+        from guided_decode.checkpoints.prompts import render
+
+        return render(
+            messages, prompt_format, add_generation_prompt=True, eos_token=tokenizer.eos_token
+        )
+    text = _template_text(tokenizer, messages, add_generation_prompt=True)
+    return text.removeprefix(tokenizer.bos_token or "")
 
 
 def raw_ids(tokenizer: PreTrainedTokenizerBase, prompt_format: str | None, text: str) -> list[int]:
@@ -97,6 +115,17 @@ def end_of_response(response: list[int], eos: int | None) -> int:
 def _template_ids(
     tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool = False
 ) -> list[int]:
+    # The template writes the special tokens that it wants.
+    ids: list[int] = tokenizer.encode(
+        _template_text(tokenizer, messages, add_generation_prompt=add_generation_prompt),
+        add_special_tokens=False,
+    )
+    return ids
+
+
+def _template_text(
+    tokenizer: PreTrainedTokenizerBase, messages: Messages, *, add_generation_prompt: bool
+) -> str:
     if not tokenizer.chat_template:
         raise Refusal(
             "the checkpoint is not registered and its tokenizer has no chat template: pass "
@@ -111,6 +140,4 @@ def _template_ids(
     except Exception as error:
         # A template is a program of the checkpoint's: it raises what it likes.
         raise Refusal(f"the tokenizer's chat template refuses it: {one_line(error)}") from error
-    # The template writes the special tokens that it wants.
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    return ids
+    return str(text)

@@ -50,6 +50,15 @@ Terminal = Annotated[
 Transform = Annotated[
     str | None, _option("of the head's output: sigmoid, softmax:1, ... \\[the family's]")
 ]
+Steps = Annotated[
+    str | None,
+    _option("how a process reward model's steps are marked \\[its own]",
+            metavar="extra-0|newline|math-shepherd"),
+]  # fmt: skip
+Aggregate = Annotated[
+    str | None,
+    _option("its value of all steps' rewards \\[its authors']", metavar="last|min|product|mean"),
+]
 RopeTheta = Annotated[float | None, _option("in place of the scorer's config's")]
 QUANTIZATIONS = "bnb-4bit|bnb-8bit|int8|int4|fp8"
 Quantization = Annotated[
@@ -91,6 +100,8 @@ class ScorerOptions:
     bos: Bos = None
     terminal: Terminal = None
     transform: Transform = None
+    steps: Steps = None
+    aggregate: Aggregate = None
     rope_theta: RopeTheta = None
     allow_pickle: AllowPickle = False
     trust_remote_code: TrustRemoteCode = False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import groupby
 from typing import Annotated, Any
 
 import typer
@@ -13,7 +14,7 @@ from rich.text import Text
 from guided_decode.checkpoints.plan.cards import find_card
 from guided_decode.checkpoints.plan.footprint import Workload
 from guided_decode.checkpoints.plan.placement import Placement, make_plan
-from guided_decode.checkpoints.registry import REGISTRY, Record
+from guided_decode.checkpoints.registry import CHAT_TEMPLATE, REGISTRY, Record
 from guided_decode.cli.plan_report import described, way_fields
 from guided_decode.cli.terminal import console
 
@@ -23,6 +24,14 @@ _AT_THE_END = {
     "critic": "an end has Q = V(s·EOS)",
     "reward": "an end has its reward",
     "included": "ends scored like any token",
+}
+
+# One value of the rewards of a response's steps.
+_OF_ALL = {
+    "last": "the last one counts",
+    "min": "the lowest one counts",
+    "product": "steps are multiplied",
+    "mean": "steps are averaged",
 }
 
 
@@ -39,8 +48,10 @@ def models(
     table.add_column("checkpoint", overflow="fold")
     table.add_column("weights\nbf16", justify="right", no_wrap=True)
     table.add_column("KV per\n1k tokens", justify="right", no_wrap=True)
-    for record in REGISTRY:
-        table.add_row(_description(record), *map(size, (record.weight_bytes, _kv(record))))
+    for group, records in groupby(REGISTRY, key=lambda record: record.group):
+        table.add_row(Text(group, style="bold underline"), "", "")
+        for record in records:
+            table.add_row(_description(record), *map(size, (record.weight_bytes, _kv(record))))
     console().print(table)
 
 
@@ -70,7 +81,9 @@ def _fitting(record: Record) -> Placement | None:
 def _description(record: Record) -> Text:
     kind = record.kind or "policy"
     text = Text(record.name, style="bold").append(f"\n{kind}", style="cyan not bold")
-    text.append(f" · {record.prompt_format} format · {record.summary}", style="not bold")
+    own = record.prompt_format
+    reads = "its own chat template" if own == CHAT_TEMPLATE else f"{own} format"
+    text.append(f" · {reads} · {record.summary}", style="not bold")
     if (reading := _reading(record)) is not None:
         text.append(f"\n{reading}", style="not bold")
     if record.policy is not None and record.policy != record.name:
@@ -94,6 +107,8 @@ def _reading(record: Record) -> str | None:
     if how.bos is None or how.read is None or how.terminal is None:
         return None
     bos = {"keep": "BOS kept", "drop": "BOS dropped", "policy": "BOS as the policy's"}[how.bos]
+    if how.aggregate is not None:
+        return f"{bos} · read at the end of each step · {_OF_ALL[how.aggregate]}"
     read = {"token": "read at each token", "eos": "read at EOS"}[how.read]
     return f"{bos} · {read} · {_AT_THE_END[how.terminal]}"
 
@@ -104,6 +119,7 @@ def _fields(record: Record) -> dict[str, Any]:
     how, fitting = conventions_of(record), _fitting(record)
     return {
         "name": record.name,
+        "group": record.group,
         "aliases": list(record.aliases),
         "kind": record.kind,
         "architecture": record.architecture,
@@ -114,6 +130,10 @@ def _fields(record: Record) -> dict[str, Any]:
         "read": how.read,
         "terminal": how.terminal,
         "transform": how.transform,
+        "steps": record.steps,
+        "aggregate": how.aggregate,
+        "turn_end": record.turn_end,
+        "stop": list(record.stop),
         "policy": record.policy,
         "reference": record.reference,
         "weight_bytes_bf16": record.weight_bytes,
@@ -123,4 +143,5 @@ def _fields(record: Record) -> dict[str, Any]:
         else {**way_fields(fitting.way), "described": described(fitting.way)},
         "summary": record.summary,
         "defects": list(record.defects),
+        "inferred": list(record.inferred),
     }

@@ -31,8 +31,11 @@ class Command:
 
 
 def commands(plan: Plan, placement: Placement) -> list[Command]:
-    """What starts the scorer where it is a server, then `generate` and vLLM's server with it."""
+    """What starts the scorer where it is a server, then `generate` and vLLM's server with it; a
+    search by steps with a process reward model."""
     way = placement.way
+    if plan.kind == "process-reward":
+        return [_search(plan, way)]
     served = way.place in (Place.TENSOR_PARALLEL, Place.SERVED)
     found = list(_scorer(plan, way)) if served else []
     # Of transformers' policies none is cut over GPUs.
@@ -57,6 +60,15 @@ def _scorer(plan: Plan, way: Way) -> Iterator[Command]:
         return
     torchrun = ("torchrun", "--nproc-per-node", str(way.shards), "-m", "guided_decode")
     yield Command("scorer", (*torchrun, *words), environment, there)
+
+
+def _search(plan: Plan, way: Way) -> Command:
+    """What judges steps, where tokens have no scores."""
+    words = ["search", "--method", "dvts", "--policy", plan.policy_name, "--scorer"]
+    words += [plan.scorer_name, *_reading(plan, way), "--dtype", "bfloat16"]
+    if way.place is Place.OWN_GPU:
+        words += ["--device", "cuda:0", "--scorer-device", "cuda:1"]
+    return Command("generate", ("guided-decode", *words, "--prompt", _PROMPT))
 
 
 def _generate(plan: Plan, way: Way) -> Command:

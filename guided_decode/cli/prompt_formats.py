@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from guided_decode.checkpoints.families import FAMILIES
-from guided_decode.checkpoints.registry import find
+from guided_decode.checkpoints.registry import CHAT_TEMPLATE, find
 from guided_decode.cli.chats import prompt_ids
 from guided_decode.cli.errors import Refusal, warn
 
@@ -27,7 +27,11 @@ def warn_of_another_format(
         bos: the BOS rule that was asked for; None is the family's.
     """
     record = find(scorer)
-    if record is None or record.prompt_format == decoded_in:
+    # A process reward model is handed the messages in its own format, whatever the policy reads.
+    if record is None or record.prompt_format == decoded_in or record.steps is not None:
+        return
+    # Another tokenizer's template cannot be seen from here.
+    if record.prompt_format == CHAT_TEMPLATE:
         return
     rule = bos or (None if record.kind is None else FAMILIES[record.kind].bos)
     try:

@@ -19,7 +19,7 @@ PromptFormat = Annotated[
     str | None,
     typer.Option(
         help="of the chats \\[the checkpoint's, or its chat template]",
-        metavar="tulu-2|tulu-3|halos|template",
+        metavar="tulu-2|tulu-3|halos|...|template",
     ),
 ]
 OnError = Annotated[

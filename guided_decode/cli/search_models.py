@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from guided_decode.checkpoints.registry import find
 from guided_decode.cli.chat_rows import Messages
-from guided_decode.cli.chats import prompt_ids, raw_ids
+from guided_decode.cli.chats import format_of, prompt_ids, prompt_text, raw_ids
 from guided_decode.cli.checkpoints import (
     DEFAULT_POLICY,
     Policy,
@@ -111,8 +113,10 @@ class SearchModels:
             adapter=self.reading.adapter if own else None,
             trust_remote_code=self.reading.trust_remote_code,
         )  # fmt: skip
+        from guided_decode.scoring.step_scorer import StepScorer
         from guided_decode.search.judges import ScorerJudge
         from guided_decode.search.local import load_generator
+        from guided_decode.search.step_judge import StepJudge
 
         reading, reference = self.reading, None
         if plan.settings.get("kl_coef"):
@@ -122,20 +126,59 @@ class SearchModels:
             loaded.model, tokenizer=loaded.tokenizer, reference=reference,
             device=loaded.model.device,
         )  # fmt: skip
-        judge = None
+        judge: ScorerJudge | StepJudge | None = None
+        ids_of = partial(_ids, loaded.tokenizer, self.text_format, self.raw)
         if self.scorer is not None:
             scorer = served or open_scorer(
                 self.scorer, reading, device=self.scorer_device or self.device,
                 dtype=self.dtype, policy=loaded,
             )  # fmt: skip
+            if isinstance(scorer, StepScorer):
+                reread = self._rereader()
+                judge = StepJudge(scorer, loaded.tokenizer, reread.text_of)
+                return SearchJob(plan, generator, judge, partial(reread.noted, ids_of), run, skip)
             if not self.raw:
                 warn_of_another_format(
                     loaded.tokenizer, self.text_format, known_as(scorer, self.scorer),
                     self.reading.bos,
                 )  # fmt: skip
             judge = ScorerJudge(scorer, terminals=generator.eos_token_ids)
-        ids_of = partial(_ids, loaded.tokenizer, self.text_format, self.raw)
         return SearchJob(plan, generator, judge, ids_of, run, skip)
+
+    def _rereader(self) -> Rereader:
+        """The prompts as a process reward model reads them."""
+        assert self.scorer is not None
+        if self.raw:
+            raise Refusal(f"--raw came with --scorer {self.scorer}, a process reward model, which "
+                          "reads chats in its own format: drop it")  # fmt: skip
+        reading = self.reading
+        own = load_tokenizer(
+            self.scorer, self.scorer, adapter=reading.adapter, revision=reading.revision,
+            trust_remote_code=reading.trust_remote_code, gguf_file=reading.gguf_file,
+        )  # fmt: skip
+        return Rereader(own, format_of(None, find(self.scorer)))
+
+
+@dataclass(frozen=True, slots=True)
+class Rereader:
+    """The prompts of a run in a judge's own format, by the policy's token ids.
+
+    text_format: the judge's, as `chats.prompt_text` takes it.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    text_format: str | None
+    texts: dict[tuple[int, ...], str] = field(default_factory=dict)
+
+    def noted(self, ids_of: Callable[[Messages], list[int]], messages: Messages) -> list[int]:
+        """The policy's token ids of a conversation; from then on the judge has it, too."""
+        ids = ids_of(messages)
+        self.texts[tuple(ids)] = prompt_text(self.tokenizer, self.text_format, messages)
+        return ids
+
+    def text_of(self, prompt: tuple[int, ...]) -> str:
+        """The text that the judge reads of a prompt."""
+        return self.texts[prompt]
 
 
 def _ids(

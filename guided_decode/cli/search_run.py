@@ -24,6 +24,7 @@ from guided_decode.search.seeds import derive
 if TYPE_CHECKING:
     from guided_decode.search.judges import ScorerJudge
     from guided_decode.search.local import LocalGenerator
+    from guided_decode.search.step_judge import StepJudge
     from guided_decode.stats import ScorerStats
 
 
@@ -38,7 +39,7 @@ class SearchJob:
 
     plan: Plan
     generator: LocalGenerator
-    judge: ScorerJudge | None
+    judge: ScorerJudge | StepJudge | None
     ids_of: Callable[[Messages], list[int]]
     run: str
     skip: bool

@@ -12,6 +12,7 @@ __all__ = [
     "ImplicitScorer",
     "LanguageModel",
     "NextLogits",
+    "StepScorer",
     "Transform",
     "TrunkHead",
     "TrunkScorer",
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from guided_decode.scoring.critic import CriticScorer, ValueHead
     from guided_decode.scoring.implicit import ImplicitScorer, LanguageModel
     from guided_decode.scoring.next_logits import NextLogits
+    from guided_decode.scoring.step_scorer import StepScorer
     from guided_decode.scoring.transforms import Transform, parse_transform
     from guided_decode.scoring.trunk_head import TrunkHead
     from guided_decode.scoring.trunk_scorer import TrunkScorer
@@ -34,6 +36,7 @@ else:
             "ImplicitScorer": "implicit",
             "LanguageModel": "implicit",
             "NextLogits": "next_logits",
+            "StepScorer": "step_scorer",
             "Transform": "transforms",
             "TrunkHead": "trunk_head",
             "TrunkScorer": "trunk_scorer",

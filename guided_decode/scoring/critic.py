@@ -27,15 +27,20 @@ Head = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ValueHead:
-    """weight [labels, hidden], bias [labels] or None, and what turns outputs into one value."""
+    """weight [labels, hidden], bias [labels] or None, and what turns outputs into one value.
+
+    inner: a layer before these.
+    """
 
     weight: Tensor
     bias: Tensor | None
     transform: Callable[[Tensor], Tensor]
+    inner: Callable[[Tensor], Tensor] | None = None
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """Values of hidden states [tokens, hidden], float32 [tokens]."""
-        return self.transform(value_head(hidden, self.weight, self.bias))
+        read = hidden if self.inner is None else self.inner(hidden)
+        return self.transform(value_head(read, self.weight, self.bias))
 
 
 class CriticScorer(Closing):

@@ -57,6 +57,11 @@ class InnerLayer:
         bias = None if self.bias is None else self.bias.float()
         return ACTIVATIONS[self.activation](F.linear(hidden.float(), self.weight.float(), bias))
 
+    def to(self, device: torch.device) -> "InnerLayer":
+        """The same layer on a device, in float32."""
+        bias = None if self.bias is None else self.bias.detach().to(device, torch.float32)
+        return replace(self, weight=self.weight.detach().to(device, torch.float32), bias=bias)
+
 
 @dataclass(frozen=True, slots=True)
 class TrunkRecord:
@@ -110,9 +115,7 @@ class TrunkHead:
         def moved(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.detach().to(device, torch.float32)
 
-        inner = self.inner
-        if inner is not None:
-            inner = replace(inner, weight=moved(inner.weight), bias=moved(inner.bias))
+        inner = None if self.inner is None else self.inner.to(device)
         return replace(self, weight=moved(self.weight), bias=moved(self.bias), inner=inner)
 
 

@@ -32,6 +32,7 @@ from guided_decode.search.requests import (
     TokenGenerator,
 )
 from guided_decode.search.result import Candidate, SearchResult
+from guided_decode.search.step_judge import StepJudge
 
 __all__ = [
     "ANSWERS",
@@ -55,6 +56,7 @@ __all__ = [
     "SearchResult",
     "Segments",
     "Spent",
+    "StepJudge",
     "TokenGenerator",
     "best_of_n",
     "block_search",

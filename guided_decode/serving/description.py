@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from guided_decode.scorer import LogProbs, Scorer
 from guided_decode.scoring.remote.wire import Described, Model, Tokens
+from guided_decode.scoring.step_scorer import NOT_TOKENS, StepScorer
 
 # No prefix is longer.
 _MOST_ROOM = 1 << 24
@@ -19,7 +20,11 @@ def describe(scorer: Scorer, *, kind: str | None = None, tokens: Tokens | None =
         scorer: any.
         kind: its checkpoint family, where that is known.
         tokens: of the tokenizer whose ids it reads, where that is known.
+
+    Raises ValueError: it scores no tokens.
     """
+    if isinstance(scorer, StepScorer):
+        raise ValueError(f"{_name(scorer.model, scorer)} cannot be served: {NOT_TOKENS}")
     reward, reference = scorer.reward, scorer.reference
     return Described(
         scorer=_model(scorer, "implicit" if scorer.terminal == "included" else kind),

@@ -9,7 +9,7 @@ from transformers import AutoTokenizer
 from guided_decode.checkpoints.checkpoint import load_causal_lm, load_checkpoint
 from guided_decode.checkpoints.families import FAMILIES
 from guided_decode.checkpoints.prompts import FORMATS
-from guided_decode.checkpoints.registry import POLICY_TEMPLATE, REGISTRY, Shape, find
+from guided_decode.checkpoints.registry import CHAT_TEMPLATE, POLICY_TEMPLATE, REGISTRY, Shape, find
 from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 
 FIVE = [
@@ -54,7 +54,7 @@ def test_another_owners_repository_of_the_same_name_is_not_the_checkpoint():
 
 def test_records_name_known_kinds_and_formats_and_fit_their_families():
     for record in REGISTRY:
-        assert record.prompt_format in FORMATS, record.name
+        assert record.prompt_format in (*FORMATS, CHAT_TEMPLATE), record.name
         if record.kind is not None:
             assert FAMILIES[record.kind].takes(record.architecture), record.name
         if record.kind == "implicit":

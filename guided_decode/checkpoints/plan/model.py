@@ -16,7 +16,8 @@ class PlannedModel:
     value head, 0 without one; head_bias: whether that has a bias.
     stored, stored_bytes: how its files are quantised already, and their bytes; None: they are not.
     positions: the longest text that it reads; None: not known.
-    kind: of scorer, where the registry or its config says so. note: what is odd about its files.
+    kind: of scorer, where the registry or its config says so. inner_weights: of a layer before the
+    value head. note: what is odd about its files.
     """
 
     name: str
@@ -29,14 +30,16 @@ class PlannedModel:
     stored_bytes: int | None = None
     positions: int | None = None
     kind: str | None = None
+    inner_weights: int = 0
     note: str | None = None
 
     @property
     def parameters(self) -> int:
         """All weights that are loaded; tied ones once."""
-        return self.shape.parameters(
+        known = self.shape.parameters(
             lm_head=self.lm_head, labels=self.labels, head_bias=self.head_bias
         )
+        return known + self.inner_weights * bool(self.labels)
 
     def weight_bytes(self, form: WeightForm = BF16, shards: int = 1) -> int:
         """Bytes of the weights on one GPU.

@@ -54,7 +54,8 @@ def planned_scorer(
             "model: there is nothing to place beside the policy"
         )
     if kind != IMPLICIT:
-        labels = model.labels or 1
+        # Of a language model some rows of its head are read, as many as there are labels.
+        labels = model.labels or (1 if record is None else record.head_labels)
         return kind, (_as(model, lm_head=False, labels=labels),)
     reference = reference or (None if record is None else record.reference)
     if reference is None:
@@ -66,7 +67,7 @@ def planned_scorer(
 
 
 def _as(model: PlannedModel, *, lm_head: bool, labels: int) -> PlannedModel:
-    bias = bool(labels) and model.architecture.endswith(_TOKEN)
+    bias = bool(labels) and (model.head_bias or model.architecture.endswith(_TOKEN))
     return replace(model, lm_head=lm_head, labels=labels, head_bias=bias)
 
 
@@ -102,8 +103,9 @@ def _described(name: str) -> PlannedModel:
         return _of_config(name, path)
     if record is not None:
         return PlannedModel(
-            record.name, record.architecture, record.shape, False, record.labels, kind=kind
-        )
+            record.name, record.architecture, record.shape, False, record.labels,
+            head_bias=record.head_bias, kind=kind, inner_weights=record.inner_weights,
+        )  # fmt: skip
     known = {one: full for full in POLICIES for one in (full, full.rpartition("/")[2])}
     if name in known:
         return PlannedModel(known[name], "", POLICIES[known[name]], True)

@@ -1,0 +1,1 @@
+"""Known checkpoints by family; `registry` has them all."""
