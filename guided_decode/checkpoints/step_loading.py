@@ -77,10 +77,10 @@ def steps_of(source: Source, given: str | None) -> StepFormat:
 
 
 def _begins_with_bos(source: Source) -> bool:
-    """Whether its text begins with BOS; a chat template writes its own."""
+    """Whether its text begins with BOS: as trainers do where nothing else is known."""
     record = source.record
     if record is None or record.prompt_format == CHAT_TEMPLATE:
-        return False
+        return True
     return find_format(record.prompt_format).bos
 
 

@@ -17,7 +17,8 @@ from guided_decode.guidance.step import guide_rows
 from guided_decode.search import Blocks, Judged, Sampling, StepJudge, block_search, run
 from guided_decode.search.local import load_generator
 from guided_decode.serving.description import describe
-from tests.look_alikes import look_alike
+from tests.look_alikes import look_alike, tokenizer_like
+from tests.models import tiny
 
 QWEN = "Qwen/Qwen2.5-Math-PRM-7B"
 SKYWORK = "Skywork/Skywork-o1-Open-PRM-Qwen-2.5-7B"
@@ -182,6 +183,25 @@ def test_a_class_that_only_one_trainer_writes_needs_no_name(tmp_path):
     assert scorer.step_rewards([prompt], ["\n\n".join(STEPS)])[0] == pytest.approx(
         qwen_card(QUESTION, STEPS), abs=1e-5
     )
+
+
+def test_a_token_classifier_of_trl_is_read_at_its_newlines(tmp_path):
+    """PRMTrainer: BOS, prompt, and each step's tokens with the separator's, which has the label."""
+    tokenizer = tokenizer_like("llama-3")
+    model = tiny("llama", "token", labels=2, vocab_size=len(tokenizer))
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    scorer = load_scorer(tmp_path, kind="process-reward", steps="newline", aggregate="last")
+    newline = tokenizer.encode("\n", add_special_tokens=False)
+    ids, marks = tokenizer.encode(QUESTION), []
+    assert ids[0] == tokenizer.bos_token_id
+    for step in STEPS:
+        ids += [*tokenizer.encode(step, add_special_tokens=False), *newline]
+        marks.append(len(ids) - 1)
+    right = model(torch.tensor([ids])).logits[0].softmax(-1)[marks, 1].tolist()
+    (rewards,) = scorer.step_rewards([QUESTION], ["\n".join(STEPS)])
+    assert rewards == pytest.approx(right, abs=1e-5)
+    assert scorer.values([QUESTION], ["\n".join(STEPS)]) == pytest.approx(right[-1:], abs=1e-5)
 
 
 def test_it_judges_blocks_of_a_search_that_end_with_steps():
