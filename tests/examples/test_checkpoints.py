@@ -16,6 +16,9 @@ from transformers import (
     AutoTokenizer,
 )
 
+from guided_decode.checkpoints.plan.cards import find_card
+from guided_decode.checkpoints.plan.footprint import Workload
+from guided_decode.checkpoints.plan.placement import make_plan
 from guided_decode.checkpoints.prompts import tokenise
 from guided_decode.checkpoints.registry import POLICIES, find
 from tests import PATIENCE, ROOT
@@ -72,6 +75,31 @@ def test_they_name_registered_checkpoints_and_their_hardware(file):
     for name in names_in(file):
         assert find(name) is not None or name in POLICIES, name
     assert "guided-decode plan" in (FOLDER / file).read_text()
+
+
+@pytest.mark.parametrize(
+    ("file", "policy", "scorer", "gpus", "said"),
+    [
+        ("tulu_2_5_value_model.py", "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm",
+         "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm-value", 1, "61 GiB"),
+        ("tulu_2_5_value_model_vllm.py", "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm",
+         "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm-value", 1, "61 GiB"),
+        ("tulu_2_dpo.sh", "allenai/tulu-2-dpo-70b", "allenai/tulu-2-dpo-7b", 3,
+         "three 80 GB GPUs"),
+        ("tulu_reward_models.sh", "allenai/llama-3.1-tulu-2-8b",
+         "allenai/llama-3.1-tulu-2-70b-uf-mean-rm", 1, "52 GiB"),
+        ("tulu_reward_models.sh", "allenai/Llama-3.1-Tulu-3-8B",
+         "allenai/Llama-3.1-Tulu-3-8B-RM", 1, "30 GiB"),
+        ("contextual_kto_mistral.py", "mistralai/Mistral-7B-Instruct-v0.2",
+         "ContextualAI/Contextual_KTO_Mistral_PairRM", 1, "43 GiB"),
+    ],
+)  # fmt: skip
+def test_the_hardware_that_they_name_is_the_plans(file, policy, scorer, gpus, said):
+    taken = make_plan(policy, scorer, find_card("80GB"), Workload()).take
+    assert taken.way.total == gpus
+    assert said in (FOLDER / file).read_text()
+    if said.endswith("GiB"):
+        assert taken.fullest.bytes / 2**30 == pytest.approx(float(said.split()[0]), abs=0.6)
 
 
 def test_the_tulu_2_5_value_model_guides_generate(tmp_path):
