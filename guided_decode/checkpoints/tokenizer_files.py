@@ -87,6 +87,13 @@ def tokenizer_home(
     return (files.base if record is None else record.location), files.base_revision
 
 
+def tokenizer_beside(
+    location: str, revision: str | None = None, trust_remote_code: bool = False
+) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a path or Hub id; None where it has none. Raises ValueError: broken."""
+    return _read(location, revision, trust_remote_code, False)
+
+
 def _read(
     location: str, revision: str | None, trust_remote_code: bool, local: bool
 ) -> PreTrainedTokenizerBase | None:

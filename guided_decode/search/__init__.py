@@ -9,6 +9,7 @@ search, `run_all` those of many.
 from guided_decode.search.answers import ANSWERS
 from guided_decode.search.budget import Budget, Spent
 from guided_decode.search.driver import run, run_all
+from guided_decode.search.http_failures import EndpointError, RequestRefused, Retry
 from guided_decode.search.judges import CallableJudge, ScorerJudge
 from guided_decode.search.local import LocalGenerator, load_generator
 from guided_decode.search.method_table import METHODS, Method, find_method
@@ -20,6 +21,7 @@ from guided_decode.search.methods.refill import prune_and_refill
 from guided_decode.search.methods.segment_rejection import Segments, segment_rejection
 from guided_decode.search.methods.smc import sequential_monte_carlo
 from guided_decode.search.methods.vote import vote
+from guided_decode.search.pooling_judge import PoolingJudge, connect_judge
 from guided_decode.search.requests import (
     Continuation,
     Extend,
@@ -43,6 +45,7 @@ __all__ = [
     "CallableJudge",
     "Candidate",
     "Continuation",
+    "EndpointError",
     "Extend",
     "Generator",
     "Judge",
@@ -51,6 +54,9 @@ __all__ = [
     "Method",
     "Next",
     "NextTokens",
+    "PoolingJudge",
+    "RequestRefused",
+    "Retry",
     "Sampling",
     "ScorerJudge",
     "SearchResult",
@@ -60,6 +66,7 @@ __all__ = [
     "TokenGenerator",
     "best_of_n",
     "block_search",
+    "connect_judge",
     "find_method",
     "load_generator",
     "ppo_mcts",

@@ -29,7 +29,14 @@ _WHAT_TO_DO = {
 
 
 class EndpointError(ConnectionError):
-    """No server answered as it should: gone, too slow, or not what was expected there."""
+    """No server answered as it should: gone, too slow, or not what was expected there.
+
+    status: of an answer that says that the server is another one; None: it was nothing so plain.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class RequestRefused(ValueError):
@@ -98,7 +105,7 @@ def check_status(response: httpx.Response, where: str, hidden: str | None) -> No
     if code in (400, 413, 422):
         raise RequestRefused(f"{where} refused the request ({code}): {said}")
     what = _WHAT_TO_DO.get(code, "see that the URL is that of such a server")
-    raise EndpointError(f"{where} answered {code} ({said}): expected 200; {what}")
+    raise EndpointError(f"{where} answered {code} ({said}): expected 200; {what}", code)
 
 
 def what_it_says(response: httpx.Response) -> str:

@@ -1,4 +1,4 @@
-"""Judges: a scorer on this machine, or any callable."""
+"""Judges: a scorer, or any callable."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from guided_decode.guidance.terminal import score_candidates
 from guided_decode.scorer import Scorer
 from guided_decode.search.requests import Judged
 from guided_decode.search.response_ratios import ResponseRatios
+from guided_decode.stats import ScorerStats
+
+
+def is_ended(text: Judged, terminals: Collection[int]) -> bool:
+    """Whether a response is finished, and by a token that ends responses."""
+    return bool(text.finished and text.response and text.response[-1] in terminals)
 
 
 class ScorerJudge:
@@ -31,13 +37,19 @@ class ScorerJudge:
         self._terminals = sorted({*terminals, *own})
         self._ratios = ResponseRatios(scorer)
 
+    @property
+    def stats(self) -> ScorerStats:
+        """Counters of the scorer."""
+        return self.scorer.stats
+
     def judge(self, texts: Sequence[Judged]) -> list[float]:
         """As `requests.JudgeOfTexts.judge`. Raises ValueError: as the scorer."""
         if self.scorer.terminal == "included":
             return self._ratios.sums(texts)
         values = [0.0] * len(texts)
-        ended = [i for i, text in enumerate(texts) if self._ended(text)]
-        open_ = [i for i, text in enumerate(texts) if not self._ended(text)]
+        at_end = [is_ended(text, self._terminals) for text in texts]
+        ended = [i for i, end in enumerate(at_end) if end]
+        open_ = [i for i, end in enumerate(at_end) if not end]
         if open_:
             whole = [texts[i].prompt + texts[i].response for i in open_]
             scores = self.scorer.score(whole, torch.empty(len(whole), 0, dtype=torch.int64))
@@ -47,9 +59,6 @@ class ScorerJudge:
             for i, value in zip(ended, self._at_the_end([texts[i] for i in ended]), strict=True):
                 values[i] = value
         return values
-
-    def _ended(self, text: Judged) -> bool:
-        return bool(text.finished and text.response and text.response[-1] in self._terminals)
 
     def _at_the_end(self, texts: Sequence[Judged]) -> list[float]:
         whole = [text.prompt + text.response for text in texts]
