@@ -35,6 +35,7 @@ from guided_decode.search.requests import (
 )
 from guided_decode.search.result import Candidate, SearchResult
 from guided_decode.search.step_judge import StepJudge
+from guided_decode.search.text_judge import TextJudge
 
 __all__ = [
     "ANSWERS",
@@ -63,6 +64,7 @@ __all__ = [
     "Segments",
     "Spent",
     "StepJudge",
+    "TextJudge",
     "TokenGenerator",
     "best_of_n",
     "block_search",

@@ -22,6 +22,12 @@ from guided_decode.search.requests import (
 from guided_decode.search.result import Search, SearchResult
 
 _NO_LIMIT = Budget()
+# Why a judge that reads text has nothing to say of single tokens.
+SINGLE_TOKENS = (
+    "this method values single tokens, and the judge reads responses as text: a token of the "
+    "policy's may be a part of a character, or of a token of the judge's; pass a judge with the "
+    "policy's tokenizer, or a method of whole responses or of blocks of several tokens"
+)
 
 
 def run(
@@ -47,7 +53,8 @@ def run_all(
 
     Raises:
         ValueError: the judge's answer is no finite number for each text; a method asks for
-            next-token distributions, and the generator gives none.
+            next-token distributions, and the generator gives none, or for values of single tokens,
+            and the judge reads text.
     """
     running = [_Running(search) for search in searches]
     for each in running:
@@ -177,6 +184,8 @@ def _judge(waiting: Sequence[_Running], judge: JudgeOfTexts, budget: Budget) -> 
     asked: list[tuple[_Running, Judge]] = []
     for each in waiting:
         assert isinstance(each.request, Judge)
+        if each.request.per_token and getattr(judge, "through_text", False):
+            raise ValueError(SINGLE_TOKENS)
         if _affordable(each, each.request, budget):
             asked.append((each, each.request))
     if not asked:

@@ -69,6 +69,10 @@ class Method:
         answer = self._parameters.get("answer")
         return False if answer is None else True if answer.default is NEEDED else None
 
+    def per_token(self, given: Mapping[str, Any]) -> bool:
+        """Whether it values single tokens at these settings, which a judge of text refuses."""
+        return self.function is ppo_mcts or self.checked(given).get("block") == 1
+
     def begin(
         self,
         prompt: Sequence[int],

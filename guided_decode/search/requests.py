@@ -158,9 +158,14 @@ class Next:
 
 @dataclass(frozen=True, slots=True)
 class Judge:
-    """A method's request for the values of texts."""
+    """A method's request for the values of texts.
+
+    per_token: each is one token longer than one that has a value: a judge that reads text, and not
+    tokens, is refused.
+    """
 
     texts: Sequence[Judged] = field(default_factory=tuple)
+    per_token: bool = False
 
 
 Request = Extend | Next | Judge

@@ -154,7 +154,7 @@ def _round(
             child = beam.extended(continuation)
             ended = child.finished or len(child.tokens) >= max_tokens
             grown.append((tree, replace(child, finished=ended)))
-    scores = yield Judge([child.judged(prompt) for _, child in grown])
+    scores = yield Judge([child.judged(prompt) for _, child in grown], per_token=blocks.block == 1)
     for tree in trees:
         held = [beam for beam in tree.beams if beam.finished]
         new = [child.scored(v) for (of, child), v in zip(grown, scores, strict=True) if of is tree]

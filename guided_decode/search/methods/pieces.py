@@ -37,7 +37,7 @@ def grow(
         child = beams[i].extended(continuation)
         ended = child.finished or len(child.tokens) >= max_tokens
         grown[i] = replace(child, finished=ended)
-    scores = yield Judge([grown[i].judged(prompt) for i in going])
+    scores = yield Judge([grown[i].judged(prompt) for i in going], per_token=block == 1)
     for i, score in zip(going, scores, strict=True):
         grown[i] = grown[i].scored(score)
     return grown

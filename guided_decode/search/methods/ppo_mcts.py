@@ -98,7 +98,7 @@ class _Tree:
 
     def plant(self) -> Coroutine[Request, Any, Node]:
         """The first root."""
-        (value,) = yield Judge([Judged(self.prompt, (), False)])
+        (value,) = yield Judge([Judged(self.prompt, (), False)], per_token=True)
         return Node((), value, False)
 
     def grow(self, root: Node) -> Coroutine[Request, Any, None]:
@@ -155,6 +155,6 @@ class _Tree:
             ends.append(edge.ends or (len(response) >= self.max_tokens and not settings.look_past))
             by_judge = settings.end_value == "judge" or settings.kl_coef != 0
             texts.append(Judged(self.prompt, response, ends[-1] and by_judge))
-        values = yield Judge(texts)
+        values = yield Judge(texts, per_token=True)
         for walk, text, ended, value in zip(walks, texts, ends, values, strict=True):
             walk.edges[-1].child = Node(text.response, value, ended)
