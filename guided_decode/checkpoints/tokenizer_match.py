@@ -11,6 +11,10 @@ _SPECIAL = ("bos_token_id", "eos_token_id")
 _RESERVED = re.compile(r"reserved|unused|placeholder|dummy|extra_id", re.IGNORECASE)
 
 
+class TokenizersDiffer(ValueError):
+    """Token ids of one model mean something else to the other."""
+
+
 class Sides(NamedTuple):
     """What errors call the two that are compared: who writes the ids, and who reads them."""
 
@@ -41,7 +45,8 @@ def check_tokenizers(
         rows: embeddings of a critic in memory, whose tokenizer on disk may be older than itself:
             tokens that this one lacks are taken to be its own as far as it has rows for them.
 
-    Raises ValueError: names the first tokens that differ, with both ids, or the special token.
+    Raises TokenizersDiffer, a ValueError: names the first tokens that differ, with both ids, or the
+        special token.
     """
     theirs, ours = critic.get_vocab(), policy.get_vocab()
     names = {index: token for token, index in theirs.items()}
@@ -59,7 +64,7 @@ def check_tokenizers(
             f"{sides.reader}"
             for index, token in wrong[:_SHOWN]
         )
-        raise ValueError(
+        raise TokenizersDiffer(
             f"{sides.both} have different tokenizers: {len(wrong)} of {sides.writer}'s "
             f"{len(ours)} tokens differ, first {shown}; expected the same id for each token; pass "
             f"{_another(sides)}"
@@ -67,7 +72,7 @@ def check_tokenizers(
     for name in _SPECIAL:
         own, other = getattr(policy, name), getattr(critic, name)
         if own != other:
-            raise ValueError(
+            raise TokenizersDiffer(
                 f"{sides.both} have different special tokens: {name} is {own} in {sides.writer} "
                 f"and {other} in {sides.reader}; expected the same; set it on the tokenizer that "
                 f"is wrong, or pass {_another(sides)}"
@@ -79,7 +84,7 @@ def check_rows(
 ) -> None:
     """What can be compared with a model that has no tokenizer: whether it has a row for each id.
 
-    Raises ValueError: names the token, its id and the model's vocabulary.
+    Raises TokenizersDiffer, a ValueError: names the token, its id and the model's vocabulary.
     """
     beyond = sorted(
         (index, token)
@@ -88,7 +93,7 @@ def check_rows(
     )
     if beyond:
         index, token = beyond[0]
-        raise ValueError(
+        raise TokenizersDiffer(
             f"{token!r} is {index} in {writer}'s tokenizer, but {name} has a vocabulary of {rows} "
             f"tokens: expected the same token ids; pass one that was trained with {writer}'s "
             "tokenizer"

@@ -15,6 +15,7 @@ import typer
 
 from guided_decode.checkpoints.registry import REGISTRY, Record, find
 from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.cli.judge_options import pooling_urls
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.quiet import quieten_libraries
 from guided_decode.cli.remote_options import RemoteOptions
@@ -51,7 +52,7 @@ def pair(policy: str | None, scorer: str | None, *, head: str | None = None) -> 
     Raises Refusal: no model is called so, or the registry knows no partner of it.
     """
     for name in (policy, scorer):
-        if name is not None and not is_address(name):
+        if name is not None and not is_address(name) and not pooling_urls(name):
             location(name)
     if head is not None:
         policy = policy or scorer or DEFAULT_POLICY
@@ -200,6 +201,10 @@ def open_scorer(
     policy: whose decoding it guides; a head on this one's hidden states shares its weights.
     remote: how its server is met, where the name is an address; device and dtype are the server's.
     """
+    if pooling_urls(name):
+        raise Refusal(f"{name}: a pooling server reads a text anew at each call, so that only "
+                      "guided-decode search asks it, about pieces; serve the scorer with "
+                      "guided-decode scorer, or pass its name")  # fmt: skip
     if not is_address(name):
         location(name)
     for other in (options.reward, options.reference, options.head):

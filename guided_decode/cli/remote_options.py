@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from guided_decode.cli.errors import Refusal
+from guided_decode.cli.judge_options import pooling_urls
 from guided_decode.scoring.remote.address import is_address
 
 _PANEL = "Models"
@@ -40,7 +41,7 @@ class RemoteOptions:
 def refuse_placement(scorer: str, **flags: str | None) -> None:
     """Raises Refusal: a device or dtype was given for a scorer that its server has placed."""
     given = [f"--{name.replace('_', '-')} {value}" for name, value in flags.items() if value]
-    if given and is_address(scorer):
+    if given and (is_address(scorer) or pooling_urls(scorer)):
         raise Refusal(
             f"{' and '.join(given)} came with {scorer}, whose server has placed its scorer: give "
             "it to guided-decode scorer, and drop it here"

@@ -15,12 +15,14 @@ from guided_decode.cli.chats import format_of
 from guided_decode.cli.checkpoints import NOT_REMOTE, follow_if_not_leading
 from guided_decode.cli.errors import Refusal, report
 from guided_decode.cli.jsonl import STDIN
+from guided_decode.cli.judge_options import JudgeOptions, check_judging
 from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
 from guided_decode.cli.score_run import STDOUT, open_output, score_rest
 from guided_decode.cli.search_models import SearchModels, named
 from guided_decode.cli.search_options import BudgetOptions, MethodOptions
 from guided_decode.cli.search_plan import print_settings, read_plan
 from guided_decode.cli.search_rows import read_search_rows
+from guided_decode.search.driver import SINGLE_TOKENS
 from guided_decode.search.method_table import METHODS
 
 Source = Annotated[
@@ -48,6 +50,7 @@ Listing = Annotated[
     bool, typer.Option("--list-settings", help="print the method's settings and their defaults")
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin again instead of going on")]
+_AS_HERE = JudgeOptions()
 _AS_IT_IS, _NO_SETTINGS, _NO_LIMITS = models.ScorerOptions(), MethodOptions(), BudgetOptions()
 
 
@@ -74,6 +77,7 @@ def search(
     dtype: models.Dtype = "auto",
     reading: models.ScorerOptions = _AS_IT_IS,
     remote: RemoteOptions = NOT_REMOTE,
+    judging: JudgeOptions = _AS_HERE,
 ) -> None:
     """Search for the best response to each prompt, by a published method and at a stated budget.
 
@@ -85,6 +89,9 @@ def search(
         return
     plan = read_plan(method, settings, answer, max_new_tokens, limits, seed)
     names = named(plan, policy, scorer, reading)
+    check_judging(names[1], reading, judging)
+    if judging.judge_through_text and plan.method.per_token(plan.settings):
+        raise Refusal(f"--judge-through-text came with --method {method}: {SINGLE_TOKENS}")
     if names[1] is not None:
         refuse_placement(names[1], scorer_device=scorer_device)
         follow_if_not_leading(names[1], reading, dtype)
@@ -94,7 +101,9 @@ def search(
     skip = on_error is row_options.Failing.SKIP
     rows = read_search_rows(source, prompt, skip=skip)
     text_format = format_of(prompt_format, find(names[0]))
-    asked = SearchModels(*names, reading, remote, device, scorer_device, dtype, text_format, raw)
+    asked = SearchModels(
+        *names, reading, remote, device, scorer_device, dtype, text_format, raw, judging
+    )
     served = asked.served()
     run = asked.identity(plan, served)
     with open_output(source or STDIN, output, rows, run, overwrite) as file:

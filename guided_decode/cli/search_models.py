@@ -3,38 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from guided_decode.checkpoints.registry import find
 from guided_decode.cli.chat_rows import Messages
-from guided_decode.cli.chats import format_of, prompt_ids, prompt_text, raw_ids
+from guided_decode.cli.chats import prompt_ids, raw_ids
 from guided_decode.cli.checkpoints import (
     DEFAULT_POLICY,
-    Policy,
-    known_as,
     load_policy,
-    load_tokenizer,
     location,
-    open_scorer,
     pair,
     parse_dtype,
 )
 from guided_decode.cli.errors import Refusal
+from guided_decode.cli.judge_options import JudgeOptions
 from guided_decode.cli.model_options import ScorerOptions
-from guided_decode.cli.prompt_formats import warn_of_another_format
 from guided_decode.cli.remote_options import RemoteOptions
 from guided_decode.cli.run_identity import fingerprint, run_identity
 from guided_decode.cli.score_run import identity
+from guided_decode.cli.search_judges import JudgeModels, Tell
 from guided_decode.cli.search_plan import Plan
 from guided_decode.cli.search_run import SearchJob
-from guided_decode.scoring.remote.address import is_address
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from guided_decode.scorer import Scorer
+    from guided_decode.search.pooling_judge import PoolingJudge
 
 
 def named(
@@ -76,18 +72,21 @@ class SearchModels:
     dtype: str
     text_format: str | None
     raw: bool
+    judging: JudgeOptions
 
-    def served(self) -> Scorer | None:
-        """The scorer of a server; None where it is none. Raises as `open_scorer`."""
-        if self.scorer is None or not is_address(self.scorer):
-            return None
-        own = load_tokenizer(
-            self.policy, f"policy {self.policy}", trust_remote_code=self.reading.trust_remote_code
-        )
-        policy = Policy(self.policy, None, own, None)
-        return open_scorer(self.scorer, self.reading, policy=policy, remote=self.remote)
+    @property
+    def _judges(self) -> JudgeModels:
+        assert self.scorer is not None
+        return JudgeModels(
+            self.scorer, self.reading, self.remote, self.judging, self.scorer_device or self.device,
+            self.dtype, self.text_format, self.raw,
+        )  # fmt: skip
 
-    def identity(self, plan: Plan, served: Scorer | None) -> str:
+    def served(self) -> Scorer | PoolingJudge | None:
+        """The scorer of servers; None where it is none. Raises as `JudgeModels.served`."""
+        return None if self.scorer is None else self._judges.served(self.policy)
+
+    def identity(self, plan: Plan, served: Scorer | PoolingJudge | None) -> str:
         """What the output's lines follow from; finds out that a model is not there."""
         settings: dict[str, Any] = {
             **plan.identity(),
@@ -98,13 +97,18 @@ class SearchModels:
         }
         if served is not None:
             # Of its weights a server says their name.
-            settings["served"] = getattr(served, "described", None)
+            known = getattr(served, "read_as", None)
+            settings["served"] = known or getattr(served, "described", None)
+        if self.judging.judge_through_text:
+            settings["through_text"] = (self.judging.judge_format, self.judging.scorer_checkpoint)
         if self.scorer is None or served is not None:
             return run_identity({}, settings, None)
         device = self.scorer_device or self.device
         return identity(self.scorer, self.reading, device, self.dtype, settings)
 
-    def job(self, plan: Plan, served: Scorer | None, run: str, skip: bool) -> SearchJob:
+    def job(
+        self, plan: Plan, served: Scorer | PoolingJudge | None, run: str, skip: bool
+    ) -> SearchJob:
         """Loads what is not there yet. Raises Refusal or ValueError: it cannot be loaded."""
         # A head on the policy's hidden states reads them with the adapter in it.
         own = self.reading.head is not None and self.policy == self.scorer
@@ -113,10 +117,7 @@ class SearchModels:
             adapter=self.reading.adapter if own else None,
             trust_remote_code=self.reading.trust_remote_code,
         )  # fmt: skip
-        from guided_decode.scoring.step_scorer import StepScorer
-        from guided_decode.search.judges import ScorerJudge
         from guided_decode.search.local import load_generator
-        from guided_decode.search.step_judge import StepJudge
 
         reading, reference = self.reading, None
         if plan.settings.get("kl_coef"):
@@ -126,59 +127,13 @@ class SearchModels:
             loaded.model, tokenizer=loaded.tokenizer, reference=reference,
             device=loaded.model.device,
         )  # fmt: skip
-        judge: ScorerJudge | StepJudge | None = None
-        ids_of = partial(_ids, loaded.tokenizer, self.text_format, self.raw)
+        judge, tell = None, None
         if self.scorer is not None:
-            scorer = served or open_scorer(
-                self.scorer, reading, device=self.scorer_device or self.device,
-                dtype=self.dtype, policy=loaded,
-            )  # fmt: skip
-            if isinstance(scorer, StepScorer):
-                reread = self._rereader()
-                judge = StepJudge(scorer, loaded.tokenizer, reread.text_of)
-                return SearchJob(plan, generator, judge, partial(reread.noted, ids_of), run, skip)
-            if not self.raw:
-                warn_of_another_format(
-                    loaded.tokenizer, self.text_format, known_as(scorer, self.scorer),
-                    self.reading.bos,
-                )  # fmt: skip
-            judge = ScorerJudge(scorer, terminals=generator.eos_token_ids)
+            judge, tell = self._judges.judge(served, loaded, reading, generator.eos_token_ids)
+        ids_of = partial(_ids, loaded.tokenizer, self.text_format, self.raw)
+        if tell is not None:
+            ids_of = partial(_told, tell, ids_of)
         return SearchJob(plan, generator, judge, ids_of, run, skip)
-
-    def _rereader(self) -> Rereader:
-        """The prompts as a process reward model reads them."""
-        assert self.scorer is not None
-        if self.raw:
-            raise Refusal(f"--raw came with --scorer {self.scorer}, a process reward model, which "
-                          "reads chats in its own format: drop it")  # fmt: skip
-        reading = self.reading
-        own = load_tokenizer(
-            self.scorer, self.scorer, adapter=reading.adapter, revision=reading.revision,
-            trust_remote_code=reading.trust_remote_code, gguf_file=reading.gguf_file,
-        )  # fmt: skip
-        return Rereader(own, format_of(None, find(self.scorer)))
-
-
-@dataclass(frozen=True, slots=True)
-class Rereader:
-    """The prompts of a run in a judge's own format, by the policy's token ids.
-
-    text_format: the judge's, as `chats.prompt_text` takes it.
-    """
-
-    tokenizer: PreTrainedTokenizerBase
-    text_format: str | None
-    texts: dict[tuple[int, ...], str] = field(default_factory=dict)
-
-    def noted(self, ids_of: Callable[[Messages], list[int]], messages: Messages) -> list[int]:
-        """The policy's token ids of a conversation; from then on the judge has it, too."""
-        ids = ids_of(messages)
-        self.texts[tuple(ids)] = prompt_text(self.tokenizer, self.text_format, messages)
-        return ids
-
-    def text_of(self, prompt: tuple[int, ...]) -> str:
-        """The text that the judge reads of a prompt."""
-        return self.texts[prompt]
 
 
 def _ids(
@@ -190,3 +145,10 @@ def _ids(
     if len(messages) > 1:
         raise Refusal(f"--raw takes text, and this chat has {len(messages)} messages")
     return raw_ids(tokenizer, text_format, messages[0]["content"])
+
+
+def _told(tell: Tell, ids_of: Callable[[Messages], list[int]], messages: Messages) -> list[int]:
+    """The same, of which the judge knows what they stand for. Raises ValueError: it cannot."""
+    ids = ids_of(messages)
+    tell(ids, messages)
+    return ids

@@ -22,9 +22,8 @@ from guided_decode.search.result import Candidate, Search, SearchResult
 from guided_decode.search.seeds import derive
 
 if TYPE_CHECKING:
-    from guided_decode.search.judges import ScorerJudge
+    from guided_decode.cli.search_judges import AnyJudge
     from guided_decode.search.local import LocalGenerator
-    from guided_decode.search.step_judge import StepJudge
     from guided_decode.stats import ScorerStats
 
 
@@ -39,7 +38,7 @@ class SearchJob:
 
     plan: Plan
     generator: LocalGenerator
-    judge: ScorerJudge | StepJudge | None
+    judge: AnyJudge | None
     ids_of: Callable[[Messages], list[int]]
     run: str
     skip: bool
@@ -48,7 +47,7 @@ class SearchJob:
         """What a progress bar shows of the models at work."""
         shown: list[ProgressColumn] = [_Tokens("policy", self.generator.stats)]
         if self.judge is not None:
-            shown.append(_Tokens("scorer", self.judge.scorer.stats))
+            shown.append(_Tokens("scorer", self.judge.stats))
         return shown
 
     def lines(self, batch: list[SearchRow]) -> Iterator[list[dict[str, Any]]]:

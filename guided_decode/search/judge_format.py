@@ -30,13 +30,8 @@ class JudgeFormat:
         Args:
             tokenizer: the judge's. prompt_format: of `prompts.FORMATS`; None is its chat template.
 
-        Raises ValueError: there is no such format, or no template; the tokenizer has no EOS.
+        Raises ValueError: there is no such format; the tokenizer has no EOS.
         """
-        if prompt_format is None and not tokenizer.chat_template:
-            raise ValueError(
-                "the judge's tokenizer has no chat template: pass the format that it was trained "
-                "on as prompt_format="
-            )
         if tokenizer.eos_token is None:
             raise ValueError(
                 "the judge's tokenizer has no EOS, which ends finished responses: set it"
@@ -97,6 +92,11 @@ class JudgeFormat:
                 chat, self._format, add_generation_prompt=open_, end="turn" if open_ else "eos",
                 eos_token=self.tokenizer.eos_token,
             )  # fmt: skip
+        if not self.tokenizer.chat_template:
+            raise ValueError(
+                "the judge's tokenizer has no chat template: pass the format that it was trained "
+                "on as prompt_format="
+            )
         try:
             return str(
                 self.tokenizer.apply_chat_template(

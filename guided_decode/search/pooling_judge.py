@@ -74,6 +74,23 @@ class PoolingJudge:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.served.name!r} at {', '.join(self.endpoints.urls)})"
 
+    @property
+    def read_as(self) -> dict[str, str]:
+        """From what its values follow, beside the weights that the servers have."""
+        known = self.described
+        return {
+            "model": self.served.name,
+            "checkpoint": known.name,
+            "kind": known.family.kind,
+            "bos": known.family.bos,
+            "terminal": known.family.terminal,
+            "transform": str(known.transform),
+        }
+
+    def add_terminals(self, terminals: Collection[int]) -> None:
+        """More token ids that end a response: those of a policy that was not known yet."""
+        self._terminals |= frozenset(terminals)
+
     def judge(self, texts: Sequence[Judged]) -> list[float]:
         """As `requests.JudgeOfTexts.judge`.
 

@@ -124,7 +124,7 @@ def test_a_tokenizer_that_cannot_render_is_refused(break_, message):
     for name, value in break_.items():
         setattr(tokenizer, name, value)
     with pytest.raises(ValueError, match=message):
-        JudgeFormat(tokenizer, None)
+        JudgeFormat(tokenizer, None).ids(CHAT, "", ended=False)
 
 
 def test_a_template_that_refuses_is_told():
