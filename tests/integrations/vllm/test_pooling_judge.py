@@ -87,7 +87,8 @@ def test_a_critic_served_by_vllm_says_what_it_says_here(task, policy, critic, tm
 
 def test_a_reward_model_served_by_vllm_is_read_at_its_eos(tmp_path):
     path = str(tmp_path / "model")
-    models.tiny("llama", "sequence").save_pretrained(path)
+    # Its attention on a CPU wants heads of a multiple of 32.
+    models.tiny("llama", "sequence", hidden_size=128).save_pretrained(path)
     # vLLM serves none without a tokenizer.
     word_tokenizer().save_pretrained(path)
     local = ScorerJudge(load_scorer(path, "reward-model"))
