@@ -93,6 +93,11 @@ def check_judging(scorer: str | None, reading: ScorerOptions, judging: JudgeOpti
         if odd:
             raise Refusal(f"{odd[0]} came with --scorer {scorer}, which is no pooling server: "
                           "expected http://HOST:PORT, several with commas; drop it")  # fmt: skip
+        if judging.scorer_checkpoint is not None and not judging.judge_through_text:
+            raise Refusal(
+                f"--scorer-checkpoint {judging.scorer_checkpoint} says how a scorer on pooling "
+                "servers is read, or whose tokenizer reads text: drop it"
+            )
     if judging.judge_format is not None and not judging.judge_through_text:
         raise Refusal("--judge-format is the scorer's chat format through text: pass "
                       "--judge-through-text, or drop it")  # fmt: skip

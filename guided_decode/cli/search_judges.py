@@ -150,6 +150,9 @@ class JudgeModels:
         from guided_decode.search.judges import ScorerJudge
         from guided_decode.search.pooling_judge import connect_judge
 
+        if self.remote.key_file is not None:
+            raise Refusal("--key-file is of a scorer server (tcp://HOST:PORT): pooling servers "
+                          "take an API key, --scorer-api-key-env")  # fmt: skip
         judging, reading = self.judging, self.reading.given()
         reward, checkpoint = reading.pop("reward", None), judging.scorer_checkpoint
         # Of a KL term, which the method has.

@@ -145,6 +145,10 @@ def test_methods_of_single_tokens_refuse_text(name, prompts, foreign):
     [
         (["--scorer-served-name", "x"], "--scorer-served-name came with --scorer tiny-tulu-value, "
          "which is no pooling server: expected http://HOST:PORT"),
+        (["--scorer-checkpoint", "tiny-tulu-value"], "--scorer-checkpoint tiny-tulu-value says how "
+         "a scorer on pooling servers is read, or whose tokenizer reads text: drop it"),
+        (["--scorer", "http://127.0.0.1:1", "--policy", "tiny-tulu-sft", "--key-file", "k"],
+         "--key-file is of a scorer server (tcp://HOST:PORT): pooling servers take an API key"),
         (["--judge-format", "tulu-2"], "--judge-format is the scorer's chat format through text"),
         (["--scorer", "http://127.0.0.1:1", "--policy", "tiny-tulu-sft", "--cache-tokens", 9],
          "--cache-tokens came with http://127.0.0.1:1, whose servers have loaded the scorer"),

@@ -1,14 +1,24 @@
 """HTTP servers that fail, hang, cut and answer garbage: what is tried again, and what is said."""
 
+import email.utils
+import signal
 import socket
 import threading
 import time
+from datetime import UTC, datetime, timedelta
 
+import httpx
 import pytest
 
 from guided_decode.search.http import Endpoints
 from guided_decode.search.http_access import api_key_of
-from guided_decode.search.http_failures import EndpointError, RequestRefused, Retry
+from guided_decode.search.http_failures import (
+    EndpointError,
+    Failure,
+    RequestRefused,
+    Retry,
+    check_status,
+)
 from tests.search.scripted_server import DROPPED, Reply, scripted
 
 QUICK = Retry(attempts=4, first=0.01, most=0.05)
@@ -171,6 +181,37 @@ def test_a_server_says_how_long_to_wait():
         begun = time.monotonic()
         endpoints.post("/p", {})
         assert time.monotonic() - begun >= 0.5
+
+
+def test_an_interrupt_gives_up_what_is_under_way():
+    hangs = Reply({}, wait=60)
+    with (
+        scripted(lambda path, body, number: hangs if number == 0 else echo(path, body, number))
+        as (server,),
+        opened(server) as endpoints,
+    ):  # fmt: skip
+
+        def interrupt():
+            while not server.seen:
+                time.sleep(0.01)
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+        thread = threading.Thread(target=interrupt)
+        thread.start()
+        with pytest.raises(KeyboardInterrupt):
+            endpoints.post("/p", {})
+        thread.join()
+        assert endpoints.post("/p", {"a": 1})["body"] == {"a": 1}
+
+
+def test_a_date_is_a_wait_too():
+    later = email.utils.format_datetime(datetime.now(UTC) + timedelta(seconds=60))
+    for text, lowest, highest in ((later, 50, 61), ("7", 7, 7), ("soon", None, None)):
+        response = httpx.Response(503, headers={"retry-after": text})
+        with pytest.raises(Failure) as failed:
+            check_status(response, "http://host", None)
+        after = failed.value.after
+        assert after is None if lowest is None else lowest <= after <= highest
 
 
 def test_waits_grow_and_are_spread():
