@@ -17,6 +17,11 @@ _MERGE = (
 
 def misgiven_file(path: str | Path) -> str | None:
     """Why a path cannot be a model, with what to do, where that shows in its name; else None."""
+    if str(path).startswith(("http://", "https://")):
+        return (
+            f"{path} is a URL: a scorer server is tcp://HOST:PORT; what a pooling server has is a "
+            "judge of searches, guided_decode.search.connect_judge"
+        )
     path = Path(path)
     if path.is_file():
         return _single_file(path)

@@ -136,3 +136,8 @@ def test_devices_that_are_none(given, message):
 def test_lists_where_a_heads_tensors_are_due():
     with pytest.raises(ValueError, match="came with a list as 'head.weight': expected a tensor"):
         load_scorer(tiny("llama", "lm"), head={"head.weight": [[1.0] * 48]})
+
+
+def test_a_url_is_told_who_takes_one():
+    with pytest.raises(ValueError, match=r"http://host:1 is a URL: .*search.connect_judge"):
+        load_scorer("http://host:1")
