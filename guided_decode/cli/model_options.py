@@ -29,6 +29,11 @@ Scorer = Annotated[
     str | None,
     _option(f"{_NAME}, or a scorer server's address \\[the policy's, or tiny-tulu-value]"),
 ]
+SearchScorer = Annotated[
+    str | None,
+    _option(f"{_NAME}, a scorer server's address, or http://HOST:PORT of pooling servers, with "
+            "commas \\[the policy's, or tiny-tulu-value]"),
+]  # fmt: skip
 Device = Annotated[str | None, _option("\\[a GPU if any]")]
 ScorerDevice = Annotated[str | None, _option("\\[--device]")]
 Dtype = Annotated[str, _option("of the weights", metavar="auto|float32|bfloat16|float16")]

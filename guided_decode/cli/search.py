@@ -60,7 +60,7 @@ def search(
     prompt: Text = None,
     output: Output = STDOUT,
     policy: models.Policy = None,
-    scorer: models.Scorer = None,
+    scorer: models.SearchScorer = None,
     settings: MethodOptions = _NO_SETTINGS,
     list_settings: Listing = False,
     answer: Answer = None,
