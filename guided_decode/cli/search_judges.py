@@ -148,7 +148,7 @@ class JudgeModels:
         from guided_decode.checkpoints.tokenizer_match import TokenizersDiffer
         from guided_decode.search.http_access import api_key_of
         from guided_decode.search.judges import ScorerJudge
-        from guided_decode.search.pooling_judge import connect_judge
+        from guided_decode.search.pooling_connection import connect_judge
 
         if self.remote.key_file is not None:
             raise Refusal("--key-file is of a scorer server (tcp://HOST:PORT): pooling servers "

@@ -21,7 +21,8 @@ from guided_decode.search.methods.refill import prune_and_refill
 from guided_decode.search.methods.segment_rejection import Segments, segment_rejection
 from guided_decode.search.methods.smc import sequential_monte_carlo
 from guided_decode.search.methods.vote import vote
-from guided_decode.search.pooling_judge import PoolingJudge, connect_judge
+from guided_decode.search.pooling_connection import connect_judge
+from guided_decode.search.pooling_judge import PoolingJudge
 from guided_decode.search.requests import (
     Continuation,
     Extend,

@@ -8,7 +8,7 @@ import torch
 from guided_decode import load_scorer, tiny_tulu
 from guided_decode.search import Judged, ScorerJudge
 from guided_decode.search.http_failures import EndpointError, Retry
-from guided_decode.search.pooling_judge import connect_judge
+from guided_decode.search.pooling_connection import connect_judge
 from tests import models
 from tests.checkpoints.tokenizer_files import swapped, word_tokenizer
 from tests.search.pooling_server import PoolingServer
