@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from guided_decode.scoring.step_scorer import StepScorer
 from guided_decode.search.requests import Judged, Tokens
+from guided_decode.search.response_text import ResponseText
+from guided_decode.stats import ScorerStats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +20,9 @@ class StepJudge:
     The last step of an unfinished response is judged as it stands: let blocks end where its steps
     do (`Sampling.stop`).
     """
+
+    # Methods that value single tokens are refused, as of `TextJudge`.
+    through_text = True
 
     def __init__(
         self,
@@ -34,14 +39,18 @@ class StepJudge:
         """
         self.scorer = scorer
         self._tokenizer = tokenizer
+        self._text = ResponseText(tokenizer)
         self._prompt_of = self._said if prompt_of is None else prompt_of
+
+    @property
+    def stats(self) -> ScorerStats:
+        """Counters of the model's forwards."""
+        return self.scorer.stats
 
     def judge(self, texts: Sequence[Judged]) -> list[float]:
         """As `requests.JudgeOfTexts.judge`. Raises ValueError: as the scorer."""
-        responses = [
-            str(self._tokenizer.decode(list(text.response), skip_special_tokens=True))
-            for text in texts
-        ]
+        # Without the bytes at a piece's end that are no character yet.
+        responses = [self._text.decode(text.response, final=text.finished) for text in texts]
         return self.scorer.values([self._prompt_of(text.prompt) for text in texts], responses)
 
     def _said(self, prompt: Tokens) -> str:

@@ -79,7 +79,13 @@ def test_tokens_are_refused_with_the_reason(words):
 def test_search_refuses_raw_text():
     said = invoke("search", "--method", "dvts", "--raw", "--prompt", "2+2", "--policy",
                   look_alike(POLICY), "--scorer", look_alike(QWEN), code=2).stderr  # fmt: skip
-    assert "reads chats in its own format: drop it" in " ".join(said.split())
+    assert "reads chats as text in its own format: drop it" in " ".join(said.split())
+
+
+def test_methods_that_value_single_tokens_are_refused():
+    said = invoke("search", "--method", "value-beam", "--prompt", "2+2", "--policy",
+                  look_alike(POLICY), "--scorer", look_alike(QWEN), code=2).stderr  # fmt: skip
+    assert "single tokens" in " ".join(said.split())
 
 
 def test_a_plan_judges_by_steps():
