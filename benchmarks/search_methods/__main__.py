@@ -59,7 +59,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--policies", nargs="+", default=["sft", "ppo"], choices=["sft", "ppo"])
     parser.add_argument("--prompts", type=int, default=tiny_tulu.HELD_OUT, help="held-out prompts")
     parser.add_argument("--validation", type=int, default=150, help="validation prompts")
-    parser.add_argument("--batch", type=int, default=250, help="prompts side by side")
+    parser.add_argument("--batch", type=int, default=200, help="prompts side by side")
     parser.add_argument("--records", type=Path, default=Path("out/search_methods.jsonl"))
     parser.add_argument("--table", action="store_true", help="run nothing")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder")

@@ -17,7 +17,7 @@ from guided_decode.search.budget import TokenTree
 from guided_decode.search.seeds import derive
 
 MAX_TOKENS = 80
-# Of each model: a batch of 250 prompts with what eight samples and their branches need.
+# Of each model: a batch of 200 prompts with what eight samples and their branches need.
 CACHE_TOKENS = 80_000
 
 

@@ -50,15 +50,15 @@ def tried() -> list[Setting]:
     for width, branches in ((1, 2), (1, 4), (2, 2), (4, 2)):
         shape = {"width": width, "branches": branches}
         made.append(Setting("value beam", "value-beam", shape))
-    for piece, (width, branches) in itertools.product(
-        ({"block": 6}, LINE), ((1, 2), (1, 4), (2, 2), (1, 8))
-    ):
-        shape = {"width": width, "branches": branches}
-        made.append(Setting("blockwise", "block", shape | piece))
-    for n, margin in itertools.product((2, 4, 8), (0.1, 0.3)):
+    shapes = [({"block": 6}, 1, 4), ({"block": 6}, 1, 8), (LINE, 1, 2), (LINE, 1, 4), (LINE, 1, 8),
+              (LINE, 2, 2)]  # fmt: skip
+    for piece, width, branches in shapes:
+        given = {"width": width, "branches": branches} | piece
+        made.append(Setting("blockwise", "block", given))
+    for n, margin in ((2, 0.1), (4, 0.1), (4, 0.3), (8, 0.1), (8, 0.3)):
         given = {"n": n, "block": 12, "margin": margin}
         made.append(Setting("refill", "prune-and-refill", given))
-    for particles, beta in itertools.product((2, 4, 8), (5.0, 20.0)):
+    for particles, beta in ((2, 20.0), (4, 5.0), (4, 20.0), (8, 5.0), (8, 20.0)):
         given = {"particles": particles, "block": 12, "beta": beta, "choice": "best"}
         made.append(Setting("SMC", "smc", given))
     return [*made, *_trees()]
@@ -76,7 +76,7 @@ def _prune() -> Iterator[Setting]:
 
 
 def _trees() -> Iterator[Setting]:
-    for simulations, c_puct in itertools.product((4, 8), (0.5, 1.0, 2.0)):
+    for simulations, c_puct in itertools.product((4, 8), (1.0, 2.0)):
         given = {"simulations": simulations, "k": 4, "c_puct": c_puct}
         yield Setting("MCTS", "ppo-mcts", given)
     # As it was published.
