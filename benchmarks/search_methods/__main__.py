@@ -37,7 +37,9 @@ def main() -> int:
     if not arguments.table:
         for policy in arguments.policies:
             run(policy, records, arguments)
-    command = " ".join(["python -m benchmarks.search_methods", *sys.argv[1:]])
+    # What makes the figures; --table only writes them down.
+    words = [word for word in sys.argv[1:] if word != "--table"]
+    command = " ".join(["python -m benchmarks.search_methods", *words])
     about = environment(command, {"policies": arguments.policies, "critic": "value"})
     about |= {"seed": SEED, "validation": arguments.validation}
     write(records, {policy: flops(Family(policy)) for policy in arguments.policies}, about,

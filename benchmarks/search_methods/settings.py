@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-PLAIN, GREEDY, BEST_OF_N = "plain", "plain, greedy", "best-of-n"
+PLAIN, GREEDY, BEST_OF_N = "plain", "greedy", "best-of-n"
 # A line of a worked answer has 10 to 12 tokens.
 LINE = {"block": 16, "stop": ["\n"]}
 

@@ -147,9 +147,13 @@ def page(compared: Mapping[str, tuple[int, list[Row]]], about: Mapping[str, Any]
             ]
         for counting in COUNTINGS:
             lines += ["", f"### Tokens {counting}", "", HEADINGS[counting]]
+            before: list[str] = []
             for rung in RUNGS:
                 own = [r for r in rows if r.counting == counting and r.rung == rung]
-                lines += ["", f"**At most {rung:g} × plain.** {verdict(own)}", "", *_table(own)]
+                lines += ["", f"**At most {rung:g} × plain.** {verdict(own)}"]
+                table = _table(own)
+                lines += ["", *table] if table != before else ["The table is the last one."]
+                before = table
     return "\n".join(lines) + "\n"
 
 

@@ -188,6 +188,8 @@ def test_the_command_runs_what_is_missing_and_says_where_it_was_cut_short(tmp_pa
     text = (tmp_path / "search_methods.md").read_text()
     assert "**6 of the 1,000 held-out prompts, the same for every method" in text
     assert "### Tokens forwarded" in text
+    # Four and eight times plain hold the same of these few.
+    assert text.count("The table is the last one.") == 2
     # Nothing is run again, and a table can be made without running.
     assert command.main() == 0
     assert (tmp_path / "r.jsonl").read_text().splitlines() == lines
