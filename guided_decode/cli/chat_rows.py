@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ ROLES = ("system", "user", "assistant")
 _ANSWER, _PREFERENCE = ("response", "completion"), ("chosen", "rejected")
 # The fields of a row that are its conversation.
 CONVERSATION = ("messages", "prompt", *_ANSWER, *_PREFERENCE)
+_PROMPTS = "an object with messages or prompt"
 _SHAPES = (
     "an object with messages, with prompt and response or completion, or with chosen and rejected"
 )
@@ -37,11 +39,13 @@ class Responses:
     listed: bool = False
 
 
-def read_messages(given: Any) -> list[Message]:
+def read_messages(given: Any, expected: str = _PROMPTS) -> list[Message]:
     """The conversation of one JSON value.
 
     Accepted: {"messages": [{"role", "content"}, ...]}, such a list itself, and {"prompt"} with or
     without {"response"} or {"completion"}; each of them text or messages.
+
+    expected: what is asked for where it is none of these.
 
     Raises Refusal: anything else; says what it is.
     """
@@ -52,8 +56,16 @@ def read_messages(given: Any) -> list[Message]:
         parts = [(given["prompt"], "user"), *((answer, "assistant") for answer in answers)]
         given = [message for part in parts for message in _turns(*part)]
     if not isinstance(given, list) or not given:
-        raise Refusal(f"{_shown(given)}: expected {_SHAPES}")
+        raise Refusal(f"{_shown(given)}: expected {expected}{_meant(given)}")
     return [_message(one, i) for i, one in enumerate(given)]
+
+
+def _meant(given: Any) -> str:
+    """What a field of an object may have been meant as, for an error."""
+    for name in given if isinstance(given, dict) else ():
+        if close := difflib.get_close_matches(name, CONVERSATION, n=1):
+            return f" (did you mean {close[0]} by {name}?)"
+    return ""
 
 
 def read_responses(given: Any) -> list[Responses]:
@@ -65,7 +77,7 @@ def read_responses(given: Any) -> list[Responses]:
     Raises Refusal: anything else; says what it is.
     """
     if not (isinstance(given, dict) and all(name in given for name in _PREFERENCE)):
-        return [Responses("", [_ended(read_messages(given))])]
+        return [Responses("", [_ended(read_messages(given, _SHAPES))])]
     return [_side(given, name) for name in _PREFERENCE]
 
 

@@ -101,6 +101,10 @@ def generate(
             loaded.tokenizer, decoded_in, known_as(critic, names[1]), reading.bos
         )
     config = guidance.over(chosen_for(known_as(critic, names[1]), guidance.rule))
+    if guidance.preset and config.top_k is None and not critic.scores_vocabulary:
+        raise Refusal(f"--preset {guidance.preset} reads the whole vocabulary, which only an "
+                      "implicit reward scores at once: pass --kind implicit with --reference, or "
+                      "--top-k")  # fmt: skip
     setup = Setup(loaded, critic, config, sampling, raw, decoded_in)
     answer = (
         partial(compare, as_json=as_json)

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from guided_decode.cli.errors import Refusal
 from guided_decode.search.budget import Budget
 
 
@@ -161,5 +162,10 @@ class BudgetOptions:
     max_seconds: Seconds = None
 
     def budget(self) -> Budget:
-        """The same for the library. Raises ValueError: a limit that is not above 0."""
+        """The same for the library. Raises Refusal: a limit that is not above 0."""
+        for field in fields(self):
+            given = getattr(self, field.name)
+            if given is not None and not given > 0:
+                flag = field.name.replace("_", "-")
+                raise Refusal(f"--{flag} {given}: expected a number above 0")
         return Budget(self.max_policy_tokens, self.max_scorer_tokens, self.max_seconds)

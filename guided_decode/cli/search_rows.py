@@ -76,7 +76,8 @@ def _row(index: int, number: int, line: bytes, source: Path, skip: bool) -> Sear
             )
     except Refusal as error:
         if not skip:
-            raise Refusal(f"{where}: {error}") from error
+            plain = "; plain text is given by a file or --prompt" if source == STDIN else ""
+            raise Refusal(f"{where}: {error}{plain}") from error
         return SearchRow(index, number, where, key, problem=str(error))
     return SearchRow(index, number, where, key, _passed(given), messages)
 

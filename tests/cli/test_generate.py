@@ -138,6 +138,14 @@ def test_a_preset_is_its_settings_and_options_change_it(preset, written_out):
     assert texts("--preset", preset, "--beta", 7) == texts(*written_out, "--beta", 7)
 
 
+def test_a_preset_for_implicit_rewards_says_so_of_a_critic():
+    result = CliRunner().invoke(app, ["generate", "--prompt", PROMPT, "--preset", "proxy-tuning"])
+    assert result.exit_code == 2
+    assert "--preset proxy-tuning reads the whole vocabulary, which only an implicit reward" in (
+        " ".join(result.stderr.split())
+    )
+
+
 def test_an_unknown_preset_is_refused():
     result = CliRunner().invoke(app, ["generate", "--prompt", PROMPT, "--preset", "args2"])
     assert result.exit_code == 2

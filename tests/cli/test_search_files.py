@@ -8,8 +8,10 @@ import sys
 import time
 
 import pytest
+from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
+from guided_decode.cli.app import app
 from guided_decode.search.seeds import derive
 from tests import PATIENCE
 from tests.cli.search_runs import (
@@ -95,7 +97,8 @@ def test_another_setting_is_not_mixed_in(prompts, tmp_path):
         (["--method", "smc", "--choice", "worst"], "--choice worst: expected"),
         (["--method", "vote", "--scorer", "tiny-tulu-value"], "vote, which asks no scorer"),
         (["--method", "smc", "--answer", "final"], "--answer final came with --method smc"),
-        (["--method", "cd", "--max-policy-tokens", "0"], "policy_tokens=0: expected a number"),
+        (["--method", "cd", "--max-policy-tokens", "0"], "--max-policy-tokens 0: expected a num"),
+        (["--method", "cd", "--max-seconds", "-1"], "--max-seconds -1.0: expected a number above"),
         (["--method", "ppo-mcts", "--kl-coef", "0.1"], "--kl-coef 0.1 needs --reference"),
         (["--method", "cards"], "cards needs --target, which has no default"),
         (["--method", "cd", "--raw", "--prompt-format", "tulu-2"], "--raw takes text as it is"),
@@ -104,6 +107,17 @@ def test_another_setting_is_not_mixed_in(prompts, tmp_path):
 )  # fmt: skip
 def test_what_makes_no_search_is_refused_in_one_line(words, message):
     assert message in refused(*words, "--prompt", PROMPTS[0])
+
+
+def test_a_line_that_is_no_prompt_says_what_was_meant(tmp_path):
+    given = tmp_path / "typo.jsonl"
+    given.write_text('{"promt": "1+1"}\n')
+    said = refused("--method", "cd", given)
+    assert "expected an object with messages or prompt (did you mean prompt by promt?)" in said
+    result = CliRunner().invoke(app, ["search", "--method", "cd", "-"], input="What is 1+1?\n")
+    assert result.exit_code == 2
+    assert "not JSON" in result.stderr
+    assert "plain text is given by a file or --prompt" in " ".join(result.stderr.split())
 
 
 def test_prompts_are_needed_once(prompts):

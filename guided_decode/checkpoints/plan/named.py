@@ -117,15 +117,16 @@ def _unknown(name: str, policies: list[str]) -> str:
         return f"{name} is a scorer server: give the model that it serves"
     if name.startswith((".", "/", "~")) or name.count("/") > 1:
         return f"{name}: no such folder"
-    if "/" in name:
-        return (
-            f"{name} is not in the registry, and a plan fetches nothing: give a folder with its "
-            f"config.json (hf download {name} config.json --local-dir FOLDER)"
-        )
     names = [*policies, *(one for record in REGISTRY for one in record.names)]
     close = difflib.get_close_matches(name, names, n=1)
+    meant = f" (did you mean {close[0]}?)" if close else ""
+    if "/" in name:
+        return (
+            f"{name} is not in the registry{meant}, and a plan fetches nothing: give a folder with "
+            f"its config.json (hf download {name} config.json --local-dir FOLDER)"
+        )
     return (
-        f"{name}: unknown model{f' (did you mean {close[0]}?)' if close else ''}; expected a name "
+        f"{name}: unknown model{meant}; expected a name "
         "that guided-decode models lists, or a folder with a config.json"
     )
 

@@ -87,8 +87,8 @@ def test_the_kind_goes_by_what_was_given_and_by_evidence(folder, fields, given, 
     ("name", "message"),
     [
         ("meta-llama/Llama-3.2-1B",
-         r"meta-llama/Llama-3.2-1B is not in the registry, and a plan fetches nothing: give a "
-         r"folder with its config.json \(hf download meta-llama/Llama-3.2-1B config.json"),
+         r"is not in the registry \(did you mean meta-llama/Llama-3.2-1B-Instruct\?\), and a plan "
+         r"fetches nothing: give a folder with its config.json \(hf download meta-llama/Llama-3.2"),
         ("tulu-2-13", r"tulu-2-13: unknown model \(did you mean tulu-2-13b\?\); expected a name"),
         ("./nowhere", r"\./nowhere: no such folder"),
         ("tcp://127.0.0.1:7070", r"is a scorer server: give the model that it serves"),
