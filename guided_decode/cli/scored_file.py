@@ -89,13 +89,13 @@ class ScoredFile:
                 ) from error
             if computed_by != run:
                 raise Refusal(
-                    f"{place(self.path, number)}: scored from another input or with other "
-                    "settings: here another scorer, other weights under its name, another dtype or "
-                    f"option; {_NEW}"
+                    f"{place(self.path, number)}: made from another input or with other "
+                    "settings: here another model, other weights under its name, another dtype, "
+                    f"method, seed or option; {_NEW}"
                 )
             if number > len(keys) or key != keys[number - 1]:
                 raise Refusal(
-                    f"{place(self.path, number)}: scored from another input or with other "
+                    f"{place(self.path, number)}: made from another input or with other "
                     f"settings: here another line of the input; {_NEW}"
                 )
             self.failed += failed

@@ -158,7 +158,7 @@ def test_lines_of_another_input_or_setting_are_not_mixed_in(tmp_path):
                  [source, output, "--scorer", "tiny-tulu-ppo"]):  # fmt: skip
         result = runner.invoke(app, ["score", *map(str, args)])
         assert result.exit_code == 2
-        assert "scored from another input or with other settings" in result.stderr
+        assert "made from another input or with other settings" in result.stderr
     # More lines at the end of the input are only more to do.
     write(source, [*given, chats(4)[3]])
     score(source, output)

@@ -234,7 +234,7 @@ def test_another_dtype_or_other_weights_are_not_mixed_in(tmp_path):
     for change in (["--dtype", "bfloat16"], ["--bos", "keep"], ["--terminal", "critic"],
                    ["--transform", "sigmoid"], ["--prompt-format", "tulu-2"]):  # fmt: skip
         result = scored(source, output, *own, *change, code=2)
-        assert "line 1: scored from another input or with other settings" in result.stderr
+        assert "line 1: made from another input or with other settings" in result.stderr
     weights["score.weight"] = weights["score.weight"] + 0.01
     save_file(weights, critic / "model.safetensors", metadata={"format": "pt"})
     assert "other weights under its name" in scored(source, output, *own, code=2).stderr
