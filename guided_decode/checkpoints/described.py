@@ -6,21 +6,21 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
-from transformers import AutoConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from guided_decode.checkpoints.config_checks import settle_rope
 from guided_decode.checkpoints.families import BosRule, Family
 from guided_decode.checkpoints.head import choose_transform
 from guided_decode.checkpoints.kinds import choose_family
 from guided_decode.checkpoints.registry import Record, find
-from guided_decode.checkpoints.source import Source
+from guided_decode.checkpoints.source import Source, read_config
 from guided_decode.checkpoints.special_ids import conventions
 from guided_decode.checkpoints.tokenizer_files import tokenizer_beside
 from guided_decode.scorer import TerminalRule
 from guided_decode.scoring.transforms import Transform, parse_transform
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
 # A server of whole models reads a head that is called "score", of these classes.
 _SERVED = ("ForTokenClassification", "ForSequenceClassification")
@@ -73,7 +73,10 @@ def describe(
         a head called "score" cannot read it as its trainer did.
     """
     location = _location(name)
-    config = _read_config(name, location, revision, trust_remote_code)
+    try:
+        config = read_config(name, location, revision, trust_remote_code)
+    except ValueError as error:
+        raise ValueError(f"{error}; it has to be the checkpoint that is served") from error
     architecture = (config.architectures or [""])[0]
     if not architecture.endswith(_SERVED):
         raise ValueError(
@@ -133,21 +136,3 @@ def _family(
 def _location(name: str) -> str:
     record = find(name)
     return name if record is None else record.location
-
-
-def _read_config(
-    name: str, location: str, revision: str | None, trust_remote_code: bool
-) -> PreTrainedConfig:
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(
-            location, revision=revision, trust_remote_code=trust_remote_code
-        )
-    except ImportError:
-        raise
-    except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"the config of {name} cannot be read here ({said}): expected a folder, a registered "
-            "name or a Hub id of the checkpoint that is served"
-        ) from error
-    return config

@@ -191,7 +191,7 @@ def _of_files(
         return _of_gguf(str(name), *gguf, find(name), revision, trust_remote_code)
     if (reason := misgiven_file(location)) is not None:
         raise ValueError(reason)
-    config = _read_config(str(name), location, revision, trust_remote_code)
+    config = read_config(str(name), location, revision, trust_remote_code)
     architecture = _architecture(str(name), config)
     weights = open_weights(location, revision, allow_pickle)
     return Source(str(name), architecture, config, find(name), weights, None, trust_remote_code)
@@ -220,7 +220,7 @@ def _of_adapter(adapter: AdapterFiles, base: Source, **how: Unpack[_How]) -> Sou
     config = base.config
     # OpenRLHF writes the config of its own class there, with its head's conventions.
     if not folder and (Path(location) / "config.json").is_file():
-        config = _read_config(location, location, revision, how["trust_remote_code"])
+        config = read_config(location, location, revision, how["trust_remote_code"])
     _forget_conventions(config)
     _settle_labels(config, weights)
     return Source(
@@ -251,9 +251,10 @@ def _of_gguf(
     return Source(name, architecture, config, record, weights, None, trust_remote_code)
 
 
-def _read_config(
+def read_config(
     name: str, location: str, revision: str | None, trust_remote_code: bool
 ) -> PreTrainedConfig:
+    """The config at a folder or Hub id. Raises ValueError: none is there, or it cannot be read."""
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(
             location, revision=revision, trust_remote_code=trust_remote_code

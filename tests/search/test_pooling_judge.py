@@ -286,7 +286,7 @@ def test_several_servers_share_the_work_and_the_shortest_limit_holds():
     ("checkpoint", "kind", "how", "message"),
     [
         (None, "auto", {}, 'kind="auto" has no evidence of what trained it; pass kind='),
-        ("/nowhere", "auto", {}, "the config of /nowhere cannot be read here .*the checkpoint tha"),
+        ("/nowhere", "auto", {}, "/nowhere: expected a folder .*; it has to be the checkpoint"),
         (models.saved("llama", "lm"), "auto", {}, "LlamaForCausalLM: a pooling server reads class"),
         (None, "implicit", {}, "given as implicit, which no pooling server serves"),
         (None, "reward-model", {}, "reward-model expects a class that ends in ForSequenceClassif"),
