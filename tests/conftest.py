@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import tempfile
 from importlib.util import find_spec
 
 import pytest
@@ -39,6 +40,13 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.set_float32_matmul_precision("highest")
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    odd = next((item.nodeid for item in items if tempfile.gettempdir() in item.nodeid), None)
+    if odd is not None:
+        # Workers would name it otherwise, and xdist ends the run.
+        raise pytest.UsageError(f"{odd} has a temporary path in its name: make it in the test")
 
 
 @pytest.fixture(autouse=True)

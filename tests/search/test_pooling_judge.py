@@ -1,6 +1,7 @@
 """A judge on pooling servers: its values are the local judge's; what it cannot prove it refuses."""
 
 import itertools
+from functools import partial
 
 import pytest
 import torch
@@ -287,22 +288,25 @@ def test_several_servers_share_the_work_and_the_shortest_limit_holds():
     [
         (None, "auto", {}, 'kind="auto" has no evidence of what trained it; pass kind='),
         ("/nowhere", "auto", {}, "/nowhere: expected a folder .*; it has to be the checkpoint"),
-        (models.saved("llama", "lm"), "auto", {}, "LlamaForCausalLM: a pooling server reads class"),
+        (partial(models.saved, "llama", "lm"), "auto", {},
+         "LlamaForCausalLM: a pooling server reads class"),
         (None, "implicit", {}, "given as implicit, which no pooling server serves"),
         (None, "reward-model", {}, "reward-model expects a class that ends in ForSequenceClassif"),
-        (models.saved("llama", "token", 0, 3), "classifier", {}, "gives 1 outputs a token at .*, "
-         "and .* has 3 labels: expected the checkpoint that is served; pass checkpoint="),
+        (partial(models.saved, "llama", "token", 0, 3), "classifier", {},
+         "gives 1 outputs a token at .*, and .* has 3 labels: expected the checkpoint that is "
+         "served; pass checkpoint="),
         (None, "verl-critic", {"terminal": "reward"}, "was given without a reward model"),
-        (models.saved("llama", "token", rope_theta=100_000.0), "ppo-critic", {},
+        (partial(models.saved, "llama", "token", rope_theta=100_000.0), "ppo-critic", {},
          "has rope_theta 100000: one converter for ppo-critic wrote that where 10000 is right"),
     ],
 )  # fmt: skip
 def test_a_checkpoint_that_is_not_what_is_served_is_refused(checkpoint, kind, how, message):
+    where = checkpoint() if callable(checkpoint) else checkpoint
     with (
         scripted(PoolingServer(models.tiny("llama", "token"), root=CRITIC)) as servers,
         pytest.raises(ValueError, match=message),
     ):
-        connected(*servers, checkpoint=checkpoint, kind=kind, **how)
+        connected(*servers, checkpoint=where, kind=kind, **how)
 
 
 def test_another_tokenizer_is_refused(tmp_path):
