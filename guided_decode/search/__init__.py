@@ -35,6 +35,7 @@ from guided_decode.search.requests import (
     TokenGenerator,
 )
 from guided_decode.search.result import Candidate, SearchResult
+from guided_decode.search.servers import ServerGenerator, connect_generator
 from guided_decode.search.step_judge import StepJudge
 from guided_decode.search.text_judge import TextJudge
 
@@ -63,12 +64,14 @@ __all__ = [
     "ScorerJudge",
     "SearchResult",
     "Segments",
+    "ServerGenerator",
     "Spent",
     "StepJudge",
     "TextJudge",
     "TokenGenerator",
     "best_of_n",
     "block_search",
+    "connect_generator",
     "connect_judge",
     "find_method",
     "load_generator",

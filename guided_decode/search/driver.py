@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -42,6 +42,8 @@ def run_all(
     generator: Generator,
     judge: JudgeOfTexts,
     budget: Budget = _NO_LIMIT,
+    *,
+    ended: Callable[[int, SearchResult], None] | None = None,
 ) -> list[SearchResult]:
     """Runs searches side by side: what they ask for at the same time is one call of the engine.
 
@@ -50,6 +52,7 @@ def run_all(
         generator, judge: what answers them.
         budget: of each search. It is asked before each request, so that none is exceeded but in
             seconds, by the call that is under way.
+        ended: is told each search's index and result as soon as it has one, before the others end.
 
     Raises:
         ValueError: the judge's answer is no finite number for each text; a method asks for
@@ -59,6 +62,8 @@ def run_all(
     running = [_Running(search) for search in searches]
     for each in running:
         each.send(None)
+    told: set[int] = set()
+    _tell(running, told, ended)
     while waiting := [each for each in running if each.request is not None]:
         extends = [each for each in waiting if isinstance(each.request, Extend)]
         nexts = [each for each in waiting if isinstance(each.request, Next)]
@@ -68,6 +73,7 @@ def run_all(
             _next(nexts, generator, budget)
         else:
             _judge(waiting, judge, budget)
+        _tell(running, told, ended)
     return [each.outcome() for each in running]
 
 
@@ -112,6 +118,17 @@ class _Running:
         assert result is not None
         cut = None if all(each.finished for each in result.candidates) else self.cut
         return replace(result, spent=self.spent, stopped=result.stopped or cut)
+
+
+def _tell(
+    running: Sequence[_Running], told: set[int], ended: Callable[[int, SearchResult], None] | None
+) -> None:
+    if ended is None:
+        return
+    for i, each in enumerate(running):
+        if each.result is not None and i not in told:
+            told.add(i)
+            ended(i, each.outcome())
 
 
 def _extend(waiting: Sequence[_Running], generator: Generator, budget: Budget) -> None:
@@ -161,6 +178,7 @@ def _next(waiting: Sequence[_Running], generator: Generator, budget: Budget) -> 
         [request.k for _, request in rows],
         temperatures=[request.temperature for _, request in rows],
         references=[request.reference for _, request in rows],
+        entropies=[request.entropy for _, request in rows],
     )
     done = 0
     for each, request in asked:

@@ -13,13 +13,19 @@ import httpx
 
 from guided_decode.search.event_loop import EventLoopThread
 from guided_decode.search.http_access import check_urls
-from guided_decode.search.http_failures import EndpointError, Failure, Retry, check_status
+from guided_decode.search.http_failures import (
+    EndpointError,
+    Failure,
+    RequestRefused,
+    Retry,
+    check_status,
+)
 from guided_decode.search.http_turns import Server, Tries, Turns
 
 T = TypeVar("T")
 Body = Mapping[str, Any]
 # What makes an answer of one: the JSON that came, and the body that it answers. ValueError: it is
-# not what was asked for.
+# not what was asked for, and is asked for again. RequestRefused: it never will be, and is raised.
 Read = Callable[[Any, Body], T]
 
 _CONNECT_SECONDS = 10.0
@@ -54,7 +60,7 @@ class Endpoints:
     ) -> None:
         """
         Args:
-            urls: http://HOST:PORT, or with a path before that of requests; one or several.
+            urls: one or several, as `http_access.check_urls` takes them.
             api_key: sent as a bearer token; see `http_access.api_key_of`.
             timeout: seconds from an attempt's first byte to its answer's last.
             concurrency: the most requests that one server has at a time.
@@ -75,6 +81,7 @@ class Endpoints:
             self._headers["authorization"] = f"Bearer {api_key}"
         self._threads = EventLoopThread("guided-decode-http")
         self._client: httpx.AsyncClient | None = None
+        self._retries = 0
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(self.urls)})"
@@ -88,6 +95,11 @@ class Endpoints:
     def attempts(self) -> dict[str, int]:
         """Requests that were sent so far, those that failed among them, by URL."""
         return {server.url: server.attempts for server in self._servers}
+
+    @property
+    def retries(self) -> int:
+        """How often a request was sent again so far, at whatever server."""
+        return self._retries
 
     def post(self, path: str, body: Body, read: Read[Any] = as_object) -> Any:
         """One answer; as `post_all`."""
@@ -105,11 +117,12 @@ class Endpoints:
             path: after a server's URL.
             bodies: JSON objects.
             read: what makes an answer of the JSON that came, by it and the body; where it raises
-                ValueError, the request is tried again.
+                ValueError, the request is tried again, and where it raises RequestRefused, not.
 
         Raises:
             EndpointError: all servers failed a request as often as it may be tried, or one is not
-                what it should be. RequestRefused, a ValueError: a request will never be answered.
+                what it should be. RequestRefused, a ValueError: a request will never be answered,
+                by a server's word or by that of `read`.
             The others that are under way are given up then.
         """
         calls = [_Call("POST", path, body, read) for body in bodies]
@@ -174,6 +187,7 @@ class Endpoints:
                 self._turns.release(own.server)
             if not self._turns.left(tries.values()):
                 raise EndpointError(_gave_up(call, list(tries.values())))
+            self._retries += 1
 
     async def _attempt(self, server: Server, call: _Call[T]) -> T:
         if self._client is None:
@@ -194,6 +208,8 @@ class Endpoints:
         check_status(response, where, self._api_key)
         try:
             answer = call.read(response.json(), call.body)
+        except RequestRefused:
+            raise
         except (ValueError, RecursionError) as error:
             said = " ".join(str(error).split())[:200]
             raise Failure(f"answered what was not asked for ({said})") from error

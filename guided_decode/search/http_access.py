@@ -23,7 +23,10 @@ def api_key_of(variable: str | None) -> str | None:
 
 
 def check_urls(urls: str | Iterable[str]) -> list[str]:
-    """URLs without the slash at their end.
+    """Where servers are: http://HOST:PORT, with a path where one stands before that of requests.
+
+    The /v1 at the end of an API's address, which OpenAI's clients are given, is taken off: paths of
+    requests begin with it.
 
     Raises ValueError: none, one that is none, one twice, or one with a secret in it.
     """
@@ -42,7 +45,7 @@ def check_urls(urls: str | Iterable[str]) -> list[str]:
             whole = False
         if not whole or parts.query or parts.fragment:
             raise ValueError(f"{url!r} is no URL of a server: expected http://HOST:PORT")
-        bare = url.rstrip("/")
+        bare = url.rstrip("/").removesuffix("/v1").rstrip("/")
         if bare in found:
             raise ValueError(f"{bare} came twice: pass each server once")
         found.append(bare)

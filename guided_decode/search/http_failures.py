@@ -40,7 +40,14 @@ class EndpointError(ConnectionError):
 
 
 class RequestRefused(ValueError):
-    """A server is up and refuses this one request: a text that is too long, say."""
+    """A server is up, and this one request will never have an answer: a text that is too long, say.
+
+    status: of the answer that says so; None: it is what was read of one, which will not do.
+    """
+
+    def __init__(self, message: str, status: int | None = None) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +110,7 @@ def check_status(response: httpx.Response, where: str, hidden: str | None) -> No
         after = _retry_after(response.headers.get("retry-after"))
         raise Failure(f"answered {code} ({said})", busy=code in _BUSY, after=after)
     if code in (400, 413, 422):
-        raise RequestRefused(f"{where} refused the request ({code}): {said}")
+        raise RequestRefused(f"{where} refused the request ({code}): {said}", code)
     what = _WHAT_TO_DO.get(code, "see that the URL is that of such a server")
     raise EndpointError(f"{where} answered {code} ({said}): expected 200; {what}", code)
 

@@ -25,6 +25,7 @@ from guided_decode.kernels.gumbel import gumbel_noise
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scoring.implicit import LanguageModel
 from guided_decode.search.likeliest import likeliest
+from guided_decode.search.policy_text import PolicyText
 from guided_decode.search.requests import Continuation, NextTokens, Reason, Sampling
 from guided_decode.search.seeds import derive
 from guided_decode.search.stop_strings import StopStrings
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
-class LocalGenerator:
+class LocalGenerator(PolicyText):
     """A causal LM whose branches share what they have in common.
 
     Continuations go through the packed forward that scorers use, on one slot pool with a radix
@@ -67,31 +68,14 @@ class LocalGenerator:
                 f"reference {reference.model.name} has {reference.model.vocab_size}: they must "
                 "share their token ids"
             )
+        super().__init__(tokenizer, eos_token_ids)
         self.policy = policy
         self.reference = reference
-        self.eos_token_ids = frozenset(eos_token_ids)
-        self._tokenizer = tokenizer
 
     @property
     def stats(self) -> ScorerStats:
         """Counters of the policy's forwards."""
         return self.policy.stats
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of text as it is, without special tokens of the tokenizer's own."""
-        ids: list[int] = self._text().encode(text, add_special_tokens=False)
-        return ids
-
-    def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        return str(self._text().decode(list(tokens), skip_special_tokens=True))
-
-    def _text(self) -> PreTrainedTokenizerBase:
-        if self._tokenizer is None:
-            raise ValueError(
-                "this generator has no tokenizer: pass LocalGenerator(..., tokenizer=...)"
-            )
-        return self._tokenizer
 
     def extend(
         self,
@@ -129,8 +113,9 @@ class LocalGenerator:
         *,
         temperatures: Sequence[float],
         references: Sequence[bool],
+        entropies: Sequence[bool] | None = None,
     ) -> list[NextTokens]:
-        """As `requests.TokenGenerator.next_tokens`.
+        """As `requests.TokenGenerator.next_tokens`; entropies come whether they are wanted or not.
 
         Raises ValueError: as `extend`, of prefixes; a reference is wanted and there is none.
         """

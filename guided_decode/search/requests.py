@@ -80,15 +80,16 @@ class NextTokens:
 
     tokens: ids. log_probs: of each under the policy's whole softmax, at temperature 1. tempered:
     the same at the temperature that was asked for. ends: whether each would end the response.
-    entropy: of the whole distribution at temperature 1, in nats. reference, reference_tempered:
-    log-probabilities of the same tokens under the reference; None: not asked for.
+    entropy: of the whole distribution at temperature 1, in nats; None: not asked for, of an engine
+    that would have to tell it all. reference, reference_tempered: log-probabilities of the same
+    tokens under the reference; None: not asked for.
     """
 
     tokens: Tokens
     log_probs: tuple[float, ...]
     tempered: tuple[float, ...]
     ends: tuple[bool, ...]
-    entropy: float
+    entropy: float | None
     reference: tuple[float, ...] | None = None
     reference_tempered: tuple[float, ...] | None = None
 
@@ -104,13 +105,15 @@ class TokenGenerator(Protocol):
         *,
         temperatures: Sequence[float],
         references: Sequence[bool],
+        entropies: Sequence[bool] | None = None,
     ) -> list[NextTokens]:
         """The k[i] likeliest next tokens after each prefix; fewer where the vocabulary is smaller.
 
         Args:
             prefixes: token ids, unpadded, at least one each.
             k, temperatures: one a prefix; temperatures above 0.
-            references: one a prefix: whether the reference's log-probabilities are wanted.
+            references, entropies: one a prefix: whether the reference's log-probabilities, and
+                the entropy, are wanted. No entropies: of none.
         """
         ...
 
@@ -147,13 +150,15 @@ class Extend:
 class Next:
     """A method's request for the k likeliest next tokens of each prefix, and how likely they are.
 
-    temperature: of `NextTokens.tempered`. reference: the reference's log-probabilities as well.
+    temperature: of `NextTokens.tempered`. reference, entropy: the reference's log-probabilities,
+    the entropy as well.
     """
 
     prefixes: Sequence[Tokens]
     k: int
     temperature: float = 1.0
     reference: bool = False
+    entropy: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -202,3 +202,18 @@ def test_temperature_zero_is_greedy():
     search = best_of_n(PROMPT, n=3, max_tokens=DEPTH, sampling=Sampling(temperature=0.0))
     result = run(search, ToyPolicy(), ToyJudge())
     assert len({each.tokens for each in result.candidates}) == 1
+
+
+def test_each_search_is_told_of_when_it_ends_and_not_when_all_have():
+    policy, judge, told = ToyPolicy(), ToyJudge(), []
+
+    def note(i, result):
+        told.append((i, len(policy.calls), result))
+
+    searches = [METHODS["smc"](), METHODS["best of n"](), METHODS["blocks"]()]
+    results = run_all(searches, policy, judge, ended=note)
+    assert sorted(i for i, _, _ in told) == [0, 1, 2]
+    for i, _, result in told:
+        assert found(result) == found(results[i])
+    assert told[0][0] == 1
+    assert told[0][1] < told[-1][1]

@@ -175,6 +175,32 @@ def test_a_server_that_is_another_one_is_an_error_at_once(code, message):
         assert len(server.seen) == 1
 
 
+def test_what_an_answer_says_of_all_that_would_come_is_not_tried_again():
+    def read(answer, body):
+        raise RequestRefused("it is rounded") if body["i"] else ValueError("garbage")
+
+    with scripted(echo) as (server,), opened(server) as endpoints:
+        with pytest.raises(RequestRefused, match="^it is rounded$") as refused:
+            endpoints.post("/p", {"i": 1}, read)
+        assert (refused.value.status, len(server.seen), endpoints.retries) == (None, 1, 0)
+        with pytest.raises(EndpointError, match=r"\(garbage\), the last of 4 attempts"):
+            endpoints.post("/p", {"i": 0}, read)
+        assert (len(server.seen), endpoints.retries) == (5, 3)
+
+
+def test_one_that_fails_ends_the_call_and_gives_up_the_others():
+    no = Reply({"error": {"message": "no"}}, status=400)
+
+    def stuck(path, body, number):
+        return no if body["i"] == 3 else Reply({}, wait=60.0) if body["i"] < 8 else {}
+
+    with scripted(stuck) as (server,), opened(server) as endpoints:
+        with pytest.raises(RequestRefused, match=r"\(400\): no") as refused:
+            endpoints.post_all("/p", [{"i": i} for i in range(8)])
+        assert refused.value.status == 400
+        assert endpoints.post("/p", {"i": 9}) == {}
+
+
 def test_a_server_says_how_long_to_wait():
     busy = Reply({"message": "later"}, status=429, headers={"retry-after": "0.5"})
     with scripted(at_first(busy, 1)) as (server,), opened(server) as endpoints:
@@ -253,6 +279,18 @@ def test_a_server_that_is_down_is_left_alone():
         assert len(alive.seen) == 50
 
 
+def test_no_server_has_more_at_a_time_while_another_is_gone():
+    slow = always(Reply({}, wait=0.02))
+    with scripted(slow, slow) as (one, other):
+        urls = [one.url, free_url(), other.url]
+        with Endpoints(urls, concurrency=4, retry=Retry(attempts=1, first=5.0)) as endpoints:
+            endpoints.post_all("/p", [{"i": i} for i in range(60)])
+        assert max(one.most, other.most) <= 4
+        counts = [len(one.seen), len(other.seen)]
+    assert sum(counts) == 60
+    assert min(counts) >= 15
+
+
 def test_a_server_that_comes_back_has_work_again():
     with scripted(at_first(DOWN, 3), echo) as servers, opened(*servers) as endpoints:
         for _ in range(20):
@@ -312,6 +350,22 @@ def test_a_key_that_is_none_is_refused_without_showing_it(monkeypatch):
 def test_what_is_no_url_is_refused(urls, message):
     with pytest.raises(ValueError, match=message):
         Endpoints(urls)
+
+
+@pytest.mark.parametrize(
+    ("given", "url"),
+    [
+        ("http://host:8000", "http://host:8000"),
+        ("http://host:8000/v1/", "http://host:8000"),
+        ("https://host/openai/v1", "https://host/openai"),
+        ("https://host/openai/", "https://host/openai"),
+    ],
+)
+def test_the_address_of_an_api_is_its_servers(given, url):
+    with Endpoints(given) as endpoints:
+        assert endpoints.urls == (url,)
+    with pytest.raises(ValueError, match=f"{url} came twice"):
+        Endpoints([given, f"{url}/v1"])
 
 
 def test_a_url_with_a_password_is_refused_without_showing_it():

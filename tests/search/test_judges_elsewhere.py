@@ -16,7 +16,7 @@ from guided_decode.search.answers import final_answer
 from guided_decode.search.http_failures import Retry
 from tests.cli.search_runs import SMALL
 from tests.search.pooling_server import PoolingServer
-from tests.search.recorded import Recorded, Recorder
+from tests.search.recordings import Recorded, Recording
 from tests.search.scripted_server import DROPPED, Reply, scripted
 
 MESSAGES = tiny_tulu.held_out_prompts(2)
@@ -78,9 +78,9 @@ def begun(name, policy):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_makes_the_same_choices(name, policy, local, remote):
-    recorder = Recorder(policy)
-    expected = run_all(begun(name, policy), recorder, local)
-    found = run_all(begun(name, policy), Recorded(recorder.record), remote)
+    recording = Recording(policy)
+    expected = run_all(begun(name, policy), recording, local)
+    found = run_all(begun(name, policy), Recorded(recording), remote)
     for one, other in zip(found, expected, strict=True):
         assert one.chosen == other.chosen
         assert [each.tokens for each in one.candidates] == [e.tokens for e in other.candidates]

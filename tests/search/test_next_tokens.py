@@ -50,7 +50,7 @@ class Stock:
         self.critic = models.tiny("llama", "token")
 
     @torch.inference_mode()
-    def next_tokens(self, prefixes, k, *, temperatures, references):
+    def next_tokens(self, prefixes, k, *, temperatures, references, entropies=None):
         found = []
         for prefix, most, heat, wanted in zip(prefixes, k, temperatures, references, strict=True):
             logits = [

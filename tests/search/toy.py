@@ -41,7 +41,7 @@ class ToyPolicy:
             )
         ]
 
-    def next_tokens(self, prefixes, k, *, temperatures, references):
+    def next_tokens(self, prefixes, k, *, temperatures, references, entropies=None):
         self.calls.append(len(prefixes))
         return [
             self.likeliest(tuple(prefix), most, heat, wanted)

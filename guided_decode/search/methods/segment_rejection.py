@@ -160,6 +160,7 @@ class _Drawing:
         while not longer.finished and len(longer.tokens) - start < self.segments.longest:
             after = yield from self._next(longer.tokens)
             long_enough = len(longer.tokens) - start >= self.segments.shortest
+            assert after.entropy is not None
             if long_enough and after.entropy >= self.segments.entropy:
                 break
             i = _drawn(after.tempered, uniform(self.seed, start, attempt, len(longer.tokens)))
@@ -179,8 +180,9 @@ class _Drawing:
     def _next(self, tokens: Tokens) -> Coroutine[Request, Any, NextTokens]:
         if tokens not in self._known:
             (answer,) = yield Next(
-                [self.prompt + tokens], self.segments.top_k, self.segments.temperature
-            )
+                [self.prompt + tokens], self.segments.top_k, self.segments.temperature,
+                entropy=True,
+            )  # fmt: skip
             self._known[tokens] = answer
         return self._known[tokens]
 

@@ -19,7 +19,7 @@ from guided_decode.search.http_failures import EndpointError
 from tests import models
 from tests.checkpoints.tokenizer_files import word_tokenizer
 from tests.integrations.vllm import vllm_server as servers
-from tests.search.recorded import Recorded, Recorder
+from tests.search.recordings import Recorded, Recording
 
 pytestmark = [
     pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed"),
@@ -60,8 +60,8 @@ def searches(policy):
 @pytest.mark.parametrize("task", ["token_classify", "classify"])
 def test_a_critic_served_by_vllm_says_what_it_says_here(task, policy, critic, tmp_path):
     local = ScorerJudge(critic, terminals=policy.eos_token_ids)
-    recorder = Recorder(policy)
-    expected = run_all(searches(policy), recorder, local)
+    recording = Recording(policy)
+    expected = run_all(searches(policy), recording, local)
     path = str(tiny_tulu.model_path("value"))
     with servers.started(command(path, task), tmp_path / "log.txt") as server:
         server.wait_ready()
@@ -70,7 +70,7 @@ def test_a_critic_served_by_vllm_says_what_it_says_here(task, policy, critic, tm
             policy_tokenizer=tiny_tulu.model_path("sft"), api_key="unused",
         ) as judge:  # fmt: skip
             assert (judge.task, judge.served.root, judge.served.max_tokens) == (task, path, 256)
-            found = run_all(searches(policy), Recorded(recorder.record), judge)
+            found = run_all(searches(policy), Recorded(recording), judge)
             # Longer by one token each, so that there is something in the prefix cache.
             ids = tuple(policy.encode(tiny_tulu.render(tiny_tulu.held_out_prompts(1)[0])))
             pieces = [Judged(ids[:i], ids[i : i + 40], False) for i in range(1, len(ids), 5)]
