@@ -6,6 +6,7 @@ from guided_decode.integrations.host_surface import Name, Surface, called, overr
 
 _BUILD = "integrations/vllm/build.py"
 _COMMAND = "guided_decode/cli/vllm_command.py"
+_GENERATOR = "integrations/vllm/generator.py"
 _PROCESSOR = "integrations/vllm/processor.py"
 _ROWS = "integrations/vllm/rows.py"
 
@@ -83,6 +84,44 @@ _REQUESTS = (
         why="becomes extra_args",
     ),
 )
+
+_IN_PROCESS = (
+    Name("vllm.LLM", _GENERATOR, has=("llm_engine",)),
+    Name("vllm.LLM.get_tokenizer", _GENERATOR, takes=called()),
+    Name("vllm.LLM.__init__", _GENERATOR, takes=called(by_name=("model",), any_name=True)),
+    Name(
+        "vllm.LLM.generate",
+        _GENERATOR,
+        takes=called("prompts", "sampling_params", by_name=("use_tqdm",)),
+    ),
+    Name("vllm.v1.engine.llm_engine.LLMEngine", _GENERATOR, has=("engine_core", "model_config")),
+    Name("vllm.v1.engine.core_client.EngineCoreClient.shutdown", _GENERATOR, takes=called()),
+    Name(
+        "vllm.config.ModelConfig",
+        _GENERATOR,
+        has=("logprobs_mode", "max_logprobs", "max_model_len", "skip_tokenizer_init"),
+    ),
+    Name(
+        "vllm.SamplingParams",
+        _GENERATOR,
+        has=(
+            "detokenize", "flat_logprobs", "logprobs", "max_tokens", "seed", "skip_special_tokens",
+            "stop", "stop_token_ids", "temperature", "top_p",
+        ),
+    ),
+    Name("vllm.outputs.RequestOutput", _GENERATOR, has=("outputs",)),
+    Name(
+        "vllm.outputs.CompletionOutput",
+        _GENERATOR,
+        has=("finish_reason", "logprobs", "stop_reason", "token_ids"),
+    ),
+    Name(
+        "vllm.logprobs.FlatLogprobs",
+        _GENERATOR,
+        has=("end_indices", "logprobs", "start_indices", "token_ids"),
+    ),
+    Name("vllm.logprobs.Logprob", _GENERATOR, has=("logprob",)),
+)  # fmt: skip
 
 _V1_RUNNER = (
     Name(f"{_V1}.LogitsProcessor", _PROCESSOR),
@@ -171,6 +210,7 @@ SURFACE = Surface(
     read_in="0.32.0",
     holds_in=("0.25.1", "0.33.0"),
     names=(
-        *_CONFIGURATION, *_RANKS, *_HIDDEN_STATES, *_REQUESTS, *_V1_RUNNER, *_V2_RUNNER, *_SERVER,
+        *_CONFIGURATION, *_RANKS, *_HIDDEN_STATES, *_REQUESTS, *_IN_PROCESS, *_V1_RUNNER,
+        *_V2_RUNNER, *_SERVER,
     ),
 )  # fmt: skip
