@@ -224,7 +224,8 @@ def open_scorer(
         placed = {"device": on, "dtype": parse_dtype(dtype)}
     model: Any = name
     given = options.given()
-    if policy is not None and options.head is not None and name == policy.name:
+    shared = policy is not None and policy.model is not None and name == policy.name
+    if policy is not None and options.head is not None and shared:
         # With its adapter in it, where it has one.
         model, placed = policy.model, {}
         given.pop("adapter", None)

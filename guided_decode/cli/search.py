@@ -11,8 +11,10 @@ import typer
 from guided_decode.checkpoints.registry import find
 from guided_decode.cli import model_options as models
 from guided_decode.cli import row_options
+from guided_decode.cli.ahead_file import Ahead
 from guided_decode.cli.chats import format_of
 from guided_decode.cli.checkpoints import NOT_REMOTE, follow_if_not_leading
+from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal, report
 from guided_decode.cli.jsonl import STDIN
 from guided_decode.cli.judge_options import JudgeOptions, check_judging
@@ -52,6 +54,7 @@ Listing = Annotated[
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="begin again instead of going on")]
 _AS_HERE = JudgeOptions()
 _AS_IT_IS, _NO_SETTINGS, _NO_LIMITS = models.ScorerOptions(), MethodOptions(), BudgetOptions()
+_LOCAL = EngineOptions()
 
 
 def search(
@@ -61,6 +64,7 @@ def search(
     output: Output = STDOUT,
     policy: models.Policy = None,
     scorer: models.SearchScorer = None,
+    engine: EngineOptions = _LOCAL,
     settings: MethodOptions = _NO_SETTINGS,
     list_settings: Listing = False,
     answer: Answer = None,
@@ -88,6 +92,7 @@ def search(
         print_settings(method)
         return
     plan = read_plan(method, settings, answer, max_new_tokens, limits, seed)
+    engine.check(policy, plan.settings.get("kl_coef"))
     names = named(plan, policy, scorer, reading)
     check_judging(names[1], reading, judging)
     if judging.judge_through_text and plan.method.per_token(plan.settings):
@@ -102,16 +107,19 @@ def search(
     rows = read_search_rows(source, prompt, skip=skip)
     text_format = format_of(prompt_format, find(names[0]))
     asked = SearchModels(
-        *names, reading, remote, device, scorer_device, dtype, text_format, raw, judging
+        *names, reading, remote, device, scorer_device, dtype, text_format, raw, judging, engine
     )
-    served = asked.served()
-    run = asked.identity(plan, served)
+    served, connected = asked.served(), asked.connected()
+    run = asked.identity(plan, served, connected)
     with open_output(source or STDIN, output, rows, run, overwrite) as file:
         if file.done < len(rows):
-            job = asked.job(plan, served, run, skip)
+            ahead = Ahead(output, run, overwrite=overwrite)
+            job = asked.job(plan, served, connected, ahead, run, skip)
             file.begin()
-            score_rest(job, rows, file, batch, doing="searching", done_so="prompts are done",
-                       beside=job.columns())  # fmt: skip
+            with job.generator:
+                score_rest(job, rows, file, batch, doing="searching", done_so="prompts are done",
+                           beside=job.columns())  # fmt: skip
+            ahead.settle(rows)
         print(f"{len(rows) - file.failed} prompts are done in {file.path}", file=sys.stderr)
         if file.failed:
             report(f"{file.failed} of {len(rows)} have no result")

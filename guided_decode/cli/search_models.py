@@ -7,21 +7,25 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from guided_decode.cli.ahead_file import Ahead
 from guided_decode.cli.chat_rows import Messages
 from guided_decode.cli.chats import prompt_ids, raw_ids
 from guided_decode.cli.checkpoints import (
     DEFAULT_POLICY,
+    Policy,
     load_policy,
     location,
     pair,
     parse_dtype,
 )
+from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.judge_options import JudgeOptions
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.remote_options import RemoteOptions
 from guided_decode.cli.run_identity import fingerprint, run_identity
 from guided_decode.cli.score_run import identity
+from guided_decode.cli.search_engines import connect, policy_tokenizer, start_vllm
 from guided_decode.cli.search_judges import JudgeModels, Tell
 from guided_decode.cli.search_plan import Plan
 from guided_decode.cli.search_run import SearchJob
@@ -29,8 +33,10 @@ from guided_decode.cli.search_run import SearchJob
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from guided_decode.cli.search_run import AnyGenerator
     from guided_decode.scorer import Scorer
     from guided_decode.search.pooling_judge import PoolingJudge
+    from guided_decode.search.servers.generator import ServerGenerator
 
 
 def named(
@@ -73,6 +79,7 @@ class SearchModels:
     text_format: str | None
     raw: bool
     judging: JudgeOptions
+    engine: EngineOptions
 
     @property
     def _judges(self) -> JudgeModels:
@@ -86,7 +93,18 @@ class SearchModels:
         """The scorer of servers; None where it is none. Raises as `JudgeModels.served`."""
         return None if self.scorer is None else self._judges.served(self.policy)
 
-    def identity(self, plan: Plan, served: Scorer | PoolingJudge | None) -> str:
+    def connected(self) -> ServerGenerator | None:
+        """The policy on its servers; None where it is on none. Raises as `connect`."""
+        return connect(self.engine, self.policy, trust_remote_code=self.reading.trust_remote_code)
+
+    def _without_weights(self) -> Policy:
+        """The policy's name and tokenizer; what has its weights is another."""
+        own = policy_tokenizer(self.policy, trust_remote_code=self.reading.trust_remote_code)
+        return Policy(self.policy, None, own, None)
+
+    def identity(
+        self, plan: Plan, served: Scorer | PoolingJudge | None, connected: ServerGenerator | None
+    ) -> str:
         """What the output's lines follow from; finds out that a model is not there."""
         settings: dict[str, Any] = {
             **plan.identity(),
@@ -95,6 +113,12 @@ class SearchModels:
             "format": self.text_format,
             "raw": self.raw,
         }
+        if connected is not None:
+            # Which servers, and how they are waited for, changes nothing.
+            del settings["policy_dtype"]
+            settings["served_policy"] = connected.served.model
+        elif self.engine.on_vllm:
+            settings["engine"] = sorted(self.engine.arguments().items())
         if served is not None:
             # Of its weights a server says their name.
             known = getattr(served, "read_as", None)
@@ -107,9 +131,40 @@ class SearchModels:
         return identity(self.scorer, self.reading, device, self.dtype, settings)
 
     def job(
-        self, plan: Plan, served: Scorer | PoolingJudge | None, run: str, skip: bool
+        self,
+        plan: Plan,
+        served: Scorer | PoolingJudge | None,
+        connected: ServerGenerator | None,
+        ahead: Ahead,
+        run: str,
+        skip: bool,
     ) -> SearchJob:
         """Loads what is not there yet. Raises Refusal or ValueError: it cannot be loaded."""
+        reading, reference = self.reading, None
+        if plan.settings.get("kl_coef"):
+            # The method's KL term has it, and not the scorer's.
+            reference, reading = reading.reference, replace(reading, reference=None)
+        loaded, generator = self._generator(connected, reference)
+        judge, tell = None, None
+        if self.scorer is not None:
+            judge, tell = self._judges.judge(served, loaded, reading, generator.eos_token_ids)
+        ids_of = partial(_ids, loaded.tokenizer, self.text_format, self.raw)
+        if tell is not None:
+            ids_of = partial(_told, tell, ids_of)
+        return SearchJob(plan, generator, judge, ids_of, run, ahead, skip)
+
+    def _generator(
+        self, connected: ServerGenerator | None, reference: str | None
+    ) -> tuple[Policy, AnyGenerator]:
+        """The policy, with its weights where they are here, and what decodes it."""
+        if connected is not None:
+            return self._without_weights(), connected
+        if self.engine.on_vllm:
+            policy = self._without_weights()
+            return policy, start_vllm(
+                self.engine, self.policy, policy.tokenizer, self.dtype,
+                trust_remote_code=self.reading.trust_remote_code,
+            )  # fmt: skip
         # A head on the policy's hidden states reads them with the adapter in it.
         own = self.reading.head is not None and self.policy == self.scorer
         loaded = load_policy(
@@ -119,21 +174,10 @@ class SearchModels:
         )  # fmt: skip
         from guided_decode.search.local import load_generator
 
-        reading, reference = self.reading, None
-        if plan.settings.get("kl_coef"):
-            # The method's KL term has it, and not the scorer's.
-            reference, reading = reading.reference, replace(reading, reference=None)
-        generator = load_generator(
+        return loaded, load_generator(
             loaded.model, tokenizer=loaded.tokenizer, reference=reference,
             device=loaded.model.device,
         )  # fmt: skip
-        judge, tell = None, None
-        if self.scorer is not None:
-            judge, tell = self._judges.judge(served, loaded, reading, generator.eos_token_ids)
-        ids_of = partial(_ids, loaded.tokenizer, self.text_format, self.raw)
-        if tell is not None:
-            ids_of = partial(_told, tell, ids_of)
-        return SearchJob(plan, generator, judge, ids_of, run, skip)
 
 
 def _ids(

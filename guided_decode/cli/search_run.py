@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from rich.progress import ProgressColumn, Task
 from rich.text import Text
 
+from guided_decode.cli.ahead_file import Ahead
 from guided_decode.cli.chat_rows import Messages
 from guided_decode.cli.errors import typed
 from guided_decode.cli.score_run import lines_of, skipped_or_refused
@@ -23,8 +24,21 @@ from guided_decode.search.seeds import derive
 
 if TYPE_CHECKING:
     from guided_decode.cli.search_judges import AnyJudge
+    from guided_decode.integrations.vllm import VllmGenerator
+    from guided_decode.search.engine_stats import EngineStats
     from guided_decode.search.local import LocalGenerator
+    from guided_decode.search.servers.generator import ServerGenerator
     from guided_decode.stats import ScorerStats
+
+    AnyGenerator = LocalGenerator | ServerGenerator | VllmGenerator
+
+
+class _Interrupted(Exception):
+    """A batch that came to no end. lines: of its rows from the first on, as far as they did."""
+
+    def __init__(self, lines: list[dict[str, Any]], cause: BaseException) -> None:
+        super().__init__()
+        self.lines, self.cause = lines, cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,15 +46,16 @@ class SearchJob:
     """How prompts are answered.
 
     judge: None where the method asks none. ids_of: a conversation as the policy's token ids; raises
-    Refusal. run: what lines follow from, by name. skip: what fails is reported, and the others go
-    on.
+    Refusal. run: what lines follow from, by name. ahead: what is finished before its turn. skip:
+    what fails is reported, and the others go on.
     """
 
     plan: Plan
-    generator: LocalGenerator
+    generator: AnyGenerator
     judge: AnyJudge | None
     ids_of: Callable[[Messages], list[int]]
     run: str
+    ahead: Ahead
     skip: bool
 
     def columns(self) -> list[ProgressColumn]:
@@ -53,20 +68,40 @@ class SearchJob:
     def lines(self, batch: list[SearchRow]) -> Iterator[list[dict[str, Any]]]:
         """The batch's output lines; one by one where a prompt of it cannot be searched."""
         # A broken line does not take its neighbours out of their batch.
-        for _, rows in groupby(batch, key=lambda row: row.problem is None):
-            yield from lines_of(list(rows), self._searched, self._failed)
+        for _, group in groupby(batch, key=lambda row: row.problem is None):
+            rows = list(group)
+            try:
+                yield from lines_of(rows, self._searched, self._failed)
+            except _Interrupted as interrupted:
+                # What was found is kept, though its batch was not.
+                yield interrupted.lines
+                self.ahead.settle(rows[: len(interrupted.lines)])
+                raise interrupted.cause from None
+            self.ahead.settle(rows)
 
     def _searched(self, batch: list[SearchRow]) -> list[dict[str, Any]]:
-        seeds = [derive(self.plan.seed, row.index) for row in batch]
+        known = {i: self.ahead.get(row) for i, row in enumerate(batch)}
+        lines = {i: line for i, line in known.items() if line is not None}
+        open_ = [i for i in range(len(batch)) if i not in lines]
+        seeds = [derive(self.plan.seed, batch[i].index) for i in open_]
         searches = [
-            self._begin(self.ids_of(row.messages), seed)
-            for row, seed in zip(batch, seeds, strict=True)
+            self._begin(self.ids_of(batch[i].messages), seed)
+            for i, seed in zip(open_, seeds, strict=True)
         ]
-        results = run_all(searches, self.generator, self.judge or _NoJudge(), self.plan.budget)
-        return [
-            row.line(self._found(result, seed), self.run)
-            for row, seed, result in zip(batch, seeds, results, strict=True)
-        ]
+
+        def ended(number: int, result: SearchResult) -> None:
+            i = open_[number]
+            lines[i] = batch[i].line(self._found(result, seeds[number]), self.run)
+            if len(lines) < len(batch):
+                self.ahead.put(batch[i], lines[i])
+
+        judge = self.judge or _NoJudge()
+        try:
+            run_all(searches, self.generator, judge, self.plan.budget, ended=ended)
+        except (ConnectionError, KeyboardInterrupt) as error:
+            first = next(i for i in range(len(batch) + 1) if i not in lines)
+            raise _Interrupted([lines[i] for i in range(first)], error) from error
+        return [lines[i] for i in range(len(batch))]
 
     def _begin(self, prompt: Sequence[int], seed: int) -> Search:
         plan = self.plan
@@ -131,7 +166,7 @@ class _NoJudge:
 class _Tokens(ProgressColumn):
     """Tokens that went through a model so far, while it works."""
 
-    def __init__(self, name: str, stats: ScorerStats) -> None:
+    def __init__(self, name: str, stats: ScorerStats | EngineStats) -> None:
         super().__init__()
         self._name, self._stats = name, stats
 

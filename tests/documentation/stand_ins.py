@@ -1,5 +1,7 @@
 """What stands for what a block needs and this machine may lack; all of it, in one place."""
 
+import atexit
+import contextlib
 import tempfile
 from typing import Any
 
@@ -8,7 +10,10 @@ from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, 
 
 from guided_decode import tiny_tulu
 from guided_decode.checkpoints.registry import find
+from guided_decode.search import load_generator
 from tests.models import scratch
+from tests.search.recordings import Live
+from tests.search.servers.completion_server import CompletionServer
 
 # Checkpoints of the Hub, and the embedded models of the same architecture and kind.
 CHECKPOINTS = {
@@ -84,6 +89,14 @@ def _adapter() -> str:
     return folder
 
 
+def _servers() -> list[str]:
+    """The address of a server that has the policy, as long as the tests run."""
+    server = CompletionServer(Live(load_generator(tiny_tulu.model_path("sft"))), _tokenizer())
+    running = contextlib.ExitStack()
+    atexit.register(running.close)
+    return [running.enter_context(server.running()).url]
+
+
 # Names that are the reader's own, by what makes them.
 GIVEN = {
     "policy": _policy,
@@ -94,4 +107,5 @@ GIVEN = {
     "prompt_ids": _prompt_ids,
     "tokenizer": _tokenizer,
     "adapter": _adapter,
+    "servers": _servers,
 }
