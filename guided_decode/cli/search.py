@@ -120,7 +120,8 @@ def search(
                 score_rest(job, rows, file, batch, doing="searching", done_so="prompts are done",
                            beside=job.columns())  # fmt: skip
             ahead.settle(rows)
-        print(f"{len(rows) - file.failed} prompts are done in {file.path}", file=sys.stderr)
+        if output != STDOUT:
+            print(f"{len(rows) - file.failed} prompts are done in {file.path}", file=sys.stderr)
         if file.failed:
             report(f"{file.failed} of {len(rows)} have no result")
             raise typer.Exit(1)

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from guided_decode.cli.ahead_file import Ahead
 from guided_decode.cli.chat_rows import Messages
-from guided_decode.cli.errors import typed
+from guided_decode.cli.errors import report, typed
 from guided_decode.cli.score_run import lines_of, skipped_or_refused
 from guided_decode.cli.search_plan import Plan
 from guided_decode.cli.search_rows import SearchRow, as_json, why_ended
@@ -91,6 +91,10 @@ class SearchJob:
 
         def ended(number: int, result: SearchResult) -> None:
             i = open_[number]
+            if result.chosen is None:
+                limit = (result.stopped or "").replace("_", "-")
+                report(f"{batch[i].where} has no response: --max-{limit} was spent before one "
+                       "was begun")  # fmt: skip
             lines[i] = batch[i].line(self._found(result, seeds[number]), self.run)
             if len(lines) < len(batch):
                 self.ahead.put(batch[i], lines[i])

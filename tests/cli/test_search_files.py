@@ -120,6 +120,16 @@ def test_a_line_that_is_no_prompt_says_what_was_meant(tmp_path):
     assert "plain text is given by a file or --prompt" in " ".join(result.stderr.split())
 
 
+def test_a_budget_that_no_response_fits_is_said():
+    words = ["search", "--method", "best-of-n", "--n", "2", "--prompt", PROMPTS[0]]
+    result = CliRunner().invoke(app, [*words, "--max-policy-tokens", "5"])
+    assert result.exit_code == 0
+    assert json.loads(result.stdout)["response"] is None
+    said = " ".join(result.stderr.split())
+    assert "--prompt has no response: --max-policy-tokens was spent before one was begun" in said
+    assert "are done in" not in said
+
+
 def test_prompts_are_needed_once(prompts):
     assert "expected prompts: pass a file" in refused("--method", "cd")
     assert "--prompt and" in refused("--method", "cd", "--prompt", "1+1", prompts)
