@@ -2,12 +2,12 @@
 
 import logging
 from functools import partial
-from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
 
+from guided_decode.closable import Closable
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, batch_of
 from guided_decode.forward.ranks import ShardError
@@ -18,7 +18,7 @@ from guided_decode.growable import Ints
 logger = logging.getLogger("guided_decode")
 
 
-class Follower:
+class Follower(Closable):
     """A shard of a scorer, which works for the leader's scorer on rank 0 and scores nothing itself.
 
     As a context manager it gives its shard up at the end of the block.
@@ -92,17 +92,6 @@ class Follower:
     def close(self) -> None:
         """Gives the shard up. A leader that goes on finds this rank gone."""
         self._shards.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def __repr__(self) -> str:
         ranks = self._shards.ranks

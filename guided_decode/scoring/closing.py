@@ -1,14 +1,13 @@
 """How a scorer is ended: only one that is sharded over processes has something to end."""
 
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
 from guided_decode.cache.one_process import OneProcess
+from guided_decode.closable import Closable
 from guided_decode.forward.packed_model import PackedModel
 
 
-class Closing(OneProcess):
+class Closing(OneProcess, Closable):
     """A scorer of models in this process; as a context manager it closes itself at the end.
 
     is_leader: whether this rank scores; the others of a sharded scorer have a `Follower`.
@@ -34,14 +33,3 @@ class Closing(OneProcess):
         for model in self._packed_models():
             if model.leader is not None:
                 model.leader.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()

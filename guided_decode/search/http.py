@@ -6,11 +6,11 @@ import asyncio
 import json
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from types import TracebackType
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import httpx
 
+from guided_decode.closable import Closable
 from guided_decode.search.event_loop import EventLoopThread
 from guided_decode.search.http_access import check_urls
 from guided_decode.search.http_failures import (
@@ -41,7 +41,7 @@ def as_object(answer: Any, body: Body) -> dict[str, Any]:
     return answer
 
 
-class Endpoints:
+class Endpoints(Closable):
     """Servers that answer the same; a request goes to the one with the least under way.
 
     What fails (no connection, a time limit, 408, 409, 425, 429, most of 5xx, an answer that is not
@@ -142,17 +142,6 @@ class Endpoints:
             client, self._client = self._client, None
             self._threads.run(client.aclose())
         self._threads.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     async def _all(self, calls: Sequence[_Call[T]]) -> list[T]:
         answers: dict[int, T] = {}

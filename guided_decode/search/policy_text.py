@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING
+
+from guided_decode.closable import Closable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-class PolicyText:
+class PolicyText(Closable):
     """Text to token ids and back, what ends a response, and a context that closes."""
 
     def __init__(
@@ -29,12 +31,6 @@ class PolicyText:
 
     def close(self) -> None:
         """Lets go of what the generator holds outside this process; often nothing."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
     def _text(self) -> PreTrainedTokenizerBase:
         if self._tokenizer is None:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Sequence
-from types import TracebackType
-from typing import Self
 
 import torch
 
 from guided_decode.checkpoints.described import Described
+from guided_decode.closable import Closable
 from guided_decode.search.http import Endpoints
 from guided_decode.search.judges import is_ended
 from guided_decode.search.pooling_probe import Probed
@@ -18,7 +17,7 @@ from guided_decode.search.requests import Judged, JudgeOfTexts, Tokens
 from guided_decode.stats import ScorerStats
 
 
-class PoolingJudge:
+class PoolingJudge(Closable):
     """What a critic or reward model on pooling servers says of a response so far.
 
     The values are those of `ScorerJudge` with the same checkpoint: V at the last token of an
@@ -105,17 +104,6 @@ class PoolingJudge:
     def close(self) -> None:
         """Ends its connections."""
         self.endpoints.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _asked(self, text: Judged) -> Tokens | None:
         """The token ids whose last one is read; None: the reward model judges it."""

@@ -11,6 +11,7 @@ import zmq
 from msgspec import structs
 from transformers import PreTrainedTokenizerBase
 
+from guided_decode.closable import Closable
 from guided_decode.guidance.step import is_device_error
 from guided_decode.scorer import Scorer
 from guided_decode.scoring.remote import wire
@@ -34,7 +35,7 @@ _LINGER_MILLISECONDS = 2_000
 _EXPIRY_MILLISECONDS = 1_000
 
 
-class ScorerServer:
+class ScorerServer(Closable):
     """Serves any `Scorer`. `serve` runs until `stop`; both are a context manager's inside."""
 
     def __init__(
@@ -101,12 +102,6 @@ class ScorerServer:
     def waiting_tokens(self) -> int:
         """New tokens and candidates of the requests that wait."""
         return self._queue.tokens
-
-    def __enter__(self) -> "ScorerServer":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Ends listening; `serve` has returned."""
