@@ -16,14 +16,19 @@ from transformers import (
     AutoTokenizer,
 )
 
+from guided_decode import load_scorer
 from guided_decode.checkpoints.plan.cards import find_card
 from guided_decode.checkpoints.plan.footprint import Workload
 from guided_decode.checkpoints.plan.placement import make_plan
 from guided_decode.checkpoints.prompts import tokenise
 from guided_decode.checkpoints.registry import POLICIES, find
+from guided_decode.search import load_generator
 from tests import PATIENCE, ROOT
 from tests.look_alikes import look_alike, look_alikes
 from tests.oracle import LogProbs, Values
+from tests.search.recordings import Live
+from tests.search.servers.completion_server import CompletionServer
+from tests.serving.served import served
 
 FOLDER = ROOT / "examples" / "checkpoints"
 QUESTION = [{"role": "user", "content": "Why is the sky blue?"}]
@@ -183,6 +188,21 @@ def test_tulu_2_dpo_with_a_judge_and_as_an_implicit_reward(tmp_path):
             break
     expected = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True)
     assert out.partition("\n")[2] == expected + "\n"
+
+
+def test_tulu_2_dpo_on_a_server_with_a_judge_on_another(tmp_path):
+    policy = load_generator(look_alike("allenai/tulu-2-dpo-70b"))
+    judge = look_alike("allenai/tulu-v2.5-ppo-13b-uf-mean-13b-mix-rm-value")
+    with (
+        CompletionServer(Live(policy), policy._tokenizer).running() as server,
+        served(load_scorer(judge, policy_tokenizer=policy._tokenizer)) as scorer,
+    ):
+        out = run("tulu_2_dpo.sh", tmp_path, ENDPOINT=server.url, JUDGE=scorer.address)
+        assert server.bodies
+        assert scorer.counts.rows
+    found = json.loads(out.splitlines()[0])
+    assert len(found["candidates"]) == 3
+    assert found["score"] == max(each["score"] for each in found["candidates"])
 
 
 def test_the_reward_models_rerank_guide_score_and_rank(tmp_path):
