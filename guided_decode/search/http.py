@@ -199,7 +199,8 @@ class Endpoints(Closable):
             answer = call.read(response.json(), call.body)
         except RequestRefused:
             raise
-        except (ValueError, RecursionError) as error:
+        # JSON of other types than were expected, at any depth.
+        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             said = " ".join(str(error).split())[:200]
             raise Failure(f"answered what was not asked for ({said})") from error
         server.failures = 0

@@ -110,6 +110,8 @@ GARBLED = {
         first_choice(lambda choice, answer: choice.update(
             token_ids=[], logprobs={"token_logprobs": [], "tokens": []})),
         "0 tokens where 1 to 9 were asked for"),
+    "a number for a list": (setting("prompt_token_ids", 7), "answered what was not asked for"),
+    "a list for an object": (setting("logprobs", [[]]), "answered what was not asked for"),
     "taken back": (setting("finish_reason", "abort"), "ended by 'abort'"),
 }  # fmt: skip
 
