@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from guided_decode.closable import Closable
+from guided_decode.cache.closable import Closable
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, batch_of
 from guided_decode.forward.ranks import ShardError

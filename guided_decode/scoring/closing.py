@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
+from guided_decode.cache.closable import Closable
 from guided_decode.cache.one_process import OneProcess
-from guided_decode.closable import Closable
 from guided_decode.forward.packed_model import PackedModel
 
 

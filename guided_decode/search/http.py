@@ -10,7 +10,7 @@ from typing import Any, Generic, TypeVar
 
 import httpx
 
-from guided_decode.closable import Closable
+from guided_decode.cache.closable import Closable
 from guided_decode.search.event_loop import EventLoopThread
 from guided_decode.search.http_access import check_urls
 from guided_decode.search.http_failures import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
-from guided_decode.closable import Closable
+from guided_decode.cache.closable import Closable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -7,8 +7,8 @@ from collections.abc import Collection, Sequence
 
 import torch
 
+from guided_decode.cache.closable import Closable
 from guided_decode.checkpoints.described import Described
-from guided_decode.closable import Closable
 from guided_decode.search.http import Endpoints
 from guided_decode.search.judges import is_ended
 from guided_decode.search.pooling_probe import Probed

@@ -11,7 +11,7 @@ import zmq
 from msgspec import structs
 from transformers import PreTrainedTokenizerBase
 
-from guided_decode.closable import Closable
+from guided_decode.cache.closable import Closable
 from guided_decode.guidance.step import is_device_error
 from guided_decode.scorer import Scorer
 from guided_decode.scoring.remote import wire
