@@ -203,7 +203,9 @@ class Line:
         except zmq.ZMQError as error:
             self._hang_up(0)
             raise ValueError(f"{self.address!r} cannot be connected to: {error}") from None
-        self._send(wire.frames(wire.Hello()))
+        # Who is refused at once has nowhere to send to; the monitor says so.
+        with contextlib.suppress(_LineLost):
+            self._send(wire.frames(wire.Hello()))
 
     def _hang_up(self, linger: int) -> None:
         if self._socket is None:
