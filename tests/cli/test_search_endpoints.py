@@ -136,7 +136,6 @@ def test_of_a_batch_that_is_broken_off_the_first_that_ended_are_written(server, 
     ]  # fmt: skip
 
 
-@pytest.mark.slow
 def test_what_ended_before_its_turn_is_not_searched_again(server, tmp_path):
     words, lines = lockstep(server, tmp_path, (0, 1, 2))
     output, ahead = tmp_path / "out.jsonl", tmp_path / "out.jsonl.ahead"

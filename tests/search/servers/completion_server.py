@@ -9,10 +9,11 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from guided_decode.search import Continuation, Sampling
+from tests.search.quiet_server import QuietServer
 
 MODEL = "policy"
 
@@ -53,8 +54,7 @@ class CompletionServer:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[CompletionServer]:
-        http = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
-        http.daemon_threads = True
+        http = QuietServer(("127.0.0.1", 0), self._handler())
         thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         self.url = f"http://127.0.0.1:{http.server_address[1]}"
