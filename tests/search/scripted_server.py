@@ -4,9 +4,8 @@ import contextlib
 import json
 import threading
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 
-from tests.search.quiet_server import QuietServer
+from tests.search.quiet_server import QuietHandler, QuietServer
 
 
 @dataclass(frozen=True)
@@ -39,18 +38,12 @@ class ScriptedServer:
         self._under_way, self._lock, self._ended = 0, threading.Lock(), threading.Event()
         server = self
 
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
+        class Handler(QuietHandler):
             def do_POST(self):
-                length = int(self.headers.get("content-length", 0))
-                server._serve(self, json.loads(self.rfile.read(length)))
+                server._serve(self, self.json_body())
 
             def do_GET(self):
                 server._serve(self, None)
-
-            def log_message(self, *said):
-                pass
 
         self._http = QuietServer(("127.0.0.1", 0), Handler)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,), daemon=True)

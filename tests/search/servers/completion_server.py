@@ -9,11 +9,10 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 from guided_decode.search import Continuation, Sampling
-from tests.search.quiet_server import QuietServer
+from tests.search.quiet_server import QuietHandler, QuietServer
 
 MODEL = "policy"
 
@@ -113,13 +112,8 @@ class CompletionServer:
         return {"object": "text_completion", "model": MODEL, "choices": [choice],
                 "usage": {"prompt_tokens": len(ids), "completion_tokens": len(tokens)}}  # fmt: skip
 
-    def _handler(server: Any) -> type[BaseHTTPRequestHandler]:
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args: Any) -> None:
-                pass
-
+    def _handler(server: Any) -> type[QuietHandler]:
+        class Handler(QuietHandler):
             def do_GET(self) -> None:
                 found = [{"id": name, "max_model_len": server.max_model_len}
                          for name in server.names]  # fmt: skip
@@ -129,7 +123,7 @@ class CompletionServer:
                     self.send(200, json.dumps({"object": "list", "data": found}))
 
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+                body = self.json_body()
                 with server._lock:
                     server.bodies.append(body)
                     number = len(server.bodies)
