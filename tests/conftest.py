@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import tempfile
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,11 @@ def pytest_configure(config: pytest.Config) -> None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
 
+
+# Helpers' assertions say what they saw, too.
+pytest.register_assert_rewrite(
+    *(f"tests.{each.stem}" for each in Path(__file__).parent.iterdir() if each != Path(__file__))
+)
 
 # Of these each file takes a worker a minute or more: the first, so that none ends alone.
 _LONG = (

@@ -63,7 +63,7 @@ def search(*args, stdin=None):
 def refused(*args, stdin=None):
     result = invoke(*args, stdin=stdin)
     assert result.exit_code == 2, result.output
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.count("\n") == 1, result.stderr
     return result.stderr
 
 

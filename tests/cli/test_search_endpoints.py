@@ -28,7 +28,7 @@ from tests.search.recordings import Live
 from tests.search.servers.completion_server import Bad, CompletionServer
 
 MODELS = ["--policy", "tiny-tulu-sft"]
-HASTY = ["--endpoint-retries", 1, "--endpoint-timeout", 20]
+HASTY = ["--endpoint-retries", 1, "--endpoint-timeout", PATIENCE]
 
 
 @pytest.fixture(scope="module")
@@ -183,13 +183,12 @@ def test_an_interrupt_takes_back_what_is_under_way(server, prompts, tmp_path):
 
     def behave(number, body):
         hanging[number] = True
-        return Bad(after=30.0) if number > 7 else None
+        return Bad(after=PATIENCE) if number > 7 else None
 
     server.behave = behave
     words = [str(word) for word in best_of_n(server, prompts, tmp_path / "out.jsonl", "--batch", 1)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "guided_decode.cli", "search", *words[:-4], "--endpoint-timeout",
-         "600", "--batch", "1"],
+        [sys.executable, "-m", "guided_decode.cli", "search", *words],
         stderr=subprocess.PIPE, text=True, start_new_session=True,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
@@ -199,7 +198,7 @@ def test_an_interrupt_takes_back_what_is_under_way(server, prompts, tmp_path):
         assert time.monotonic() < deadline
         time.sleep(0.02)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=25)
+    _, said = process.communicate(timeout=PATIENCE / 2)
     assert process.returncode == 130, said
     assert "interrupted: 1 of 3 prompts are done" in said
     assert "the same command goes on from there" in said

@@ -10,7 +10,7 @@ from guided_decode import load_scorer, tiny_tulu
 from guided_decode.search import Judged, ScorerJudge
 from guided_decode.search.http_failures import EndpointError, Retry
 from guided_decode.search.pooling_connection import connect_judge
-from tests import models
+from tests import PATIENCE, models
 from tests.checkpoints.tokenizer_files import swapped, word_tokenizer
 from tests.search.pooling_server import PoolingServer
 from tests.search.scripted_server import DROPPED, Reply, scripted
@@ -135,27 +135,28 @@ BAD = {
     "unread": (unread, "it read 1 tokens of a text of"),
     "holed": (holed, "are no numbers, 1 a token"),
     "widened": (widened, "2 outputs a token: expected 1"),
-    "hangs": (Reply({}, wait=30), "gave no answer within 0.5 s"),
+    "hangs": (Reply({}, wait=30), "gave no answer within 1.5 s"),
 }
 
 
 @pytest.mark.parametrize("what", BAD)
 def test_what_fails_is_tried_again_and_then_an_error(what):
     reply, message = BAD[what]
+    patience = 1.5 if what == "hangs" else float(PATIENCE)
     model = models.tiny("llama", "token")
     local = ScorerJudge(load_scorer(CRITIC, "ppo-critic"))
     some = texts()[:3]
     flaky, when = answers(PoolingServer(model, root=CRITIC), reply, None)
     with (
         scripted(flaky) as servers,
-        connected(*servers, kind="ppo-critic", timeout=0.5, concurrency=1) as judge,
+        connected(*servers, kind="ppo-critic", timeout=patience, concurrency=1) as judge,
     ):
         when["on"] = True
         assert judge.judge(some) == pytest.approx(local.judge(some), abs=1e-4)
     broken, when = answers(PoolingServer(model, root=CRITIC), reply)
     with (
         scripted(broken) as servers,
-        connected(*servers, kind="ppo-critic", timeout=0.5) as judge,
+        connected(*servers, kind="ppo-critic", timeout=patience) as judge,
     ):
         when["on"] = True
         with pytest.raises(EndpointError, match=message):
@@ -164,7 +165,7 @@ def test_what_fails_is_tried_again_and_then_an_error(what):
     broken, when = answers(PoolingServer(model, root=CRITIC), reply)
     with (
         scripted(broken, PoolingServer(model, root=CRITIC)) as servers,
-        connected(*servers, kind="ppo-critic", timeout=0.5) as judge,
+        connected(*servers, kind="ppo-critic", timeout=patience) as judge,
     ):
         when["on"] = True
         assert judge.judge(some) == pytest.approx(local.judge(some), abs=1e-4)

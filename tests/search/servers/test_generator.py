@@ -5,9 +5,10 @@ import pytest
 from guided_decode.search import EndpointError, RequestRefused, Retry, Sampling
 from guided_decode.search.seeds import derive
 from guided_decode.search.servers import Inexact, connect_generator
+from tests import PATIENCE
 from tests.search.servers.completion_server import Bad, CompletionServer
 
-HASTY = {"timeout": 30.0, "retry": Retry(attempts=3, first=0.01)}
+HASTY = {"timeout": float(PATIENCE), "retry": Retry(attempts=3, first=0.01)}
 GREEDY = Sampling(temperature=0.0)
 
 

@@ -7,10 +7,11 @@ import pytest
 from guided_decode.search import EndpointError, Retry, Sampling
 from guided_decode.search.servers import connect_generator
 from guided_decode.search.servers.probe import follows_temperature
+from tests import PATIENCE
 from tests.search.servers.completion_server import Bad, CompletionServer
 from tests.search.servers.test_generator import extend, of_logprobs, setting, without
 
-HASTY = {"timeout": 30.0, "retry": Retry(attempts=2, first=0.01)}
+HASTY = {"timeout": float(PATIENCE), "retry": Retry(attempts=2, first=0.01)}
 
 
 def connect(server, tokenizer, **options):
