@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 # Styles of transformers' plans whose collectives in a forward are known: none, or one sum over the
-# ranks of what a row-wise layer gives.
-_SUMMED = "rowwise"
+# ranks of what a row-wise layer gives, or (since 5.24) an embedding by rows of the vocabulary.
+_SUMMED = {"rowwise": 0, "embedding_rowwise": 1}  # and which dimension of its weight is the sum's
 _SILENT = frozenset({"colwise", "replicated_with_grad_allreduce"})
 _GATHERED_HEAD = frozenset({"colwise_gather_output", "colwise_rep"})
 
@@ -89,14 +89,14 @@ def collectives_of(model: PreTrainedModel, mesh: Any) -> Collectives:
         if plan["lm_head"] in _GATHERED_HEAD:
             del plan["lm_head"]
             head = model.get_output_embeddings()
-    if not plan or set(plan.values()) - _SILENT - {_SUMMED}:
+    if not plan or set(plan.values()) - _SILENT - set(_SUMMED):
         return of_unknown
-    summing = {name for name, style in plan.items() if style == _SUMMED}
-    layers = [
-        module
+    summing = {name: _SUMMED[style] for name, style in plan.items() if style in _SUMMED}
+    named = [
+        (".".join("*" if part.isdigit() else part for part in name.split(".")), module)
         for name, module in model.named_modules()
-        if ".".join("*" if part.isdigit() else part for part in name.split(".")) in summing
     ]
-    if {len(layer.weight) for layer in layers} != {hidden}:
+    sizes = [module.weight.shape[summing[name]] for name, module in named if name in summing]
+    if set(sizes) != {hidden}:
         return of_unknown
-    return Collectives(mesh.get_group(), len(layers), hidden, model.dtype, head)
+    return Collectives(mesh.get_group(), len(sizes), hidden, model.dtype, head)

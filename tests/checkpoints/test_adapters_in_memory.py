@@ -2,10 +2,13 @@
 
 import copy
 import gc
+from importlib.metadata import version
 
 import pytest
 import torch
+from packaging.version import Version
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
 
 from guided_decode import Adapted, load_scorer
 from guided_decode.checkpoints.adapter_layers import has_adapters
@@ -78,6 +81,10 @@ def test_adapters_that_act_together():
     adapters.check_implicit(scorer, model.eval(), adapters.base_of("CAUSAL_LM", LM))
 
 
+@pytest.mark.skipif(
+    Version(version("peft")) < Version(MIN_PEFT_VERSION),
+    reason=f"this transformers wants peft {MIN_PEFT_VERSION}",
+)
 def test_adapters_of_transformers_own():
     model = copy.deepcopy(models.tiny("llama", "sequence"))
     for name, seed in (("a", 1), ("b", 2)):
