@@ -1,7 +1,7 @@
 """The SFT policy: a 4-layer Llama taught on worked answers, with carries dropped."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,22 +38,18 @@ class SFTConfig:
     seed: int = 0
 
 
-class WorkedAnswers(Dataset[dict[str, list[int]]]):
-    """Token ids of a chat with its worked answer; the loss covers the answer and its EOS.
+class AnsweredChats(Dataset[dict[str, list[int]]]):
+    """Token ids of a chat with its answer; the loss covers the answer and its EOS.
 
     Every other example begins with BOS, so that the policy answers alike with and without.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: SFTConfig) -> None:
-        drop = random.Random(f"drop-{config.seed}")
-        prompts = tiny_tulu.training_prompts(config.steps * config.batch_size, config.seed)
-        answers = [
-            tiny_tulu.worked_answer(*tiny_tulu.operands(p), drop, config.carry_drop_rate)
-            for p in prompts
-        ]
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, prompts: Sequence[str], answers: Sequence[str]
+    ) -> None:
         chats = [tiny_tulu.render(p) for p in prompts]
         self.prompts = tokenizer(chats, add_special_tokens=False).input_ids
-        self.answers = tokenizer(answers, add_special_tokens=False).input_ids
+        self.answers = tokenizer(list(answers), add_special_tokens=False).input_ids
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
 
     def __len__(self) -> int:
@@ -63,6 +59,19 @@ class WorkedAnswers(Dataset[dict[str, list[int]]]):
         prompt = [self.bos] * (index % 2) + self.prompts[index]
         answer = self.answers[index] + [self.eos]
         return {"input_ids": prompt + answer, "labels": [IGNORED] * len(prompt) + answer}
+
+
+class WorkedAnswers(AnsweredChats):
+    """Sums with their worked answers, carries dropped as the config says."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, config: SFTConfig) -> None:
+        drop = random.Random(f"drop-{config.seed}")
+        prompts = tiny_tulu.training_prompts(config.steps * config.batch_size, config.seed)
+        answers = [
+            tiny_tulu.worked_answer(*tiny_tulu.operands(p), drop, config.carry_drop_rate)
+            for p in prompts
+        ]
+        super().__init__(tokenizer, prompts, answers)
 
 
 def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
@@ -79,14 +88,16 @@ def collate(rows: list[dict[str, list[int]]]) -> dict[str, Tensor]:
     }
 
 
-def new_policy(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
-    """A fresh 4-layer, 128-wide Llama with the tokenizer's vocabulary and special tokens."""
+def new_policy(
+    tokenizer: PreTrainedTokenizerFast, *, layers: int = 4, heads: int = 4, inner: int = 344
+) -> LlamaForCausalLM:
+    """A fresh Llama with heads of 32 and the tokenizer's vocabulary and special tokens."""
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=344,
-        num_hidden_layers=4,
-        num_attention_heads=4,
+        hidden_size=32 * heads,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
         max_position_embeddings=512,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -109,9 +120,15 @@ class LogLines(TrainerCallback):
 def train_sft(
     tokenizer: PreTrainedTokenizerFast, config: SFTConfig, scratch: Path, log: Log
 ) -> LlamaForCausalLM:
-    """Train a fresh policy with transformers' Trainer, which may write to `scratch`."""
+    """The policy of the sums, from nothing; the Trainer may write to `scratch`."""
     set_seed(config.seed)
-    policy = new_policy(tokenizer)
+    return fit(new_policy(tokenizer), WorkedAnswers(tokenizer, config), config, scratch, log)
+
+
+def fit(
+    policy: LlamaForCausalLM, chats: AnsweredChats, config: SFTConfig, scratch: Path, log: Log
+) -> LlamaForCausalLM:
+    """Trains a policy on chats with transformers' Trainer, and returns it."""
     arguments = TrainingArguments(
         output_dir=str(scratch),
         max_steps=config.steps,
@@ -132,7 +149,7 @@ def train_sft(
     trainer = Trainer(
         model=policy,
         args=arguments,
-        train_dataset=WorkedAnswers(tokenizer, config),
+        train_dataset=chats,
         data_collator=collate,
         callbacks=[LogLines(log)],
     )
