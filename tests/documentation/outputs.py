@@ -13,6 +13,7 @@ from guided_decode.cli.app import app
 from guided_decode.cli.demo import POLICIES
 from guided_decode.lab.demo.methods import METHODS
 from guided_decode.lab.demo.report import table
+from guided_decode.tiny_tulu import lists
 
 Figures = dict[str, dict[str, list[str]]]
 
@@ -53,6 +54,10 @@ def _worked_answer(text: str) -> tuple[object, object]:
     return text, tiny_tulu.worked_answer(4837, 2956) + "\n"
 
 
+def _best_of_the_lists(text: str) -> tuple[object, object]:
+    return text, lists.best_answer("Sort and count 7391.") + "\n"
+
+
 def _plan_of_the_70b_critic(text: str) -> tuple[object, object]:
     """The table and the words below it, as a narrow terminal has them."""
     policy = "allenai/tulu-v2.5-ppo-13b-uf-mean-70b-mix-rm"
@@ -84,6 +89,7 @@ def _lines(text: str) -> list[str]:
 OUTPUTS: dict[str, Callable[[str], tuple[object, object]]] = {
     "the demo's table": _demo_table,
     "the answer to 4837 + 2956": _worked_answer,
+    "the best answer to Sort and count 7391.": _best_of_the_lists,
     "the line of a search": _line_of_a_search,
     "the plan of the 70B critic": _plan_of_the_70b_critic,
 }

@@ -9,6 +9,7 @@ from guided_decode.checkpoints.shape import (
     LLAMA_3_70B,
     MISTRAL_7B,
     TINY,
+    TINY_LISTS,
     TULU_3_8B,
     Shape,
 )
@@ -73,6 +74,24 @@ def _tiny(part: str, kind: str | None, summary: str, reference: str | None = Non
         policy="tiny-tulu-ppo" if critic else None,
         reference=reference,
         assets=part,
+    )
+
+
+def _tiny_list(
+    name: str, part: str, kind: str | None, summary: str, reference: str | None = None
+) -> Record:
+    policy = "tiny-tulu-lists-sft"
+    return Record(
+        name=name,
+        architecture=f"LlamaFor{'SequenceClassification' if part == 'reward' else 'CausalLM'}",
+        shape=TINY_LISTS,
+        kind=kind,
+        prompt_format="tulu-3",
+        summary=f"{summary}, part of this package",
+        group="tiny-tulu",
+        policy=None if name == policy else policy,
+        reference=reference,
+        assets=f"lists/{part}",
     )
 
 
@@ -147,6 +166,14 @@ TINY_RECORDS: tuple[Record, ...] = (
     _tiny("sft", None, "SFT policy and reference, part of this package"),
     _tiny("ppo", "implicit", "PPO policy, part of this package", reference="tiny-tulu-sft"),
     _tiny("value", "ppo-critic", "value model of the tiny-tulu PPO run, part of this package"),
+    _tiny_list("tiny-tulu-lists-sft", "sft", None, "SFT policy and reference of the lists task"),
+    _tiny_list("tiny-tulu-reward", "reward", "reward-model", "reward model of the lists task"),
+    _tiny_list(
+        "tiny-tulu-dpo", "dpo", "implicit", "DPO policy of the lists task", "tiny-tulu-lists-sft"
+    ),
+    _tiny_list(
+        "tiny-tulu-kto", "kto", "implicit", "KTO policy, third iteration", "tiny-tulu-lists-sft"
+    ),
 )
 
 # Causal LMs that the records above speak of and that are no scorers: their policies and references.
