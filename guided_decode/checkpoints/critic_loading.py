@@ -8,7 +8,6 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode.checkpoints.checkpoint import (
-    Checkpoint,
     load_causal_lm,
     load_checkpoint,
     load_policy_trunk,
@@ -26,7 +25,7 @@ from guided_decode.checkpoints.loading_options import (
 from guided_decode.checkpoints.misgiven import misgiven_object
 from guided_decode.checkpoints.quantised_layers import is_quantised
 from guided_decode.checkpoints.source import ModelLike, Source, open_source
-from guided_decode.checkpoints.special_ids import conventions
+from guided_decode.checkpoints.special_ids import conventions, turn_end_of
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.checkpoints.tokenizer_match import check_rows
 from guided_decode.checkpoints.trunk_head_loading import HeadLike, load_trunk_head
@@ -59,7 +58,7 @@ def load_critic(
     weight, bias, inner = checkpoint.head_weight, checkpoint.head_bias, checkpoint.head_inner
     family, transform = checkpoint.family, checkpoint.transform
     made: Callable[..., CriticScorer] = CriticScorer
-    behind = _turn_end(checkpoint)
+    behind = turn_end_of(checkpoint.record, checkpoint.family, checkpoint.tokenizer)
     if behind:
         made = partial(TurnEndScorer, turn_end=behind)
     return made(
@@ -69,15 +68,6 @@ def load_critic(
         **_companions(reward, reference, checkpoint.tokenizer, options),
         **conventions(family, checkpoint.tokenizer, checkpoint.trunk, options.policy_tokenizer),
     )
-
-
-def _turn_end(checkpoint: Checkpoint) -> list[int]:
-    """The token ids after EOS at whose last one its finished responses are read."""
-    record, tokenizer = checkpoint.record, checkpoint.tokenizer
-    if record is None or tokenizer is None or checkpoint.family.terminal != "critic":
-        return []
-    ids: list[int] = tokenizer.encode(record.turn_end, add_special_tokens=False)
-    return ids
 
 
 def load_trunk_scorer(

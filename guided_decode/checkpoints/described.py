@@ -12,9 +12,9 @@ from guided_decode.checkpoints.config_checks import settle_rope
 from guided_decode.checkpoints.families import BosRule, Family
 from guided_decode.checkpoints.head import choose_transform
 from guided_decode.checkpoints.kinds import choose_family
-from guided_decode.checkpoints.registry import Record, find
+from guided_decode.checkpoints.registry import Record, find, location_of
 from guided_decode.checkpoints.source import Source, read_config
-from guided_decode.checkpoints.special_ids import conventions
+from guided_decode.checkpoints.special_ids import conventions, turn_end_of
 from guided_decode.checkpoints.tokenizer_files import tokenizer_beside
 from guided_decode.scorer import TerminalRule
 from guided_decode.scoring.transforms import Transform, parse_transform
@@ -31,8 +31,9 @@ class Described:
     """What is known of a critic or reward model without its weights.
 
     skip_token: BOS, where a leading one is dropped. eos_token_id: where finished responses are
-    read. vocab_size: ids from here on have no embedding. labels: of its head. tokenizer: None where
-    the checkpoint has none. record: its entry in the registry, if it has one.
+    read, or at the last of turn_end, which follows it. vocab_size: ids from here on have no
+    embedding. labels: of its head. tokenizer: None where the checkpoint has none. record: its entry
+    in the registry, if it has one.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Described:
     skip_token: int | None
     bos_token_id: int | None
     eos_token_id: int | None
+    turn_end: tuple[int, ...]
     tokenizer: PreTrainedTokenizerBase | None
     record: Record | None
 
@@ -72,7 +74,7 @@ def describe(
     Raises ValueError: there is no such checkpoint, no evidence of its kind, or a server that reads
         a head called "score" cannot read it as its trainer did.
     """
-    location = _location(name)
+    location = location_of(name)
     try:
         config = read_config(name, location, revision, trust_remote_code)
     except ValueError as error:
@@ -104,6 +106,7 @@ def describe(
         skip_token=known["skip_token"],
         bos_token_id=known["bos_token_id"],
         eos_token_id=known["eos_token_id"],
+        turn_end=turn_end_of(record, family, tokenizer),
         tokenizer=tokenizer,
         record=record,
     )
@@ -131,8 +134,3 @@ def _family(
             f"{' or '.join(family.architectures)}; pass the kind that it was trained as"
         )
     return family
-
-
-def _location(name: str) -> str:
-    record = find(name)
-    return name if record is None else record.location

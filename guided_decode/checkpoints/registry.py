@@ -6,7 +6,10 @@ from guided_decode.checkpoints.known import process_rewards, reasoners, reward_m
 from guided_decode.checkpoints.record import CHAT_TEMPLATE, Record
 from guided_decode.checkpoints.shape import Shape
 
-__all__ = ["CHAT_TEMPLATE", "POLICIES", "POLICY_TEMPLATE", "REGISTRY", "Record", "Shape", "find"]
+__all__ = [
+    "CHAT_TEMPLATE", "POLICIES", "POLICY_TEMPLATE", "REGISTRY", "Record", "Shape", "find",
+    "location_of",
+]  # fmt: skip
 
 # What it is called of a policy.
 POLICY_TEMPLATE = CHAT_TEMPLATE
@@ -36,3 +39,9 @@ def find(name_or_path: str | Path) -> Record | None:
     given, path = str(name_or_path), Path(name_or_path)
     known_as = {given, path.name} if path.is_dir() else {given}
     return next((record for record in REGISTRY if known_as & set(record.names)), None)
+
+
+def location_of(name_or_path: str | Path) -> str:
+    """What `from_pretrained` takes for it: a folder is itself, whatever it is called."""
+    record = None if Path(name_or_path).is_dir() else find(name_or_path)
+    return str(name_or_path) if record is None else record.location

@@ -28,7 +28,7 @@ from guided_decode.checkpoints.misgiven import (
     misgiven_object,
     misgiven_repository,
 )
-from guided_decode.checkpoints.registry import Record, find
+from guided_decode.checkpoints.registry import Record, find, location_of
 from guided_decode.checkpoints.weight_files import (
     WeightFiles,
     open_adapter_weights,
@@ -155,7 +155,7 @@ def open_source(
         "trust_remote_code": trust_remote_code,
         "gguf_file": gguf_file,
     }
-    location = _location(given)
+    location = location_of(given)
     adapter = adapter_of(location, revision, adapters)
     if adapter is None:
         return _of_files(given, location, revision, **how)
@@ -170,11 +170,6 @@ class _How(TypedDict):
     allow_pickle: bool
     trust_remote_code: bool
     gguf_file: str | None
-
-
-def _location(name: str | Path) -> str:
-    record = find(name)
-    return str(name) if record is None or Path(name).is_dir() else record.location
 
 
 def _of_files(
@@ -199,7 +194,7 @@ def _of_files(
 
 def _open_base(adapter: AdapterFiles, **how: Unpack[_How]) -> Source:
     """The model that an adapter was trained on. Raises ValueError: it is not to be had."""
-    base, location = adapter.base, _location(adapter.base)
+    base, location = adapter.base, location_of(adapter.base)
     if Path(location).is_dir() and Path(location).samefile(adapter.location):
         raise both_in_one(adapter.name)
     try:

@@ -5,6 +5,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from guided_decode.checkpoints.families import Family
+from guided_decode.checkpoints.record import Record
 
 
 def conventions(
@@ -31,6 +32,15 @@ def conventions(
         "bos_token_id": first(bos_id),
         "eos_token_id": first(eos_id),
     }
+
+
+def turn_end_of(
+    record: Record | None, family: Family, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, ...]:
+    """The token ids after EOS at whose last one finished responses are read; mostly none."""
+    if record is None or tokenizer is None or family.terminal != "critic":
+        return ()
+    return tuple(tokenizer.encode(record.turn_end, add_special_tokens=False))
 
 
 def special_token(

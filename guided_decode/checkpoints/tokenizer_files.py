@@ -8,7 +8,7 @@ from transformers.utils import cached_file
 from guided_decode.checkpoints.adapter_files import adapter_of
 from guided_decode.checkpoints.arrival import damaged
 from guided_decode.checkpoints.gguf_file import GgufFile, gguf_of
-from guided_decode.checkpoints.registry import find
+from guided_decode.checkpoints.registry import location_of
 from guided_decode.checkpoints.source import Source
 
 _FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json")
@@ -83,8 +83,7 @@ def tokenizer_home(
     on_top = files is None or files.location != location
     if files is None or on_top or any(_has(location, name, revision, False) for name in _FILES):
         return location, revision
-    record = find(files.base)
-    return (files.base if record is None else record.location), files.base_revision
+    return location_of(files.base), files.base_revision
 
 
 def tokenizer_beside(

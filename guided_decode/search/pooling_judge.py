@@ -111,10 +111,10 @@ class PoolingJudge(Closable):
         if is_ended(text, self._terminals):
             if rule == "reward":
                 return None
-            # As `score_candidates`: before the end, or at the model's own EOS.
+            # As `score_candidates`: before the end, or at the model's own and what it puts behind.
             own = self.described.eos_token_id
             last = () if rule == "baseline" else ids[-1:] if own is None else (own,)
-            ids = ids[:-1] + last
+            ids = ids[:-1] + last + self.described.turn_end
         if len(ids) > 1 and ids[0] == self.described.skip_token:
             ids = ids[1:]
         return ids

@@ -9,7 +9,15 @@ from transformers import AutoTokenizer
 from guided_decode.checkpoints.checkpoint import load_causal_lm, load_checkpoint
 from guided_decode.checkpoints.families import FAMILIES
 from guided_decode.checkpoints.prompts import FORMATS
-from guided_decode.checkpoints.registry import CHAT_TEMPLATE, POLICY_TEMPLATE, REGISTRY, Shape, find
+from guided_decode.checkpoints.registry import (
+    CHAT_TEMPLATE,
+    POLICY_TEMPLATE,
+    REGISTRY,
+    Shape,
+    find,
+    location_of,
+)
+from guided_decode.checkpoints.tokenizer_files import tokenizer_home
 from guided_decode.checkpoints.tokenizer_match import check_tokenizers
 
 FIVE = [
@@ -110,3 +118,18 @@ def test_tiny_tulus_value_model_loads_by_name_and_reads_its_policys_tokens():
         location = find(f"tiny-tulu-{part}").location
         check_tokenizers(AutoTokenizer.from_pretrained(location), critic.tokenizer)
         assert load_causal_lm(f"tiny-tulu-{part}").config.vocab_size == critic.record.shape.vocab
+
+
+def test_a_folder_is_itself_whatever_it_is_called(tmp_path):
+    (folder := tmp_path / "tulu-2-7b").mkdir()
+    (own := tmp_path / "tulu-2-dpo-7b").mkdir()
+    assert [location_of(one) for one in (folder, own, str(own))] == [
+        str(one) for one in (folder, own, own)
+    ]
+    assert location_of("tulu-2-dpo-7b") == "allenai/tulu-2-dpo-7b"
+    assert location_of("somebody/tulu-2-dpo-7b") == "somebody/tulu-2-dpo-7b"
+    # An adapter's base may be one.
+    given = {"peft_type": "LORA", "base_model_name_or_path": str(own)}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(given))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    assert tokenizer_home(str(tmp_path)) == (str(own), None)

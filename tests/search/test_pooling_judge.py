@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from transformers import AutoTokenizer, Qwen3ForSequenceClassification
 
 from guided_decode import load_scorer, tiny_tulu
 from guided_decode.search import Judged, ScorerJudge
@@ -12,6 +13,7 @@ from guided_decode.search.http_failures import EndpointError, Retry
 from guided_decode.search.pooling_connection import connect_judge
 from tests import PATIENCE, models
 from tests.checkpoints.tokenizer_files import swapped, word_tokenizer
+from tests.look_alikes import look_alike
 from tests.search.pooling_server import PoolingServer
 from tests.search.scripted_server import DROPPED, Reply, scripted
 
@@ -62,6 +64,24 @@ def test_its_values_are_the_local_judges(head, kind, labels, how, task):
         found = judge.judge([*texts(), *ends])
     assert found == pytest.approx(local.judge([*texts(), *ends]), abs=1e-4)
     assert judge.task == task
+
+
+def test_it_reads_where_the_local_judge_reads_behind_eos():
+    path = look_alike("Skywork-Reward-V2-Qwen3-0.6B")
+    model = Qwen3ForSequenceClassification.from_pretrained(path)
+    eos = model.config.eos_token_id
+    ended = [Judged((5, 6, 7), (9, 11, eos), True), Judged((5, 6, 7), (9, 11), False)]
+    local = ScorerJudge(load_scorer(path)).judge(ended)
+    with (
+        scripted(PoolingServer(model, "classify", root=path)) as (server,),
+        connected(server) as judge,
+    ):
+        found = judge.judge(ended)
+    assert found == pytest.approx(local, abs=1e-4)
+    newline = AutoTokenizer.from_pretrained(path).encode("\n")
+    ids = torch.tensor([[5, 6, 7, 9, 11, eos, *newline]])
+    hidden = model.model(input_ids=ids).last_hidden_state[0, -1]
+    assert found[0] == pytest.approx(model.score(hidden).item(), abs=1e-4)
 
 
 def test_a_reward_model_beside_it_judges_what_is_finished():
