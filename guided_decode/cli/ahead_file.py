@@ -27,9 +27,11 @@ class Ahead:
         """
         self._path = None if output == STDOUT else output.with_name(f"{output.name}.ahead")
         self._lines: dict[tuple[int, str], dict[str, Any]] = {}
+        self._torn = False
         if self._path is not None and self._path.exists() and not overwrite:
             for text in self._path.read_bytes().splitlines(keepends=True):
                 self._take(text, run)
+                self._torn = not text.endswith(b"\n")
 
     def _take(self, text: bytes, run: str) -> None:
         try:
@@ -51,7 +53,9 @@ class Ahead:
                 # What others left does not count.
                 self._path.unlink(missing_ok=True)
             with self._path.open("ab") as file:
-                file.write(as_line(line))
+                # Behind half a line it would be a part of that.
+                file.write(b"\n" * self._torn + as_line(line))
+            self._torn = False
         self._lines[row.number, row.key] = line
 
     def settle(self, rows: list[SearchRow]) -> None:

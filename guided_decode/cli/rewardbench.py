@@ -115,7 +115,7 @@ def rewardbench(
             score_rest(Job(reader.answer, run, skip=False), rows, file, batch_size)
         else:
             open_none(reading)
-        lines = [json.loads(line) for line in output.read_text().splitlines()]
+        lines = [json.loads(line) for line in output.read_bytes().splitlines()]
     outcome = Outcome.of(as_pairs(lines))
     if picture is not None:
         from guided_decode.lab.rewardbench.plot import draw

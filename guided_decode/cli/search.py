@@ -112,14 +112,14 @@ def search(
     served, connected = asked.served(), asked.connected()
     run = asked.identity(plan, served, connected)
     with open_output(source or STDIN, output, rows, run, overwrite) as file:
+        ahead = Ahead(output, run, overwrite=overwrite)
         if file.done < len(rows):
-            ahead = Ahead(output, run, overwrite=overwrite)
             job = asked.job(plan, served, connected, ahead, run, skip)
             file.begin()
             with job.generator:
                 score_rest(job, rows, file, batch, doing="searching", done_so="prompts are done",
                            beside=job.columns())  # fmt: skip
-            ahead.settle(rows)
+        ahead.settle(rows)
         if output != STDOUT:
             print(f"{len(rows) - file.failed} prompts are done in {file.path}", file=sys.stderr)
         if file.failed:

@@ -68,5 +68,10 @@ def finite(value: float | None) -> float | None:
 
 
 def rounded(value: float | None) -> float | None:
-    """A value for a file: what lies beyond float32 varies with the batch it was computed in."""
-    return None if value is None else round(value, 6)
+    """A value for a file: what lies beyond float32 varies with the batch it was computed in.
+
+    Of what is small four digits stay: products of probabilities are told apart by them.
+    """
+    if value is None or not value or not math.isfinite(value):
+        return value
+    return round(value, max(6, 3 - math.floor(math.log10(abs(value)))))

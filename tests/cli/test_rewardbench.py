@@ -160,6 +160,13 @@ def test_the_whole_data_set_is_counted_and_a_run_goes_on(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_lines_are_those_of_the_file_alone(tmp_path):
+    given = [pair | {"id": f"a\u2028{pair['id']}\x85"} for pair in pairs(2)]
+    data = write(tmp_path / "in.jsonl", given)
+    found = json.loads(bench(*TINY_VALUE, "--data", data, "--partial", "--json").stdout)
+    assert found["subsets"]["math-prm"]["pairs"] == 2
+
+
 GOOD = {"prompt": "2+2?", "chosen": "4", "rejected": "5", "subset": "hep-go", "id": 1}
 
 
