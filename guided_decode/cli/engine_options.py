@@ -102,6 +102,18 @@ class EngineOptions:
             raise Refusal(f"--kl-coef {kl_coef} compares the policy with a reference, which "
                           f"{which} does not have: drop one of them")  # fmt: skip
 
+    def check_placement(self, device: str | None, dtype: str, *, scorer_here: bool) -> None:
+        """Raises Refusal: a device or dtype was given, and nothing is loaded that would have it."""
+        if scorer_here or not (self.on_servers or self.on_vllm):
+            return
+        which = "--endpoint, whose server has placed the policy" if self.on_servers else (
+            f"--engine {VLLM}, which places the policy itself (--engine-args)"
+        )  # fmt: skip
+        given = [] if device is None else [f"--device {device}"]
+        given += [f"--dtype {dtype}"] if self.on_servers and dtype != "auto" else []
+        if given:
+            raise Refusal(f"{given[0]} came with {which}, and no scorer is loaded here: drop it")
+
     def arguments(self) -> dict[str, Any]:
         """What `--engine-args` says. Raises Refusal: it is no JSON object."""
         if self.engine_args is None:

@@ -7,8 +7,10 @@ from typing import Annotated, Any
 
 import typer
 
+from guided_decode.checkpoints.registry import find
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.model_options import ScorerOptions
+from guided_decode.scoring.remote.address import is_address
 
 _PANEL = "Scorers elsewhere, or of another tokenizer"
 _URLS = ("http://", "https://")
@@ -38,7 +40,10 @@ ThroughText = Annotated[
 ]  # fmt: skip
 Format = Annotated[
     str | None,
-    _option("the scorer's chat format, through text \\[its own]", metavar="FORMAT"),
+    _option(
+        "the scorer's chat format, through text or of a process reward model \\[its own]",
+        metavar="FORMAT",
+    ),
 ]
 
 
@@ -67,6 +72,23 @@ def pooling_urls(scorer: str | None) -> list[str]:
     if scorer is None or not scorer.startswith(_URLS):
         return []
     return [each.strip() for each in scorer.split(",")]
+
+
+def _may_read_steps(scorer: str, reading: ScorerOptions) -> bool:
+    """Whether it may be a process reward model, which reads text in any case, as far as its name
+    and kind say."""
+    if pooling_urls(scorer) or is_address(scorer):
+        return False
+    record = find(scorer)
+    kind = reading.given().get("kind") or (None if record is None else record.kind)
+    return kind in (None, "process-reward")
+
+
+def refuse_format(judge_format: str | None) -> None:
+    """Raises Refusal: a format was given, and the scorer reads token ids."""
+    if judge_format is not None:
+        raise Refusal("--judge-format is the scorer's chat format through text: pass "
+                      "--judge-through-text, or drop it")  # fmt: skip
 
 
 # Of how a scorer is read, what its servers do not decide.
@@ -98,9 +120,8 @@ def check_judging(scorer: str | None, reading: ScorerOptions, judging: JudgeOpti
                 f"--scorer-checkpoint {judging.scorer_checkpoint} says how a scorer on pooling "
                 "servers is read, or whose tokenizer reads text: drop it"
             )
-    if judging.judge_format is not None and not judging.judge_through_text:
-        raise Refusal("--judge-format is the scorer's chat format through text: pass "
-                      "--judge-through-text, or drop it")  # fmt: skip
+    if not (judging.judge_through_text or _may_read_steps(scorer, reading)):
+        refuse_format(judging.judge_format)
     if judging.judge_through_text and reading.head is not None:
         raise Refusal("--head reads the policy's own hidden states, and --judge-through-text is "
                       "for scorers with other tokens: drop one of them")  # fmt: skip

@@ -46,3 +46,13 @@ def refuse_placement(scorer: str, **flags: str | None) -> None:
             f"{' and '.join(given)} came with {scorer}, whose server has placed its scorer: give "
             "it to guided-decode scorer, and drop it here"
         )
+
+
+def refuse_unmet(scorer: str | None, remote: RemoteOptions) -> None:
+    """Raises Refusal: it was said how a server is met, and the scorer is on none."""
+    if scorer is not None and (is_address(scorer) or pooling_urls(scorer)):
+        return
+    for name, value in remote.given().items():
+        what = "a method that asks no scorer" if scorer is None else f"--scorer {scorer}"
+        raise Refusal(f"--{name.replace('_', '-')} {value} came with {what}, and is for a scorer "
+                      "on a server (tcp://HOST:PORT): drop it")  # fmt: skip

@@ -18,9 +18,9 @@ from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal, report
 from guided_decode.cli.jsonl import STDIN
 from guided_decode.cli.judge_options import JudgeOptions, check_judging
-from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
+from guided_decode.cli.remote_options import RemoteOptions, refuse_placement, refuse_unmet
 from guided_decode.cli.score_run import STDOUT, open_output, score_rest
-from guided_decode.cli.search_models import SearchModels, named
+from guided_decode.cli.search_models import SearchModels, loads_scorer, named
 from guided_decode.cli.search_options import BudgetOptions, MethodOptions
 from guided_decode.cli.search_plan import print_settings, read_plan
 from guided_decode.cli.search_rows import read_search_rows
@@ -97,6 +97,11 @@ def search(
     check_judging(names[1], reading, judging)
     if judging.judge_through_text and plan.method.per_token(plan.settings):
         raise Refusal(f"--judge-through-text came with --method {method}: {SINGLE_TOKENS}")
+    refuse_unmet(names[1], remote)
+    engine.check_placement(device, dtype, scorer_here=loads_scorer(names[1], reading))
+    if names[1] is None and scorer_device is not None:
+        raise Refusal(f"--scorer-device {scorer_device} came with --method {method}, which asks no "
+                      "scorer: drop it")  # fmt: skip
     if names[1] is not None:
         refuse_placement(names[1], scorer_device=scorer_device)
         follow_if_not_leading(names[1], reading, dtype)

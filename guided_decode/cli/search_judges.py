@@ -12,7 +12,7 @@ from guided_decode.cli.chat_rows import Messages
 from guided_decode.cli.chats import format_of, prompt_text
 from guided_decode.cli.checkpoints import Policy, known_as, load_tokenizer, location, open_scorer
 from guided_decode.cli.errors import Refusal, one_line
-from guided_decode.cli.judge_options import JudgeOptions, pooling_urls
+from guided_decode.cli.judge_options import JudgeOptions, pooling_urls, refuse_format
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.prompt_formats import warn_of_another_format
 from guided_decode.cli.remote_options import RemoteOptions
@@ -33,6 +33,10 @@ if TYPE_CHECKING:
 # Says what a prompt's token ids stand for, to a judge that reads text.
 Tell = Callable[[list[int], Messages], None]
 
+_NO_FORMAT = (
+    "{} is not registered and its tokenizer has no chat template: pass --judge-format, the format "
+    "that it was trained on"
+)
 _HINT = "or pass --judge-through-text, with which the scorer reads responses as text"
 
 
@@ -94,6 +98,7 @@ class JudgeModels:
             known = self.judging.scorer_checkpoint or known_as(scorer, self.scorer)
             tokenizer = self._tokenizer(known) if through else None
         if not through:
+            refuse_format(self.judging.judge_format)
             if not self.raw:
                 warn_of_another_format(policy.tokenizer, self.text_format, known, self.reading.bos)
             return judge, None
@@ -102,8 +107,7 @@ class JudgeModels:
                           "--scorer-checkpoint, a folder or Hub id that has it")  # fmt: skip
         its_format = format_of(self.judging.judge_format, find(known))
         if its_format is None and not tokenizer.chat_template and not self.raw:
-            raise Refusal(f"{known} is not registered and its tokenizer has no chat template: pass "
-                          "--judge-format, the format that it was trained on")  # fmt: skip
+            raise Refusal(_NO_FORMAT.format(known))
         reader = TextJudge(
             judge, tokenizer, policy_tokenizer=policy.tokenizer, terminals=terminals,
             prompt_format=its_format,
@@ -119,10 +123,11 @@ class JudgeModels:
             if given:
                 raise Refusal(f"{flag} came with --scorer {self.scorer}, a process reward model, "
                               "which reads chats as text in its own format: drop it")  # fmt: skip
-        prompts = Rereader(
-            self._tokenizer(self.scorer),
-            format_of(self.judging.judge_format, find(self.scorer)),
-        )
+        tokenizer = self._tokenizer(self.scorer)
+        its_format = format_of(self.judging.judge_format, find(self.scorer))
+        if its_format is None and not tokenizer.chat_template:
+            raise Refusal(_NO_FORMAT.format(self.scorer))
+        prompts = Rereader(tokenizer, its_format)
         return StepJudge(scorer, policy.tokenizer, prompts.text_of), prompts.tell
 
     def _opened(self, policy: Policy, reading: ScorerOptions | None = None) -> Scorer:

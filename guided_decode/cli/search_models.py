@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from guided_decode.checkpoints.registry import find
 from guided_decode.cli.ahead_file import Ahead
 from guided_decode.cli.chat_rows import Messages
 from guided_decode.cli.chats import prompt_ids, raw_ids
@@ -20,7 +21,7 @@ from guided_decode.cli.checkpoints import (
 )
 from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal
-from guided_decode.cli.judge_options import JudgeOptions
+from guided_decode.cli.judge_options import JudgeOptions, pooling_urls
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.remote_options import RemoteOptions
 from guided_decode.cli.run_identity import fingerprint, run_identity
@@ -29,6 +30,7 @@ from guided_decode.cli.search_engines import connect, policy_tokenizer, start_vl
 from guided_decode.cli.search_judges import JudgeModels, Tell
 from guided_decode.cli.search_plan import Plan
 from guided_decode.cli.search_run import SearchJob
+from guided_decode.scoring.remote.address import is_address
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -49,6 +51,9 @@ def named(
     if (kl_coef := plan.settings.get("kl_coef")) and reading.reference is None:
         raise Refusal(f"--kl-coef {kl_coef} needs --reference, the model that the policy was tuned "
                       "from")  # fmt: skip
+    if reading.reference is not None and not kl_coef and not _may_be_implicit(scorer, reading):
+        raise Refusal(f"--reference {reading.reference} is of a KL term (--kl-coef), or of an "
+                      "implicit reward, which the scorer is not: drop it")  # fmt: skip
     if plan.method.judged:
         return pair(policy, scorer, head=reading.head)
     given = [f"--scorer {scorer}"] if scorer is not None else []
@@ -59,6 +64,24 @@ def named(
     policy = policy or DEFAULT_POLICY
     location(policy)
     return policy, None
+
+
+def _may_be_implicit(scorer: str | None, reading: ScorerOptions) -> bool:
+    """Whether the scorer may be a pair of language models, as far as its name and kind say."""
+    if scorer is None or reading.given().get("kind") is not None:
+        return reading.kind in (None, "auto", "implicit")
+    record = None if _on_a_server(scorer) else find(scorer)
+    return not _on_a_server(scorer) and (record is None or record.kind in (None, "implicit"))
+
+
+def loads_scorer(scorer: str | None, reading: ScorerOptions) -> bool:
+    """Whether this process loads a scorer, or a reward model beside one that is served."""
+    names = (scorer, reading.reward)
+    return any(each is not None and not _on_a_server(each) for each in names)
+
+
+def _on_a_server(name: str) -> bool:
+    return bool(pooling_urls(name)) or is_address(name)
 
 
 # The one of the scorer's options that a policy is loaded with, too.
@@ -125,10 +148,27 @@ class SearchModels:
             settings["served"] = known or getattr(served, "described", None)
         if self.judging.judge_through_text:
             settings["through_text"] = (self.judging.judge_format, self.judging.scorer_checkpoint)
+        elif self.judging.judge_format is not None:
+            settings["judge_format"] = self.judging.judge_format
         if self.scorer is None or served is not None:
-            return run_identity({}, settings, None)
+            return run_identity(self._beside(plan, served, settings), settings, None)
         device = self.scorer_device or self.device
         return identity(self.scorer, self.reading, device, self.dtype, settings)
+
+    def _beside(
+        self, plan: Plan, served: Scorer | PoolingJudge | None, settings: dict[str, Any]
+    ) -> dict[str, str | None]:
+        """The models by role that this process loads beside a scorer that is served.
+
+        Of a reward model on servers it adds to the settings what is known.
+        """
+        beside = {"reference": self.reading.reference if plan.settings.get("kl_coef") else None}
+        of_ends: Any = getattr(served, "reward", None)
+        if hasattr(of_ends, "read_as"):
+            settings["served_reward"] = of_ends.read_as
+        else:
+            beside["reward"] = self.reading.reward
+        return beside
 
     def job(
         self,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import pytest
 from typer.testing import CliRunner
@@ -80,6 +81,29 @@ def test_search_refuses_raw_text():
     said = invoke("search", "--method", "dvts", "--raw", "--prompt", "2+2", "--policy",
                   look_alike(POLICY), "--scorer", look_alike(QWEN), code=2).stderr  # fmt: skip
     assert "reads chats as text in its own format: drop it" in " ".join(said.split())
+
+
+def test_one_without_a_template_is_read_in_the_format_that_was_named(tmp_path):
+    folder = tmp_path / "my-prm"
+    shutil.copytree(look_alike(QWEN), folder)
+    (folder / "chat_template.jinja").unlink()
+    words = ["search", "--method", "best-of-n", "--n", "2", "--max-new-tokens", "4", "--prompt",
+             "What is 2+2?", "--policy", look_alike(POLICY), "--scorer", folder]  # fmt: skip
+    said = invoke(*words, code=2).stderr
+    assert "its tokenizer has no chat template: pass --judge-format" in " ".join(said.split())
+    found = json.loads(invoke(*words, "--judge-format", "math-shepherd").stdout)
+    (best,) = (each for i, each in enumerate(found["candidates"]) if i == found["chosen"])
+    # Of a response that is cut inside a character, its beginning was read.
+    read = [best["response"].removesuffix("\ufffd" * i) for i in range(3)]
+    values = load_scorer(folder).values(["What is 2+2? "] * 3, read)
+    assert found["score"] in [pytest.approx(value, abs=1e-5) for value in values]
+    other = json.loads(invoke(*words, "--judge-format", "qwen-2.5-math").stdout)
+    assert found["run"] != other["run"]
+    # Of a scorer that reads token ids it says nothing, which shows when it is there.
+    said = invoke("search", "--method", "best-of-n", "--prompt", "2+2", "--judge-format", "tulu-2",
+                  "--policy", look_alike(POLICY), "--scorer",
+                  look_alike("Open-Reasoner-Zero-Critic-0.5B"), code=2).stderr  # fmt: skip
+    assert "--judge-format is the scorer's chat format through text" in " ".join(said.split())
 
 
 def test_methods_that_value_single_tokens_are_refused():

@@ -158,11 +158,55 @@ def test_methods_of_single_tokens_refuse_text(name, prompts, foreign):
           "NO_SUCH"], "NO_SUCH is not set: expected the server's API key in it"),
         (["--scorer", "http://me@127.0.0.1:1", "--policy", "tiny-tulu-sft"],
          "a URL of 127.0.0.1 has a name or password in it"),
+        (["--timeout", 3], "--timeout 3.0 came with --scorer tiny-tulu-value, and is for a scorer "
+         "on a server (tcp://HOST:PORT): drop it"),
+        (["--key-file", "k"], "--key-file k came with --scorer tiny-tulu-value, and is for a"),
+        (["--reference", "tiny-tulu-sft", "--scorer", "tiny-tulu-value"], "--reference "
+         "tiny-tulu-sft is of a KL term (--kl-coef), or of an implicit reward, which the scorer"),
+        (["--reference", "tiny-tulu-sft", "--scorer", "http://127.0.0.1:1", "--policy",
+          "tiny-tulu-sft"], "--reference tiny-tulu-sft is of a KL term (--kl-coef), or of an"),
         (["--scorer", "http://127.0.0.1:1"], "is paired with no policy in the registry: pass --po"),
     ],
 )  # fmt: skip
 def test_options_that_say_nothing_are_refused(how, message, prompts):
     assert message in refused("--method", "best-of-n", *how, prompts)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (["--scorer-device", "cpu"], "--scorer-device cpu came with --method vote, which asks no"),
+        (["--timeout", 3], "--timeout 3.0 came with a method that asks no scorer"),
+        (["--endpoint", "http://127.0.0.1:1", "--policy", "tiny-tulu-sft", "--dtype", "float16"],
+         "--dtype float16 came with --endpoint, whose server has placed the policy, and no scorer"),
+        (["--endpoint", "http://127.0.0.1:1", "--policy", "tiny-tulu-sft", "--device", "cpu"],
+         "--device cpu came with --endpoint, whose server has placed the policy, and no scorer"),
+        (["--engine", "vllm", "--device", "cpu"], "--device cpu came with --engine vllm, which"),
+    ],
+)  # fmt: skip
+def test_options_of_what_is_not_loaded_are_refused(how, message, prompts):
+    assert message in refused("--method", "vote", *how, prompts)
+
+
+def test_a_run_is_another_one_with_another_judge_of_ends(prompts, served, tmp_path):
+    """Or with another reference, format, or reward model that is served."""
+    out, ends = tmp_path / "out.jsonl", models.saved("llama", "sequence", 1)
+    other = models.saved("llama", "sequence", 2)
+    how = (*ways("best-of-n"), *served[:4], "--judge-through-text", "--judge-format", "tulu-3",
+           "--kind", "ppo-critic", "--output", out, prompts)  # fmt: skip
+    search(*how, "--reward", ends)
+    assert "made from another input or with other settings" in refused(*how, "--reward", other)
+    done = out.read_bytes()
+    search(*how, "--reward", ends)
+    assert out.read_bytes() == done
+
+
+def test_a_run_is_another_one_with_another_reference_of_a_kl_term(prompts, served, tmp_path):
+    out = tmp_path / "out.jsonl"
+    how = ("--method", "ppo-mcts", "--simulations", 2, "--k", 2, "--max-new-tokens", 2,
+           "--kl-coef", 0.1, *served, "--output", out, prompts)  # fmt: skip
+    search(*how, "--reference", "tiny-tulu-sft")
+    assert "with other settings" in refused(*how, "--reference", "tiny-tulu-ppo")
 
 
 def test_a_scorer_without_a_template_wants_a_format(prompts, tmp_path):
