@@ -12,17 +12,25 @@ TextAnswer = Callable[[str], Hashable | None]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
 _NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
-# GSM8K's mark, and what a model is asked to write most often.
-_ANNOUNCED = re.compile(r"(?:####|(?:final )?answer(?: is)?\s*:?)\s*(?P<answer>[^\n]+)", re.I)
+# GSM8K's mark, and what a model is asked to write most often, in bold or not.
+_ANNOUNCED = re.compile(
+    r"(?:####|\banswer\b[*_]*(?:\s+is\b[*_]*\s*:?|\s*:))\s*(?P<answer>[^\n]+)", re.I
+)
+_TAGGED = re.compile(r"<answer>(?P<answer>.*?)</answer>", re.I | re.S)
+_EMPHASIS = "*` "
 
 
 def final_answer(text: str) -> str | None:
-    """The last boxed answer; else the last that is announced ("Answer: 7", "#### 7"); else the
-    last number. Numbers are written alike, "7,793.0" as "7793"."""
+    """The last boxed answer; else the last between <answer> and </answer>; else the last that is
+    announced ("Answer: 7", "the answer is 7", "#### 7"); else the last number. Numbers are written
+    alike, "7,793.0" as "7793"."""
     if (boxed := boxed_answer(text)) is not None:
         return boxed
-    announced = [found["answer"] for found in _ANNOUNCED.finditer(text)]
-    return _written(announced[-1]) if announced else last_number(text)
+    for pattern in (_TAGGED, _ANNOUNCED):
+        found = [_written(each["answer"]) for each in pattern.finditer(text)]
+        if (said := next((each for each in reversed(found) if each), None)) is not None:
+            return said
+    return last_number(text)
 
 
 def boxed_answer(text: str) -> str | None:
@@ -47,7 +55,7 @@ ANSWERS = MappingProxyType({"final": final_answer, "boxed": boxed_answer, "numbe
 
 def _written(text: str) -> str | None:
     """An answer without what surrounds it; one that is a number, as numbers are written."""
-    bare = text.strip().rstrip(".").strip("$ ").strip()
+    bare = text.strip().strip(_EMPHASIS).rstrip(".").strip(_EMPHASIS).strip("$ ").strip()
     return _number(bare) if _NUMBER.fullmatch(bare) else bare or None
 
 

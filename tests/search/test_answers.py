@@ -46,6 +46,18 @@ def test_the_last_number(text, answer):
         (r"Answer: 3, that is \boxed{2}", "2"),
         ("The final answer is: $x = 3$", "x = 3"),
         ("2 and 3", "3"),
+        # What models write around it.
+        ("**Answer:** 7", "7"),
+        ("**Answer: 7.**", "7"),
+        ("### Final answer\n\nThe final answer is **1,234**.", "1234"),
+        ("<think>x</think> <answer> 42 </answer>", "42"),
+        ("<answer>\n42\n</answer>", "42"),
+        (r"<answer> \boxed{3} </answer>", "3"),
+        # The word alone announces nothing.
+        ("7 is my answer.", "7"),
+        ("I check the answers: 4 and 5, so it is 9.", "9"),
+        ("The answer to the question follows: 2 + 2 = 4", "4"),
+        ("Answer:\n5", "5"),
         ("", None),
     ],
 )
