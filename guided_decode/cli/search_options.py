@@ -43,6 +43,16 @@ Leave = Annotated[
     bool | None,
     _setting("finished beams leave their tree, or stay in the competition", "--leave/--stay"),
 ]
+Patient = Annotated[
+    bool | None,
+    _setting("a tree ends when all beams that stay are finished, or when the best one is",
+             "--patient/--no-patient"),
+]  # fmt: skip
+Spread = Annotated[
+    bool | None,
+    _setting("all beams begin at the prompt, or one does (block searches)",
+             "--spread/--no-spread"),
+]  # fmt: skip
 Beta = Annotated[
     float | None,
     _setting("weight of a value, in nats a unit (smc); tolerance in units of value (cards)"),
@@ -110,6 +120,8 @@ class MethodOptions:
     trees: Trees = None
     margin: Margin = None
     leave: Leave = None
+    patient: Patient = None
+    spread: Spread = None
     beta: Beta = None
     threshold: Threshold = None
     choice: Choice = None

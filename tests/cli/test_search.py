@@ -152,6 +152,8 @@ def test_settings_are_listed_as_they_are_typed():
         "  --margin               none",
         "  --trees                4",
         "  --leave                false",
+        "  --patient              false",
+        "  --spread               false",
         "  --temperature          0.8",
         "  --top-p                1.0",
         '  --stop                 ["\\n\\n"]',

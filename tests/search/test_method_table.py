@@ -40,9 +40,11 @@ PUBLISHED = {
     "weighted-vote": lambda **own: vote(PROMPT, answer=first, n=16, weighted=True, **own),
     "block": lambda **own: block_search(PROMPT, Blocks(4, 4, 32), **own),
     "cd": lambda **own: block_search(PROMPT, Blocks(1, 6, 32), **own),
-    "vgs": lambda **own: block_search(PROMPT, Blocks(4, 2, 4096, leave=True), **own),
+    "vgs": lambda **own: block_search(PROMPT, Blocks(4, 2, 4096, leave=True, spread=True), **own),
     "dvts": lambda **own: block_search(PROMPT, Blocks(1, 4, 2048, trees=4), sampling=HOW, **own),
-    "chunk-beam": lambda **own: block_search(PROMPT, Blocks(4, 4, 30), **own),
+    "chunk-beam": lambda **own: block_search(
+        PROMPT, Blocks(4, 4, 30, patient=True, spread=True), **own
+    ),
     "value-beam": lambda **own: block_search(PROMPT, Blocks(4, 4, 1), **own),
     "prune-and-refill": lambda **own: prune_and_refill(PROMPT, n=16, block=32, margin=0.3, **own),
     "smc": lambda **own: sequential_monte_carlo(
@@ -87,7 +89,7 @@ def test_what_is_given_replaces_the_preset():
     begun = METHODS["vgs"].begin(
         PROMPT, seed=2, max_tokens=DEPTH, answer=first, width=2, block=2, temperature=0.5
     )
-    shape = Blocks(width=2, branches=2, block=2, leave=True)
+    shape = Blocks(width=2, branches=2, block=2, leave=True, spread=True)
     expected = block_search(
         PROMPT, shape, seed=2, max_tokens=DEPTH, answer=first, sampling=Sampling(0.5)
     )

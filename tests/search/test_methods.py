@@ -76,7 +76,7 @@ def plain_block_search(policy, judge, blocks, seed):
     """The definition, tree by tree and beam by beam."""
     found = []
     for tree in range(blocks.trees):
-        beams, room, number = [((), None)], blocks.width, 0
+        beams, room, number = [((), None)] * (blocks.width if blocks.spread else 1), blocks.width, 0
         while any(not ended(response) for response, _ in beams):
             children = [beam for beam in beams if ended(beam[0])]
             open_ = [response for response, _ in beams if not ended(response)]
@@ -94,7 +94,7 @@ def plain_block_search(policy, judge, blocks, seed):
             if blocks.leave:
                 found, room = found + done, room - len(done)
                 beams = [beam for beam in beams if not ended(beam[0])]
-            elif ended(beams[0][0]):
+            elif ended(beams[0][0]) and not blocks.patient:
                 found, beams = found + done, []
             number += 1
         found += beams
@@ -109,6 +109,8 @@ SHAPES = [
     Blocks.vgs(blocks=4, width=2, block=1, trees=3),
     Blocks.chunk_beam(width=2, branches=2, chunk=3),
     Blocks(width=3, branches=2, block=4, margin=0.2, trees=2, leave=True),
+    Blocks(width=3, branches=2, block=2),
+    Blocks(width=3, branches=2, block=2, margin=0.3, patient=True),
 ]
 
 
@@ -121,6 +123,30 @@ def test_block_search_keeps_what_its_definition_keeps(seed, blocks):
     assert sorted((each.tokens, each.score) for each in result.candidates) == sorted(expected)
     assert result.best.score == max(score for _, score in expected)
     assert all(each.finished for each in result.candidates)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "first", "all_finished"),
+    [
+        (Blocks.vgs(blocks=6, width=2, block=2), 6, True),
+        (Blocks.chunk_beam(width=2, branches=3, chunk=3), 6, True),
+        (Blocks.dvts(trees=2, branches=3, block=2), 6, False),
+        (Blocks.cd(branches=4, block=2), 4, False),
+    ],
+)
+def test_published_searches_begin_and_end_as_their_code_does(blocks, first, all_finished):
+    """VGS's generate_beam and chunk beam search's _search keep all beams from the first round on,
+    each at the prompt, and until each is finished; where one is kept, it makes no difference."""
+    for seed in SEEDS:
+        search = block_search(PROMPT, blocks, max_tokens=DEPTH, seed=seed)
+        request = next(search)
+        assert len(request.prefixes) * request.n == first
+        assert set(request.prefixes) == {PROMPT}
+        assert len(set(request.seeds)) == len(request.seeds)
+        found = run(block_search(PROMPT, blocks, max_tokens=DEPTH, seed=seed), ToyPolicy(seed),
+                    ToyJudge(seed))  # fmt: skip
+        assert not all_finished or len(found.candidates) == blocks.width
+        search.close()
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -233,6 +259,8 @@ def test_settings_without_meaning_are_refused():
     for wrong in ({"width": 0}, {"block": -1}, {"margin": -0.1}, {"trees": 0}, {"branches": 0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Blocks(**wrong)
+    with pytest.raises(ValueError, match="leave and patient: a response that leaves is not waited"):
+        Blocks(leave=True, patient=True)
     with pytest.raises(ValueError, match=r"blocks=7 is no multiple of width=2"):
         Blocks.vgs(blocks=7, width=2)
     with pytest.raises(ValueError, match=r"choice='worst'"):

@@ -23,7 +23,9 @@ class Blocks:
     tokens of one. margin: beams whose value is more than this below the best one's go as well; None
     keeps the width. trees: independent searches of this shape, whose responses meet at the end.
     leave: a finished response leaves its tree, which goes on with one beam less; else it stays in
-    the competition, and the tree ends when the best beam is finished.
+    the competition, and the tree ends when the best beam is finished. patient: when all that it
+    keeps are, for those that stay. spread: all beams begin at the prompt, so that the first round
+    draws width · branches continuations of it, as later ones do; else one beam does.
     """
 
     width: int = 4
@@ -32,11 +34,16 @@ class Blocks:
     margin: float | None = None
     trees: int = 1
     leave: bool = False
+    patient: bool = False
+    spread: bool = False
 
     def __post_init__(self) -> None:
         require_counts(width=self.width, branches=self.branches, block=self.block, trees=self.trees)
         if self.margin is not None and not self.margin >= 0:
             raise ValueError(f"margin={self.margin}: expected a number of at least 0, or None")
+        if self.leave and self.patient:
+            raise ValueError("leave and patient: a response that leaves is not waited for; "
+                             "expected one of them at most")  # fmt: skip
 
     @classmethod
     def cd(cls, branches: int = 6, block: int = 32) -> Blocks:
@@ -50,12 +57,15 @@ class Blocks:
     def vgs(cls, blocks: int = 8, width: int = 2, block: int = 4096, trees: int = 1) -> Blocks:
         """Value-guided search: `blocks` blocks a round, `width` of each beam.
 
-        Wang et al., arXiv 2505.17373. With several trees, DVTS. Its published form ends with a
-        weighted vote: pass `answer`.
+        Wang et al., arXiv 2505.17373; as in its code, the first round's blocks are all drawn after
+        the prompt. With several trees, DVTS. Its published form ends with a weighted vote: pass
+        `answer`.
         """
         if blocks % width:
             raise ValueError(f"blocks={blocks} is no multiple of width={width}")
-        return cls(width=blocks // width, branches=width, block=block, trees=trees, leave=True)
+        return cls(
+            width=blocks // width, branches=width, block=block, trees=trees, leave=True, spread=True
+        )
 
     @classmethod
     def dvts(cls, trees: int = 4, branches: int = 4, block: int = 2048) -> Blocks:
@@ -68,8 +78,12 @@ class Blocks:
 
     @classmethod
     def chunk_beam(cls, width: int = 4, branches: int = 4, chunk: int = 30) -> Blocks:
-        """Chunk-level beam search on an implicit reward (Zhou et al., arXiv 2405.19262)."""
-        return cls(width=width, branches=branches, block=chunk)
+        """Chunk-level beam search on an implicit reward (Zhou et al., arXiv 2405.19262).
+
+        As in its code: width · branches chunks after the prompt at first, and on until all beams
+        that are kept are finished.
+        """
+        return cls(width=width, branches=branches, block=chunk, patient=True, spread=True)
 
     @classmethod
     def value_beam(cls, width: int = 4, branches: int = 4, margin: float | None = None) -> Blocks:
@@ -81,7 +95,7 @@ class Blocks:
 class _Tree:
     number: int
     room: int
-    beams: list[Candidate] = field(default_factory=lambda: [Candidate()])
+    beams: list[Candidate]
     done: list[Candidate] = field(default_factory=list)
 
     @property
@@ -113,7 +127,8 @@ def block_search(
     """
     require_counts(max_tokens=max_tokens)
     prompt = tuple(prompt)
-    trees = [_Tree(i, blocks.width) for i in range(blocks.trees)]
+    roots = [Candidate()] * (blocks.width if blocks.spread else 1)
+    trees = [_Tree(i, blocks.width, list(roots)) for i in range(blocks.trees)]
     rounds, stopped = 0, None
     try:
         while going := [tree for tree in trees if tree.open]:
@@ -172,7 +187,7 @@ def _keep(tree: _Tree, beams: list[Candidate], blocks: Blocks) -> None:
         tree.done += left
         tree.room -= len(left)
         kept = [beam for beam in kept if not beam.finished]
-    elif kept[0].finished:
+    elif kept[0].finished and not blocks.patient:
         tree.done, kept = tree.done + [beam for beam in kept if beam.finished], []
     tree.beams = kept
 
