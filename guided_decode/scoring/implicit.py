@@ -15,6 +15,9 @@ from guided_decode.scoring.asked import check_asked
 from guided_decode.scoring.closing import Closing
 from guided_decode.stats import ScorerStats
 
+# Logits of one part of a call, 512 MiB: a judge asks about all tokens of all responses at once.
+_MOST_LOGITS = 1 << 27
+
 
 class LanguageModel(OneProcess):
     """A causal LM read for log-probabilities after prefixes, with a prefix cache of its own.
@@ -70,13 +73,14 @@ class LanguageModel(OneProcess):
     def _logits(
         self, prefixes: Sequence[Prefix], read: Callable[[slice, Tensor], Tensor]
     ) -> Iterator[Tensor]:
-        """What `read` makes of the logits of as many rows as fit the pool, until all are read."""
+        """What `read` makes of the logits of as many rows as fit the pool, and whose logits fit
+        memory, until all are read."""
         self.model.begin_call()
         rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
-        done = 0
+        done, most = 0, max(1, _MOST_LOGITS // self.model.vocab_size)
         try:
             while done < len(rows):
-                logits = self._part(rows[done:])
+                logits = self._part(rows[done : done + most])
                 yield read(slice(done, done + len(logits)), logits)
                 done += len(logits)
         except BaseException:

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from guided_decode import load_scorer
+from guided_decode.scoring import implicit
 from guided_decode.search import Judged, ScorerJudge, response_ratios
 from tests import models
 
@@ -60,6 +61,22 @@ def test_an_implicit_reward_is_summed_over_the_response():
         )  # fmt: skip
         assert value == pytest.approx(own - other, abs=1e-3)
     assert judged[-1] == 0.0
+
+
+def test_logits_of_long_responses_are_read_in_parts(monkeypatch):
+    tuned, base = (models.tiny("llama", "lm", seed=seed) for seed in (0, 1))
+    wanted = ScorerJudge(load_scorer(tuned, kind="implicit", reference=base)).judge(texts())
+    scorer, held = load_scorer(tuned, kind="implicit", reference=base), []
+    monkeypatch.setattr(implicit, "_MOST_LOGITS", 3 * scorer.vocab_size + 1)
+
+    def read(logits, candidates, own=implicit.LanguageModel._read):
+        held.append(len(logits))
+        return own(logits, candidates)
+
+    monkeypatch.setattr(implicit.LanguageModel, "_read", staticmethod(read))
+    assert ScorerJudge(scorer).judge(texts()) == pytest.approx(wanted, abs=1e-5)
+    # Ten tokens, of each of two models.
+    assert held == [3, 3, 3, 1] * 2
 
 
 def test_log_ratios_of_a_tree_are_asked_for_once(monkeypatch):
