@@ -94,6 +94,7 @@ def search(
     plan = read_plan(method, settings, answer, max_new_tokens, limits, seed)
     engine.check(policy, plan.settings.get("kl_coef"))
     names = named(plan, policy, scorer, reading)
+    plan = plan.ending(find(names[0]))
     check_judging(names[1], reading, judging)
     if judging.judge_through_text and plan.method.per_token(plan.settings):
         raise Refusal(f"--judge-through-text came with --method {method}: {SINGLE_TOKENS}")

@@ -29,6 +29,11 @@ Stop = Annotated[
     list[str] | None,
     _setting("text that ends a response (best-of-n, votes) or a piece of it; may be repeated"),
 ]
+StopEnds = Annotated[
+    bool | None,
+    _setting("that text ends the response, or a piece of it (block searches, prune-and-refill, "
+             "smc)", "--stop-ends/--stop-cuts"),
+]  # fmt: skip
 N = Annotated[int | None, _setting("responses (best-of-n, votes, prune-and-refill)")]
 Particles = Annotated[int | None, _setting("responses at a time (smc)")]
 Width = Annotated[int | None, _setting("beams that a tree keeps (block searches)")]
@@ -128,6 +133,7 @@ class MethodOptions:
     temperature: Temperature = None
     top_p: TopP = None
     stop: Stop = None
+    stop_ends: StopEnds = None
     target: Target = None
     entropy: Entropy = None
     shortest: Shortest = None

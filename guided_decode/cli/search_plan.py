@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from guided_decode.checkpoints.record import Record
 from guided_decode.cli.answer_option import AnswerFunction, read_answer
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.search_options import BudgetOptions, MethodOptions
@@ -26,6 +27,21 @@ class Plan:
     budget: Budget
     seed: int
     answer: AnswerFunction | None
+
+    def ending(self, policy: Record | None) -> Plan:
+        """The same, where responses of a known policy end at strings, if nothing else was said.
+
+        Raises Refusal: stop strings are to end responses, and there are none.
+        """
+        ends = () if policy is None else policy.stop
+        if not ends or "stop" in self.settings or self.method.settings.get("stop") != ():
+            if self.settings.get("stop_ends") and not self.method.checked(self.settings)["stop"]:
+                raise Refusal("--stop-ends came without --stop, the text that ends a response")
+            return self
+        own: dict[str, Any] = {"stop": ends}
+        if "stop_ends" in self.method.settings:
+            own["stop_ends"] = True
+        return replace(self, settings={**own, **self.settings})
 
     def identity(self) -> dict[str, Any]:
         """From what a line follows, by name."""

@@ -33,7 +33,12 @@ def check_urls(urls: str | Iterable[str]) -> list[str]:
     given = [urls] if isinstance(urls, str) else list(urls)
     found: list[str] = []
     for url in given:
-        parts = urlsplit(url)
+        try:
+            parts = urlsplit(url)
+        except ValueError as error:
+            raise ValueError(
+                f"{url!r} is no URL of a server ({error}): expected http://HOST:PORT"
+            ) from error
         if parts.username is not None or parts.password is not None:
             raise ValueError(
                 f"a URL of {parts.hostname} has a name or password in it: pass the key by an "

@@ -7,8 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from guided_decode import load_scorer, tiny_tulu
+from guided_decode.checkpoints.registry import find
 from guided_decode.cli.app import app
-from guided_decode.cli.search_options import MethodOptions
+from guided_decode.cli.search_options import BudgetOptions, MethodOptions
+from guided_decode.cli.search_plan import read_plan
 from guided_decode.search import METHODS, ScorerJudge, load_generator, run
 from guided_decode.search.answers import final_answer
 from guided_decode.search.seeds import derive
@@ -154,6 +156,7 @@ def test_settings_are_listed_as_they_are_typed():
         "  --leave                false",
         "  --patient              false",
         "  --spread               false",
+        "  --stop-ends            false",
         "  --temperature          0.8",
         "  --top-p                1.0",
         '  --stop                 ["\\n\\n"]',
@@ -227,3 +230,24 @@ def test_a_vote_ends_a_block_search_where_an_answer_is_asked_for():
         sums[each["answer"]] = sums.get(each["answer"], 0.0) + each["score"]
     assert line["details"]["votes"] == pytest.approx(sums, abs=1e-5)
     assert line["candidates"][line["chosen"]]["answer"] == max(sums, key=sums.get)
+
+
+def test_responses_of_a_known_policy_end_where_its_training_ended_them():
+    orz = find("Open-Reasoner-Zero/Open-Reasoner-Zero-0.5B")
+
+    def settings(name, policy=orz, **given):
+        plan = read_plan(name, MethodOptions(**given), None, None, BudgetOptions(), 0)
+        return plan.ending(policy).settings
+
+    assert "</answer>" in orz.stop
+    assert settings("vgs") == {"stop": orz.stop, "stop_ends": True}
+    assert settings("vgs", width=2, stop_ends=False) == {
+        "stop": orz.stop, "stop_ends": False, "width": 2,
+    }  # fmt: skip
+    assert settings("best-of-n") == {"stop": orz.stop}
+    # What was said stands, and a method's own steps; ppo-mcts has no strings.
+    assert settings("vgs", stop=["\n"]) == {"stop": ("\n",)}
+    assert settings("dvts") == settings("ppo-mcts") == settings("vgs", policy=None) == {}
+    assert settings("dvts", stop_ends=True) == {"stop_ends": True}
+    message = refused("--method", "smc", "--stop-ends", "--prompt", "x")
+    assert "--stop-ends came without --stop, the text that ends a response" in message

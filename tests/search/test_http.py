@@ -342,6 +342,7 @@ def test_a_key_that_is_none_is_refused_without_showing_it(monkeypatch):
         ([], "no URL of a server came: expected http://HOST:PORT"),
         ("127.0.0.1:8000", "'127.0.0.1:8000' is no URL of a server"),
         ("ftp://host", "'ftp://host' is no URL"),
+        ("http://[::1", r"'http://\[::1' is no URL of a server \(Invalid IPv6 URL\): expected"),
         ("http://host:99999", "'http://host:99999' is no URL"),
         ("http://host/?a=1", "is no URL of a server"),
         (["http://host:1/", "http://host:1"], "http://host:1 came twice: pass each server once"),

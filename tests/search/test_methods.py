@@ -2,12 +2,14 @@
 
 import math
 from collections import Counter
+from functools import partial
 
 import pytest
 from scipy.stats import chisquare
 
 from guided_decode.search import (
     Blocks,
+    Continuation,
     Judged,
     Sampling,
     best_of_n,
@@ -161,6 +163,43 @@ def test_a_blockwise_search_may_end_with_a_vote(seed):
     for each in result.candidates:
         votes[each.tokens[0]] += each.score
     assert votes[result.best.tokens[0]] == pytest.approx(max(votes.values()))
+
+
+class Stopping(ToyPolicy):
+    """Token 1 completes the stop string."""
+
+    def continuation(self, prefix, seed, most, how):
+        found = super().continuation(prefix, seed, most, how)
+        if not how.stop or 1 not in found.tokens:
+            return found
+        end = found.tokens.index(1) + 1
+        return Continuation(found.tokens[:end], found.log_probs[:end], "stop")
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        partial(block_search, blocks=Blocks(3, 2, 3)),
+        partial(block_search, blocks=Blocks.vgs(4, 2, 3)),
+        partial(prune_and_refill, n=4, block=3, margin=5.0),
+        partial(sequential_monte_carlo, particles=4, block=3, threshold=0.0),
+    ],
+)
+def test_a_stop_string_ends_a_response_where_that_is_asked_for(method):
+    def found(seed, stop_ends):
+        judge, stops = ToyJudge(seed), Sampling(stop=("x",))
+        search = method(PROMPT, max_tokens=DEPTH, sampling=stops, seed=seed, stop_ends=stop_ends)
+        candidates = run(search, Stopping(seed), judge).candidates
+        for each in candidates:
+            # The judge was told that it is at its end.
+            assert each.finished
+            assert each.score == value(judge, each.tokens, True)
+        return [each.tokens for each in candidates]
+
+    ending = [tokens for seed in SEEDS for tokens in found(seed, True)]
+    assert any(1 in tokens for tokens in ending)
+    assert not any(1 in tokens[:-1] for tokens in ending)
+    assert any(1 in tokens[:-1] for seed in SEEDS for tokens in found(seed, False))
 
 
 @pytest.mark.parametrize("margin", [0.1, 0.5, 5.0])

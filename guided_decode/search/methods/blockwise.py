@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Generator as Coroutine
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from guided_decode.search.budget import BudgetSpent
-from guided_decode.search.methods.pieces import require_counts
+from guided_decode.search.methods.pieces import longer, require_counts
 from guided_decode.search.methods.vote import Answer, elect
 from guided_decode.search.requests import Extend, Judge, Request, Sampling, Tokens
 from guided_decode.search.result import Candidate, Search, SearchResult, highest
@@ -111,6 +111,7 @@ def block_search(
     sampling: Sampling = Sampling(),  # noqa: B008
     seed: int = 0,
     answer: Answer | None = None,
+    stop_ends: bool = False,
 ) -> Search:
     """Draws blocks after each beam, values what they make, and keeps the best.
 
@@ -124,6 +125,7 @@ def block_search(
         sampling: how blocks are drawn; a stop string ends a block.
         seed: of all draws.
         answer: the answer in a response, for a vote at the end.
+        stop_ends: a stop string ends the response, and not the block alone.
     """
     require_counts(max_tokens=max_tokens)
     prompt = tuple(prompt)
@@ -132,7 +134,7 @@ def block_search(
     rounds, stopped = 0, None
     try:
         while going := [tree for tree in trees if tree.open]:
-            yield from _round(prompt, going, blocks, max_tokens, sampling, seed, rounds)
+            yield from _round(prompt, going, blocks, max_tokens, sampling, seed, rounds, stop_ends)
             rounds += 1
     except BudgetSpent as limit:
         stopped = str(limit)
@@ -153,6 +155,7 @@ def _round(
     sampling: Sampling,
     seed: int,
     number: int,
+    stop_ends: bool,
 ) -> Coroutine[Request, Any, None]:
     """One block more for all trees that go on, in one request of each kind."""
     parents = [(tree, i, beam) for tree in trees for i, beam in enumerate(tree.open)]
@@ -166,9 +169,7 @@ def _round(
     grown: list[tuple[_Tree, Candidate]] = []
     for (tree, _, beam), own in zip(parents, answers, strict=True):
         for continuation in own:
-            child = beam.extended(continuation)
-            ended = child.finished or len(child.tokens) >= max_tokens
-            grown.append((tree, replace(child, finished=ended)))
+            grown.append((tree, longer(beam, continuation, max_tokens, stop_ends)))
     scores = yield Judge([child.judged(prompt) for _, child in grown], per_token=blocks.block == 1)
     for tree in trees:
         held = [beam for beam in tree.beams if beam.finished]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from guided_decode.search.requests import Extend, Judge, Request, Sampling, Tokens
+from guided_decode.search.requests import Continuation, Extend, Judge, Request, Sampling, Tokens
 from guided_decode.search.result import Candidate
 
 
@@ -19,10 +19,11 @@ def grow(
     max_tokens: int,
     sampling: Sampling,
     seeds: Sequence[int],
+    stop_ends: bool,
 ) -> Coroutine[Request, Any, list[Candidate]]:
     """The beams with one piece more each, and valued; those at their end as they are.
 
-    seeds: one a beam. A response that reaches max_tokens is at its end.
+    seeds: one a beam. stop_ends: as of `longer`.
     """
     going = [i for i, beam in enumerate(beams) if not beam.finished]
     answers = yield Extend(
@@ -34,13 +35,22 @@ def grow(
     )
     grown = list(beams)
     for i, (continuation,) in zip(going, answers, strict=True):
-        child = beams[i].extended(continuation)
-        ended = child.finished or len(child.tokens) >= max_tokens
-        grown[i] = replace(child, finished=ended)
+        grown[i] = longer(beams[i], continuation, max_tokens, stop_ends)
     scores = yield Judge([grown[i].judged(prompt) for i in going], per_token=block == 1)
     for i, score in zip(going, scores, strict=True):
         grown[i] = grown[i].scored(score)
     return grown
+
+
+def longer(
+    beam: Candidate, continuation: Continuation, max_tokens: int, stop_ends: bool
+) -> Candidate:
+    """The beam with its next piece; one that reaches max_tokens is at its end, and with stop_ends
+    one that a stop string ended."""
+    child = beam.extended(continuation)
+    stopped = stop_ends and continuation.reason == "stop"
+    ended = child.finished or stopped or len(child.tokens) >= max_tokens
+    return replace(child, finished=ended)
 
 
 def require_counts(**given: int) -> None:

@@ -20,6 +20,7 @@ def prune_and_refill(
     max_tokens: int = 512,
     sampling: Sampling = Sampling(),  # noqa: B008
     seed: int = 0,
+    stop_ends: bool = False,
 ) -> Search:
     """n responses grow side by side; those that fall behind begin again where a good one stands.
 
@@ -46,7 +47,7 @@ def prune_and_refill(
         while any(not beam.finished for beam in beams):
             grown = yield from grow(
                 prompt, beams, block=block, max_tokens=max_tokens, sampling=sampling,
-                seeds=[derive(seed, rounds, i) for i in range(n)],
+                seeds=[derive(seed, rounds, i) for i in range(n)], stop_ends=stop_ends,
             )  # fmt: skip
             beams, dropped = _refilled(grown, margin)
             rounds, pruned = rounds + 1, pruned + dropped

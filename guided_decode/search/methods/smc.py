@@ -26,6 +26,7 @@ def sequential_monte_carlo(
     max_tokens: int = 512,
     sampling: Sampling = Sampling(),  # noqa: B008
     seed: int = 0,
+    stop_ends: bool = False,
 ) -> Search:
     """Particles that approximate π(x)·exp(beta·V(x))/Z over whole responses x.
 
@@ -49,6 +50,7 @@ def sequential_monte_carlo(
         threshold: of the effective sample size, as a share of the particles; 1 resamples always.
         choice: the response is drawn by weight ("sample"), or has the highest value ("best").
         max_tokens, sampling, seed: as of `best_of_n`; π is the policy as it is sampled.
+        stop_ends: a stop string ends the response, and not the block alone.
     """
     require_counts(particles=particles, block=block, max_tokens=max_tokens)
     if not 0 <= threshold <= 1:
@@ -67,7 +69,7 @@ def sequential_monte_carlo(
         while any(not beam.finished for beam in beams):
             grown = yield from grow(
                 prompt, beams, block=block, max_tokens=max_tokens, sampling=sampling,
-                seeds=[derive(seed, len(ess), i) for i in range(particles)],
+                seeds=[derive(seed, len(ess), i) for i in range(particles)], stop_ends=stop_ends,
             )  # fmt: skip
             for i, (new, old) in enumerate(zip(grown, beams, strict=True)):
                 log_weights[i] += beta * ((new.score or 0.0) - (old.score or 0.0))
