@@ -10,6 +10,8 @@ from guided_decode.checkpoints.prompts import find_format, render
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# Stands for a response where a template is asked what comes before one.
+_ANY = "(response)"
 # A conversation that the assistant answers, or text that is continued as it is.
 Chat = str | Sequence[Mapping[str, str]]
 
@@ -73,7 +75,7 @@ class JudgeFormat:
         eos = self.tokenizer.eos_token
         if isinstance(chat, str):
             return Parts(chat, response, eos if ended else "")
-        before = self._render(chat, open_=True)
+        before = self._before(chat)
         if not ended:
             return Parts(before, response, "")
         whole = self._render([*chat, {"role": "assistant", "content": response}], open_=False)
@@ -85,6 +87,16 @@ class JudgeFormat:
             if whole.startswith(before + written):
                 return Parts(before, written, whole[len(before + written) :])
         return Parts(whole, "", "")
+
+    def _before(self, chat: Sequence[Mapping[str, str]]) -> str:
+        """The text before a response. Of a template that of a whole turn, as training had it, which
+        may have more than the one that asks for an answer: an empty thought, say."""
+        asked = self._render(chat, open_=True)
+        if self._format is not None:
+            return asked
+        turn = self._render([*chat, {"role": "assistant", "content": _ANY}], open_=False)
+        before, found, _ = turn.rpartition(_ANY)
+        return before if found else asked
 
     def _render(self, chat: Sequence[Mapping[str, str]], *, open_: bool) -> str:
         if self._format is not None:

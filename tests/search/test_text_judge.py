@@ -22,6 +22,7 @@ from guided_decode.search.driver import SINGLE_TOKENS
 from guided_decode.search.judge_format import JudgeFormat
 from tests import models
 from tests.cli.search_runs import SMALL
+from tests.look_alikes import tokenizer_like
 from tests.search.other_tokenizers import byte_fallback, byte_level
 from tests.search.pooling_server import PoolingServer
 from tests.search.scripted_server import scripted
@@ -80,6 +81,23 @@ def test_a_template_says_where_a_turn_ends(chat):
     assert trimmed == ended
     spaced = joined(form.ids(chat, RESPONSE + "\n", ended=False))
     assert spaced == tokenizer.encode(asked + RESPONSE + "\n", add_special_tokens=False)
+
+
+def test_a_piece_is_a_beginning_of_the_turn_that_training_had():
+    """Qwen3's template puts an empty thought before the last answer, and none where it asks."""
+    tokenizer = tokenizer_like("qwen-3")
+    form = JudgeFormat(tokenizer, None)
+    whole = tokenizer.apply_chat_template(with_response(CHAT), tokenize=False)
+    thought = "<think>\n\n</think>\n\n"
+    assert thought + RESPONSE in whole
+    asked = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=True)
+    assert thought not in asked
+    for length in range(len(RESPONSE) + 1):
+        prompt, response = form.ids(CHAT, RESPONSE[:length], ended=False)
+        assert tokenizer.decode(prompt) == asked + thought
+        assert tokenizer.decode(response) == RESPONSE[:length]
+    ended = joined(form.ids(CHAT, RESPONSE, ended=True))
+    assert tokenizer.decode(ended) == whole.removesuffix("\n")
 
 
 def test_a_template_without_eos_gets_one():
