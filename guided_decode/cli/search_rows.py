@@ -11,6 +11,7 @@ from guided_decode.cli.chat_rows import CONVERSATION, Messages, read_messages
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.jsonl import STDIN, parse, place, read_lines, read_text
 from guided_decode.cli.run_identity import digest
+from guided_decode.cli.token_values import rounded
 from guided_decode.search.result import Candidate, SearchResult
 
 # Fields of an output line. Those of an input line that are called so come in "input".
@@ -105,9 +106,9 @@ def why_ended(
 
 
 def as_json(value: Any) -> Any:
-    """A method's figures as JSON has them: text as keys, floats of 6 digits."""
+    """A method's figures as JSON has them: text as keys, floats rounded as scores are."""
     if isinstance(value, Mapping):
         return {str(name): as_json(one) for name, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [as_json(one) for one in value]
-    return round(value, 6) if isinstance(value, float) else value
+    return rounded(value) if isinstance(value, float) else value

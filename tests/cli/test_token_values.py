@@ -4,6 +4,7 @@ import math
 
 import pytest
 
+from guided_decode.cli.search_rows import as_json
 from guided_decode.cli.token_values import rounded
 
 
@@ -22,3 +23,4 @@ from guided_decode.cli.token_values import rounded
 )
 def test_small_values_are_not_rounded_away(value, written):
     assert rounded(value) == written
+    assert as_json({"votes": {7: value}}) == {"votes": {"7": written}}
