@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -36,7 +37,13 @@ class StepFormat:
     label_tokens: tuple[str, str] | None = None
 
     def split(self, response: str) -> list[str]:
-        """The steps of a response, whole or partial; at least one, which may be empty."""
+        """The steps of a response, whole or partial; at least one, which may be empty.
+
+        A mark in it ends a step, as a separator does: policies may have been trained to write it.
+        """
+        if self.mark.strip():
+            whole_word = r"(?!\w)" if self.mark[-1].isalnum() else ""
+            response = re.sub(re.escape(self.mark) + whole_word, self.separator, response)
         steps = response.split(self.separator)
         if not steps[-1].strip():
             steps.pop()
@@ -115,14 +122,15 @@ def step_reader(
         text = prompt + steps.between.join(step + steps.mark for step in parts)
         ids = lead + encoded(text)
         found = [i for i, token in enumerate(ids) if token == mark_id]
-        if len(found) < len(parts):
+        # A question may have the mark in it.
+        asked = sum(token == mark_id for token in encoded(prompt))
+        if len(found) - asked != len(parts):
             raise ValueError(
-                f"the tokenizer of {name} reads {len(found)} of the {len(parts)} marks "
-                f"{steps.mark!r} in {text[-80:]!r}: expected one token for each; pass another "
+                f"the tokenizer of {name} reads {len(found) - asked} marks {steps.mark!r} of "
+                f"{len(parts)} steps in {text[-80:]!r}: expected one token for each; pass another "
                 "steps="
             )
-        # A question may have the mark in it.
-        return StepRow(ids, found[len(found) - len(parts) :])
+        return StepRow(ids, found[asked:])
 
     read = whole if steps.whole else pieces
     return lambda prompt, response: read(prompt, steps.split(response))

@@ -134,6 +134,28 @@ def test_a_mark_in_the_question_is_no_step():
     assert rewards == pytest.approx(shepherd_card("What is ки in it?", STEPS)[1:], abs=1e-5)
 
 
+@pytest.mark.parametrize(("name", "mark"), [(QWEN, "<extra_0>"), (SHEPHERD, " ки")])
+def test_marks_that_a_policy_writes_end_steps_as_separators_do(name, mark):
+    recipe, prompt_format, separator, _ = RECIPES[name]
+    scorer, expected = load(name), recipe(QUESTION, STEPS)
+    prompt = render(ASK, prompt_format, add_generation_prompt=True)
+    for response in (
+        "".join(step + mark + separator for step in STEPS),
+        separator.join(step + mark for step in STEPS),
+        STEPS[0] + mark + separator + STEPS[1] + separator + STEPS[2],
+    ):
+        (rewards,) = scorer.step_rewards([prompt], [response])
+        assert rewards == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_word_that_begins_as_the_mark_does_is_no_mark():
+    assert STEP_FORMATS["math-shepherd"].split("a кит\nb ки") == ["a кит", "b"]
+    prompt = render(ASK, "math-shepherd", add_generation_prompt=True)
+    # Where its tokenizer reads one in it, nobody knows which is which.
+    with pytest.raises(ValueError, match=r"reads 2 marks ' ки' of 1 steps in .*: expected one tok"):
+        load(SHEPHERD).step_rewards([prompt], ["a кит b"])
+
+
 @pytest.mark.parametrize(
     ("how", "of"),
     [("last", lambda x: x[-1]), ("min", min), ("product", math.prod),
