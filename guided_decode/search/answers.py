@@ -11,7 +11,8 @@ from types import MappingProxyType
 TextAnswer = Callable[[str], Hashable | None]
 
 _BOX = re.compile(r"\\(?:boxed|fbox)\s*\{")
-_NUMBER = re.compile(r"-?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|-?\.\d+")
+# A minus between two of them is none of the second's.
+_NUMBER = re.compile(r"(?:(?<![\w)\]}])-)?(?:(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
 # GSM8K's mark, and what a model is asked to write most often, in bold or not.
 _ANNOUNCED = re.compile(
     r"(?:####|\banswer\b[*_]*(?:\s+is\b[*_]*\s*:?|\s*:))\s*(?P<answer>[^\n]+)", re.I
