@@ -42,6 +42,7 @@ from guided_decode.checkpoints.step_loading import load_step_scorer, refuse_step
 from guided_decode.checkpoints.tensor_parallel import device_of_rank, open_shards
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.checkpoints.trunk_head_loading import HeadLike
+from guided_decode.checkpoints.trunk_policy import with_own_policy
 from guided_decode.forward.follower import Follower
 from guided_decode.forward.modes import without_autograd
 from guided_decode.scorer import LogProbs, Scorer, TerminalRule
@@ -94,7 +95,8 @@ def load_scorer(
             in memory, whose weights are then shared and which is not changed. A PEFT adapter's
             folder or Hub id stands for the adapted base, into which it is merged where that is
             exact; a PeftModel for what is active in it; an `Adapted` for a model with a certain
-            adapter. Or the address of a scorer server (`guided-decode scorer`), tcp://HOST:PORT or
+            adapter; a folder of `guided-decode train-critic` with a head for its policy with that
+            head. Or the address of a scorer server (`guided-decode scorer`), tcp://HOST:PORT or
             ipc://PATH, which was given the options of loading itself: kind, bos, terminal,
             transform and dtype are then what it has to have.
         kind: the checkpoint family (`guided_decode.checkpoints.families`), or "remote"; "auto"
@@ -183,6 +185,7 @@ def load_scorer(
                 "tp_plan": tp_plan,
             },
         )
+    model, head = with_own_policy(model, kind, head)
     on, spread = read_device(device), read_device_map(device_map, device)
     sharded = open_shards(
         tp_plan,

@@ -216,7 +216,8 @@ def _of_adapter(adapter: AdapterFiles, base: Source, **how: Unpack[_How]) -> Sou
     # OpenRLHF writes the config of its own class there, with its head's conventions.
     if not folder and (Path(location) / "config.json").is_file():
         config = read_config(location, location, revision, how["trust_remote_code"])
-    _forget_conventions(config)
+    if not _are_of_adapter(config):
+        _forget_conventions(config)
     _settle_labels(config, weights)
     return Source(
         name=adapter.name,
@@ -325,6 +326,12 @@ def _of_instance(
         trust_remote_code=True,
         memory=memory,
     )
+
+
+def _are_of_adapter(config: PreTrainedConfig) -> bool:
+    """Whether our own tools wrote the conventions in a config for an adapter, and not its base."""
+    metadata = getattr(config, METADATA_FIELD, None)
+    return isinstance(metadata, dict) and metadata.get("adapter") is True
 
 
 def _forget_conventions(config: PreTrainedConfig) -> None:

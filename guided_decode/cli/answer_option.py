@@ -6,8 +6,9 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any, cast
 
 from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.run_identity import fingerprint
@@ -43,10 +44,22 @@ def read_answer(name: str) -> AnswerFunction:
     """
     if name in ANSWERS:
         return AnswerFunction(name, ANSWERS[name], name)
+    function = import_function(
+        name, "--answer", "a function of a response's text", f"one of {', '.join(ANSWERS)}, or "
+    )
+    return AnswerFunction(name, function, f"{name} {source_of(function)}")
+
+
+def import_function(name: str, flag: str, what: str, others: str = "") -> Callable[..., Any]:
+    """The function of MODULE:FUNCTION, which is imported as from a script here.
+
+    flag, what, others: for errors: the option, what the function is, what else it takes.
+
+    Raises Refusal: there is none.
+    """
     module, colon, attribute = name.partition(":")
     if not (module and colon and attribute):
-        raise Refusal(f"--answer {name}: expected one of {', '.join(ANSWERS)}, or "
-                      "MODULE:FUNCTION, a function of a response's text")  # fmt: skip
+        raise Refusal(f"{flag} {name}: expected {others}MODULE:FUNCTION, {what}")
     here = os.getcwd()
     if here not in sys.path:
         sys.path.insert(0, here)
@@ -54,16 +67,15 @@ def read_answer(name: str) -> AnswerFunction:
         found = importlib.import_module(module)
     except Exception as error:
         raise Refusal(
-            f"--answer {name}: {module} cannot be imported: {type(error).__name__}: "
-            f"{one_line(error)}"
+            f"{flag} {name}: {module} cannot be imported: {type(error).__name__}: {one_line(error)}"
         ) from error
     function = getattr(found, attribute, None)
     if not callable(function):
-        raise Refusal(f"--answer {name}: {module} has no function {attribute}")
-    return AnswerFunction(name, function, f"{name} {_contents(function)}")
+        raise Refusal(f"{flag} {name}: {module} has no function {attribute}")
+    return cast(Callable[..., Any], function)
 
 
-def _contents(function: TextAnswer) -> str:
+def source_of(function: Callable[..., Any]) -> str:
     """Its file's contents, if there is one: a run does not go on with another function's lines."""
     try:
         file = inspect.getsourcefile(function)

@@ -8,11 +8,13 @@ from guided_decode.cli.generate import generate
 from guided_decode.cli.models import models
 from guided_decode.cli.option_groups import grouped
 from guided_decode.cli.plan import plan
+from guided_decode.cli.report_card import report_card
 from guided_decode.cli.rewardbench import rewardbench
 from guided_decode.cli.score import score
 from guided_decode.cli.scorer import scorer
 from guided_decode.cli.search import search
 from guided_decode.cli.serve import serve
+from guided_decode.cli.train_critic import train_critic
 from guided_decode.cli.vllm_options import PassingOn
 
 app = typer.Typer(
@@ -30,5 +32,7 @@ app.command(cls=PassingOn)(grouped(serve))
 app.command()(grouped(scorer))
 app.command()(grouped(score))
 app.command()(grouped(rewardbench))
+app.command()(grouped(train_critic))
+app.command()(grouped(report_card))
 app.command()(models)
 app.command()(plan)

@@ -3,24 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float64]
+from guided_decode.lab.ranks import auc
 
-
-def auc(scores: npt.ArrayLike, outcomes: npt.ArrayLike) -> float:
-    """Chance that a right response scores above a wrong one, ties counted half.
-
-    Args:
-        scores: float [n].
-        outcomes: bool [n]; both classes must occur.
-    """
-    values, right = np.asarray(scores, dtype=np.float64), np.asarray(outcomes, dtype=bool)
-    positives, negatives = int(right.sum()), int((~right).sum())
-    if not positives or not negatives:
-        raise ValueError(f"AUC needs both outcomes, got {positives} right and {negatives} wrong.")
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    # The mean rank of a group of ties: ranks before it, plus the middle of its own.
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return float((ranks[right].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+__all__ = ["auc", "paired_bootstrap"]
 
 
 def paired_bootstrap(
