@@ -133,9 +133,11 @@ def _read_of(
     from guided_decode.checkpoints.kinds import choose_family
     from guided_decode.checkpoints.source import open_source
     from guided_decode.checkpoints.tokenizer_files import load_tokenizer
+    from guided_decode.checkpoints.trunk_policy import with_own_policy
     from guided_decode.scoring.trunk_head import KIND as TRUNK_HEAD
 
     where = location(name) if Path(name).exists() else name
+    where, own_head = with_own_policy(where, reading.kind or "auto", reading.head)
     source = open_source(
         where if reading.adapter is None else Adapted(where, reading.adapter),
         revision=reading.revision,
@@ -144,7 +146,7 @@ def _read_of(
         gguf_file=reading.gguf_file,
     )
     source, kind, head = with_head_beside(
-        source, reading.kind or "auto", reading.head, allow_pickle=reading.allow_pickle
+        source, reading.kind or "auto", own_head, allow_pickle=reading.allow_pickle
     )
     found = choose_family(source, kind if head is None else TRUNK_HEAD)
     return found.kind, load_tokenizer(source)

@@ -1,6 +1,7 @@
 """`python -m recipes.trunk_head`: train a value head on a frozen policy's own hidden states.
 
-Of your own policy, from rollouts with rewards or with an existing critic's values as targets:
+Of your own policy, from rollouts with rewards or with an existing critic's values as targets, which
+is `guided-decode train-critic --mode head --raw` with the same settings:
 
     python -m recipes.trunk_head --policy POLICY --rollouts FILE.jsonl [--critic CRITIC] --out DIR
 
@@ -17,16 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from guided_decode.checkpoints.checkpoint import load_checkpoint
 from guided_decode.checkpoints.trunk_head_identity import record_trunk
 from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from recipes.trunk_head import tiny_tulu
 from recipes.trunk_head.config import TrunkHeadConfig
-from recipes.trunk_head.readings import critic_targets, read_rollouts, reward_targets
-from recipes.trunk_head.rollouts import load_rollouts
+from recipes.trunk_head.readings import read_rollouts, reward_targets
 from recipes.trunk_head.training import train_head
 
 
@@ -43,16 +42,26 @@ def main() -> None:
         results = {name: _on_tiny_tulu(name, arguments, config) for name in arguments.tiny_tulu}
         (arguments.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
         return
-    policy = AutoModelForCausalLM.from_pretrained(arguments.policy).eval().to(arguments.device)
-    rollouts = load_rollouts(arguments.rollouts, AutoTokenizer.from_pretrained(arguments.policy))
-    readings = read_rollouts(policy, rollouts)
-    if arguments.critic is None:
-        targets = reward_targets(rollouts)
-    else:
-        critic = load_checkpoint(arguments.critic, arguments.kind, device=arguments.device)
-        targets = critic_targets(critic, rollouts)
-    head = train_head(readings, targets, config, _log)
-    _save(head, policy, arguments.policy, arguments.out)
+    _by_command(arguments, config)
+
+
+def _by_command(arguments: argparse.Namespace, config: TrunkHeadConfig) -> None:
+    """`guided-decode train-critic`, whose steps are of rollouts and not of tokens."""
+    from guided_decode.cli.app import app
+
+    words = ["train-critic", str(arguments.rollouts), "--mode", "head", "--raw"]
+    for name in ("policy", "out", "device"):
+        words += [f"--{name}", str(getattr(arguments, name))]
+    for name in ("width", "epochs", "lr", "weight_decay", "validation", "seed"):
+        words += [f"--{name.replace('_', '-')}", str(getattr(config, name))]
+    if arguments.critic is not None:
+        words += ["--target", "scores", "--reward-model", arguments.critic]
+        words += ["--kind", arguments.kind]
+    try:
+        app(words, prog_name="guided-decode")
+    except SystemExit as end:
+        if end.code:
+            raise
 
 
 def parse_arguments() -> argparse.Namespace:
