@@ -48,10 +48,11 @@ def read_values(scorer: Scorer, rollouts: Sequence[Rollout]) -> list[Tensor]:
 def write_card(card: ReportCard, folder: Path, *, plot: bool) -> None:
     """Writes JSON, Markdown and, where it is wanted, a PNG. Raises OSError."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(card.as_dict(), indent=2, allow_nan=False)
-    (folder / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")
-    (folder / f"{NAME}.md").write_text(card.markdown(), encoding="utf-8")
     if plot:
         from guided_decode.lab.report_card.plot import draw
 
         draw(card, folder / f"{NAME}.png")
+    (folder / f"{NAME}.md").write_text(card.markdown(), encoding="utf-8")
+    # Of the three the last: that it is there says that all are.
+    text = json.dumps(card.as_dict(), indent=2, allow_nan=False)
+    (folder / f"{NAME}.json").write_text(text + "\n", encoding="utf-8")

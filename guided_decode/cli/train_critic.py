@@ -96,4 +96,5 @@ def train_critic(
         )
         if not run.is_done(overwrite=overwrite):
             run.train()
+        run.finish()
         print(f"{out} has the critic; --scorer {out} guides by it", file=sys.stderr)

@@ -15,7 +15,7 @@ import typer
 from guided_decode.cli.checkpoints import open_scorer
 from guided_decode.cli.errors import INTERRUPTED, Refusal, warn
 from guided_decode.cli.model_options import ScorerOptions
-from guided_decode.cli.report_files import bar, read_values, write_card
+from guided_decode.cli.report_files import NAME, bar, read_values, write_card
 from guided_decode.cli.rollout_rows import RolloutRow
 from guided_decode.cli.run_identity import digest, fingerprint
 from guided_decode.cli.scored_file import as_line
@@ -69,7 +69,8 @@ class TrainRun:
         files = StateFiles(self.out / STATE, run)
         if overwrite:
             files.remove()
-            path.unlink(missing_ok=True)
+            for each in (path, self._card):
+                each.unlink(missing_ok=True)
             return False
         known = _recorded(path) if path.is_file() else None
         if (path.is_file() and known != run) or files.of_another():
@@ -78,14 +79,14 @@ class TrainRun:
         return path.is_file()
 
     def train(self) -> None:
-        """Trains, saves, and writes the report card; goes on where an earlier run was."""
+        """Trains and saves; goes on where an earlier run was."""
         import torch
 
         from guided_decode.critics.saving import save_critic
         from guided_decode.critics.state import StateFiles
         from guided_decode.critics.targets import outcome_targets
 
-        training, held_out = split_by_prompt(self.rollouts, self.held_out, self.config.seed)
+        training, held_out = self._split
         own = [self.rollouts[i] for i in training]
         outcomes = outcome_targets(own, self.config.loss)
         fitted, validation = split_by_prompt(own, self.config.validation, self.config.seed + 1)
@@ -102,10 +103,25 @@ class TrainRun:
             self.out, network, self.config, self.models.tokenizer, policy=self.models.known_as,
             trained=self._metadata(trained, own, [self.rollouts[i] for i in held_out]),
         )  # fmt: skip
-        files.remove()
+        self._card.unlink(missing_ok=True)
+
+    def finish(self) -> None:
+        """Takes the training's state away, and writes the report card where there is none yet."""
+        from guided_decode.critics.state import StateFiles
+
+        StateFiles(self.out / STATE, self.identity).remove()
         with contextlib.suppress(OSError):
             (self.out / STATE).rmdir()
-        self._write_card([self.rollouts[i] for i in held_out])
+        if not self._card.is_file():
+            self._write_card([self.rollouts[i] for i in self._split[1]])
+
+    @property
+    def _split(self) -> tuple[list[int], list[int]]:
+        return split_by_prompt(self.rollouts, self.held_out, self.config.seed)
+
+    @property
+    def _card(self) -> Path:
+        return self.out / CARD / f"{NAME}.json"
 
     def _network(self, own: list[Rollout], mean: Tensor) -> Network:
         from guided_decode.critics.features import Features, fits

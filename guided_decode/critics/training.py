@@ -205,6 +205,7 @@ class Training:
             "loss_sum": self._loss_sum,
             "generator": self._generator.get_state(),
             "torch_rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
             "weights": self._weights(),
             "optimizer": self._optimizer.state_dict(),
             "best_epoch": self.trained.best_epoch,
@@ -223,6 +224,8 @@ class Training:
         self._order, self._loss_sum = state["order"], state["loss_sum"]
         self._generator.set_state(state["generator"])
         torch.set_rng_state(state["torch_rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
         self._put(state["weights"])
         self._optimizer.load_state_dict(state["optimizer"])
         self.trained = Trained(state["best_epoch"], state["best_loss"], state["epochs"])

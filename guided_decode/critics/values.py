@@ -33,8 +33,8 @@ def values_along(
             or the response has no end.
         done: told how many rollouts are read.
 
-    Raises ValueError: an implicit reward, which values tokens and no prefixes; a value that is no
-        number.
+    Raises ValueError: an implicit reward or a process reward model, which value tokens or steps and
+        no prefixes; a value that is no number.
     """
     if scorer.terminal == "included":
         raise ValueError(

@@ -110,8 +110,13 @@ def test_it_is_trained_once(trained):
     folder, _ = trained
     before = (folder / "model.safetensors").stat().st_mtime_ns
     source = folder.parent / "in.jsonl"
+    # As a kill between the critic and its card leaves it.
+    card = folder / "report_card" / "report_card.json"
+    text = card.read_text()
+    card.unlink()
     done("train-critic", source, *POLICY, "--out", folder, *SHORT)
     assert (folder / "model.safetensors").stat().st_mtime_ns == before
+    assert card.read_text() == text
     other = ["train-critic", source, *POLICY, "--out", folder, *SHORT[:-1], "2e-3"]
     assert "has a critic of other rollouts or settings: pass another --out" in refused(*other)
 
@@ -310,7 +315,7 @@ def start(source, out):
     return process
 
 
-LONG = ["--epochs", "40", "--batch-size", "4", "--lr", "1e-3", "--save-every", "1"]
+LONG = ["--epochs", "24", "--batch-size", "4", "--lr", "1e-3", "--save-every", "1"]
 
 
 @pytest.mark.timeout(PATIENCE)

@@ -57,7 +57,7 @@ class ReportCard:
     ranks: list[Rank]
     bins: list[Bin]
     calibration_error: float
-    bellman_residual: float
+    bellman_residual: float | None
     last_step_error: float
     top_k: int | None
     positions: int
@@ -95,7 +95,7 @@ class ReportCard:
     def _figures(self) -> list[tuple[str, str]]:
         figures = [
             ("expected calibration error", f"{self.calibration_error:.4f}"),
-            ("Bellman residual, mean (V(s_t) − V(s_t+1))²", f"{self.bellman_residual:.5f}"),
+            ("Bellman residual, mean (V(s_t) − V(s_t+1))²", _or(self.bellman_residual, 5)),
             ("mean (V − reward)² at the last prefix", f"{self.last_step_error:.5f}"),
         ]
         if self.spread is not None:
@@ -191,8 +191,8 @@ def _suggested(
     return suggestions, [(b, positions.kl(guided.config.changed(beta=b))) for b in betas]
 
 
-def _or(figure: float | None) -> str:
-    return "—" if figure is None else f"{figure:.3f}"
+def _or(figure: float | None, digits: int = 3) -> str:
+    return "—" if figure is None else f"{figure:.{digits}f}"
 
 
 def _beta(suggestion: Suggestion) -> str:

@@ -91,14 +91,15 @@ def calibration(
     return found, error
 
 
-def bellman_residual(values: Sequence[Tensor]) -> float:
-    """Mean of (V(s_t) − V(s_t+1))² over all tokens that lie between two prefixes.
+def bellman_residual(values: Sequence[Tensor]) -> float | None:
+    """Mean of (V(s_t) − V(s_t+1))² over all tokens that lie between two prefixes; None: there is
+    none.
 
     Nothing is paid before the end, so V is a martingale under the policy: what is left of the
     residual for the right V is how much single tokens decide.
     """
     steps = torch.cat([each.double().diff() for each in values])
-    return float(steps.square().mean()) if len(steps) else math.nan
+    return float(steps.square().mean()) if len(steps) else None
 
 
 def last_step_error(values: Sequence[Tensor], rewards: Sequence[float]) -> float:
