@@ -80,7 +80,8 @@ def _save_adapters(
     adapters, model = network.adapters, network.model
     assert model is not None
     adapters.peft_config["default"].base_model_name_or_path = policy
-    adapters.save_pretrained(folder)
+    # Embeddings are not trained; PEFT would look for the base to find out.
+    adapters.save_pretrained(folder, save_embedding_layers=False)
     # PEFT's model card, which says nothing.
     (folder / "README.md").unlink(missing_ok=True)
     setattr(model.config, METADATA_FIELD, {**metadata, "adapter": True})
