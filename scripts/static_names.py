@@ -72,6 +72,13 @@ class Sources:
             found = self._member(base, name)
             if found is not None:
                 return found
+        return self._set_later(owner, name)
+
+    def _set_later(self, owner: griffe.Class, name: str) -> Found | None:
+        """An attribute that methods other than __init__ set."""
+        for method in owner.members.values():
+            if isinstance(method, griffe.Function) and name in self.attributes_set_by(method):
+                return griffe.Attribute(name, parent=owner)
         return None
 
     def _bases(self, owner: griffe.Class) -> Iterator[griffe.Object]:

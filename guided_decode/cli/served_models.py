@@ -46,7 +46,7 @@ def examined(
     _check_value_log(config.value_log)
     known = _is_known(policy, only_here=only_here)
     vocab = _check_policy(policy, config, options) if known else None
-    if not config.guides:
+    if config.is_trunk_head:
         return dict(given)
     if config.is_remote:
         # Of a dry run nobody is asked.
@@ -176,10 +176,10 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
             f"{policy} is a PEFT adapter, which vLLM serves on its base only: pass its base as "
             f"POLICY with --enable-lora --lora-modules NAME={policy}"
         )
-    if config.guides and options.has("--hf-config-path", "--config-format"):
+    if not config.is_trunk_head and options.has("--hf-config-path", "--config-format"):
         return None
     text = read_config(where, **_of_policy(options)).get_text_config()
-    if not config.guides:
+    if config.is_trunk_head:
         head = _in_one_line(
             f"head {config.scorer}",
             lambda: read_trunk_head(config.scorer, **head_options(config)),

@@ -11,6 +11,10 @@ from guided_decode.checkpoints.loading import load_scorer
 from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
 from guided_decode.integrations.vllm import warm_up
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
+from guided_decode.integrations.vllm.held_step import HeldStep
+from guided_decode.integrations.vllm.own_forward import OwnForward
+from guided_decode.integrations.vllm.own_trunk import OwnTrunk
+from guided_decode.integrations.vllm.runner_seat import take_seat
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of, head_options
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap, check_fits
 from guided_decode.scorer import Scorer
@@ -21,6 +25,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("guided_decode")
 
 _FORWARD_TOKENS = 8192
+# Of the KV cache, for looking ahead: more candidates than that are forwarded in parts.
+_BLOCKS = 256
 
 
 def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngine:
@@ -36,15 +42,20 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
     parallel = vllm_config.parallel_config
     config = _within_vocabulary(config, vllm_config.model_config.get_vocab_size())
     leads, broadcast, agreed = _ranks(parallel)
-    tap = scorer = None
-    if leads and config.guides:
-        scorer = _load(config, vllm_config, device)
-    elif leads:
+    tap = scorer = trunk = None
+    if config.is_trunk_head:
         tap = _tap(config, vllm_config, device)
+        trunk = own_trunk(config, vllm_config, tap, broadcast)
+        if trunk is not None and device.type != "cpu":
+            nought = warm_up.Nought(trunk.vocab_size, trunk.terminal)
+            warm_up.steps(nought, config, trunk.vocab_size, device)
+    elif leads:
+        scorer = _load(config, vllm_config, device)
     return GuidedEngine(
         config,
         scorer,
-        tap=tap,
+        tap=tap if leads else None,
+        trunk=trunk,
         end_ids=_end_ids(vllm_config.model_config),
         # An implicit reward has no value of a prefix. All ranks must admit the same requests.
         groups=agreed(scorer is None or scorer.terminal != "included")
@@ -110,8 +121,58 @@ def _tap(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device) 
     check_fits(head, config.scorer, model.hf_text_config, model.model)
     tap = TrunkTap(head.to(device))
     tap.watch(get_model_architecture(model)[0])
-    logger.info("the head %s on the policy's own trunk compares siblings", config.scorer)
     return tap
+
+
+def own_trunk(
+    config: ServerConfig, vllm_config: "VllmConfig", tap: TrunkTap, broadcast: Broadcast | None
+) -> OwnTrunk | None:
+    """Guidance by the policy's own trunk; None where this engine's model cannot look ahead."""
+    model = vllm_config.model_config
+    try:
+        refuse_look_ahead(vllm_config)
+        seat = take_seat(vllm_config, config.max_forward_tokens or _BLOCKS)
+    except (ValueError, RuntimeError) as error:
+        logger.warning(
+            "the head %s on the policy's own trunk compares siblings, and guides no one: %s",
+            config.scorer, error,
+        )  # fmt: skip
+        return None
+    logger.info("the head %s on the policy's own trunk scores the candidates", config.scorer)
+    eos = model.hf_text_config.eos_token_id
+    forward = OwnForward(vllm_config, seat)
+    return OwnTrunk(
+        tap,
+        forward,
+        vocab_size=model.get_vocab_size(),
+        max_length=model.max_model_len,
+        eos_token_id=eos[0] if isinstance(eos, list) else eos,
+        terminal=config.terminal or "baseline",
+        held=HeldStep(forward),
+        broadcast=broadcast,
+    )
+
+
+def refuse_look_ahead(vllm_config: "VllmConfig") -> None:
+    """Raises ValueError: what keeps the policy from looking ahead in its own KV blocks."""
+    parallel, model = vllm_config.parallel_config, vllm_config.model_config
+    several = {
+        "pipeline parallelism": parallel.pipeline_parallel_size,
+        "data parallelism": parallel.data_parallel_size,
+        "decode context parallelism": getattr(parallel, "decode_context_parallel_size", 1),
+        "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1),
+    }
+    found = [name for name, size in several.items() if size > 1]
+    if getattr(model, "uses_mrope", False):
+        found.append("positions of several dimensions")
+    if getattr(model, "is_hybrid", False) or getattr(model, "is_attention_free", False):
+        found.append("layers with a state in place of keys and values")
+    if getattr(model, "is_encoder_decoder", False):
+        found.append("an encoder")
+    if getattr(vllm_config, "kv_transfer_config", None) is not None:
+        found.append("a KV connector, which every forward would tell of tokens that nobody wrote")
+    if found:
+        raise ValueError(f"this engine has {' and '.join(found)}")
 
 
 def _within_vocabulary(config: ServerConfig, vocab: int) -> ServerConfig:

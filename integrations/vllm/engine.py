@@ -11,6 +11,7 @@ from torch import Tensor
 from guided_decode.guidance.candidates import rows_beyond
 from guided_decode.guidance.step import guide_rows, is_device_error
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
+from guided_decode.integrations.vllm.own_trunk import OwnTrunk
 from guided_decode.integrations.vllm.request import Pruning, Request, SamplingParams, admit
 from guided_decode.integrations.vllm.rows import LiveRow, Placed
 from guided_decode.integrations.vllm.server_config import ServerConfig
@@ -34,6 +35,7 @@ class GuidedEngine:
         scorer: Scorer | None = None,
         *,
         tap: TrunkTap | None = None,
+        trunk: OwnTrunk | None = None,
         end_ids: Collection[int] = (),
         groups: bool = True,
         broadcast: Broadcast | None = None,
@@ -43,16 +45,18 @@ class GuidedEngine:
             config: the server's.
             scorer: guides and compares; None where a tap compares, and on the ranks that take over.
             tap: values of prefixes from the policy's own hidden states, in place of a scorer.
+            trunk: guides by these values too, in place of a scorer; on all ranks.
             end_ids: what ends any request of this policy, besides its EOS.
             groups: whether siblings can be compared, the same on all ranks; not where they may be
                 on several engines, and not by an implicit reward, which has no value of a prefix.
             broadcast: hands a tensor of the leading rank to all; None with one rank.
         """
         self.config = config
-        self.scorer = scorer
+        self.scorer = trunk if scorer is None and tap is not None else scorer
         self.groups = SiblingGroups()
         self.counts = StepCounts()
         self._tap = tap
+        self._trunk = trunk
         self._end_ids = frozenset(end_ids)
         self._compares = groups
         self._broadcast = broadcast
@@ -66,9 +70,20 @@ class GuidedEngine:
             self._metrics = Metrics(self.counts, self._stats, log_every=config.log_every)
             self._log = None if config.value_log is None else ValueLog(config)
 
+    @property
+    def trunk(self) -> OwnTrunk | None:
+        """What guides by the policy's own trunk."""
+        return self._trunk
+
     def admit(self, params: SamplingParams) -> Request | None:
         """What a request gets: within the limits, and never an error."""
-        request, clamps = admit(params, self.config, self._end_ids, groups=self._compares)
+        request, clamps = admit(
+            params,
+            self.config,
+            self._end_ids,
+            groups=self._compares,
+            guides=self._trunk is not None or self.config.kind != "trunk-head",
+        )
         if clamps:
             if not self.counts.clamps:
                 logger.warning("a request asked for more than it gets: %s", "; ".join(clamps))
@@ -99,7 +114,13 @@ class GuidedEngine:
         every = len(rows) == len(logits)
         index = None if every else _on([i for i, _ in rows], logits.device)
         own = logits if index is None else logits.index_select(0, index)
-        guided = self._lead(own, rows, len(logits)) if self._leads else torch.empty_like(own)
+        if self._leads:
+            guided = self._lead(own, rows, len(logits))
+        else:
+            guided = torch.empty_like(own)
+            if self._trunk is not None:
+                self._trunk.begin([p for p in rows if p.row.handle is not None], len(logits))
+                self._trunk.follow()
         if self._broadcast is not None:
             self._agree(own, works=True)
             guided = self._broadcast(guided.contiguous())
@@ -114,7 +135,13 @@ class GuidedEngine:
     def _lead(self, own: Tensor, rows: Sequence[Placed], batch: int) -> Tensor:
         """The step on the rank that leads. What fails here fails for all ranks, or for none."""
         try:
-            return self._guided(own, rows, batch)
+            try:
+                return self._guided(own, rows, batch)
+            finally:
+                if self._trunk is not None:
+                    self._trunk.end()
+                elif self._tap is not None:
+                    self._tap.forget()
         except Exception as error:
             if self.config.on_error == "passthrough" and not is_device_error(error):
                 self._count_failure(len(rows), error)
@@ -134,10 +161,14 @@ class GuidedEngine:
         known = [i for i, (_, row) in enumerate(rows) if row.handle is not None]
         if len(known) < len(rows):
             self._count_unknown(len(rows) - len(known))
+        if self._trunk is not None:
+            self._trunk.begin([rows[i] for i in known], batch)
         self._read_values([rows[i] for i in known], batch, own.shape[-1])
         live = [row for _, row in rows]
         pruned = {i: p.token for i in known if (p := _ends_now(live[i])) is not None}
         chosen = [i for i in known if i not in pruned and live[i].request.is_guided]
+        if self._trunk is not None:
+            chosen = [i for i in chosen if self._trunk.stands(live[i])]
         if chosen and self.config.on_error == "raise":
             chosen = self._not_masked(self._not_refused(chosen, live, own), own)
         guided = self._guide(own, live, chosen)

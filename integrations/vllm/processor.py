@@ -46,6 +46,11 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         admit = self.engine.admit
         self._batch = BatchRows(admit) if is_v1 else None
         self._slots = None if is_v1 else SlotRows(admit, runner[0])
+        trunk = self.engine.trunk
+        if trunk is not None:
+            rows = self._slots if self._batch is None else self._batch
+            assert rows is not None
+            trunk.held.standing = rows.handles
 
     @classmethod
     def validate_params(cls, sampling_params: SamplingParams) -> None:

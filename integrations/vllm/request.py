@@ -139,7 +139,12 @@ def check_request(params: SamplingParams, config: ServerConfig | None) -> None:
 
 
 def admit(
-    params: SamplingParams, config: ServerConfig, end_ids: Collection[int], *, groups: bool
+    params: SamplingParams,
+    config: ServerConfig,
+    end_ids: Collection[int],
+    *,
+    groups: bool,
+    guides: bool = True,
 ) -> Admitted:
     """What the worker does for a request: within the limits, and never an error.
 
@@ -148,6 +153,7 @@ def admit(
         config: of the server.
         end_ids: what ends any request of this policy, besides its EOS.
         groups: whether this engine can compare siblings.
+        guides: whether it can look ahead.
     """
     clamps: list[str] = []
     try:
@@ -159,6 +165,14 @@ def admit(
     guidance = pruning = None
     try:
         guidance = _guidance(keys, config)
+        if guidance is not None and not guides:
+            # With a value log, guide=1 asks to be written there.
+            if config.value_log is None or keys.settings:
+                clamps.append(
+                    "guidance by the policy's own trunk is not to be had here (the log of the "
+                    "server's start has the reason): the head compares siblings only"
+                )
+            guidance = None if config.value_log is None else UNGUIDED
     except ValueError as error:
         clamps.append(str(error))
     if keys.group is not None:
@@ -198,15 +212,6 @@ def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
     asked = bool(settings) if keys.guide is None else bool(keys.guide)
     if not (asked or (keys.guide is None and config.guide_by_default)):
         return None
-    if not config.guides:
-        # With a value log, guide=1 asks to be written there.
-        if settings or config.value_log is None:
-            name = f"guide_{next(iter(settings))}" if settings else "guide=1"
-            raise ValueError(
-                f"{name}, but the server's value head sits on the policy's own trunk: it compares "
-                "siblings and guides no one; drop it"
-            )
-        return UNGUIDED
     return config.guidance.changed(**settings)
 
 

@@ -85,6 +85,11 @@ class BatchRows:
         """The rows of this step, with their histories up to date."""
         return [Placed(i, _followed(row, out)) for i, (row, out) in sorted(self._rows.items())]
 
+    def handles(self, batch: Any) -> list[PrefixHandle | None]:
+        """The histories of the runner's batch, before its step; None where a row is not ours."""
+        ours = (self._rows.get(i) for i in range(batch.num_reqs))
+        return [None if each is None else each[0].handle for each in ours]
+
     def _new(
         self, params: SamplingParams, prompt: list[int] | None, output: list[int]
     ) -> tuple[LiveRow, Sequence[int]] | None:
@@ -156,6 +161,11 @@ class SlotRows:
     def live(self) -> list[LiveRow]:
         """Every row of ours that has a slot."""
         return [slot.row for slot in self._slots.values()]
+
+    def handles(self, batch: Any) -> list[PrefixHandle | None]:
+        """As of `BatchRows`."""
+        ours = (self._slots.get(slot) for slot in batch.idx_mapping_np.tolist())
+        return [None if each is None else each.row.handle for each in ours]
 
     def rows(self, context: "LogitsContext") -> list[Placed]:
         """The rows that sample in this step, with their histories up to date: one blocking copy."""

@@ -27,6 +27,9 @@ _THE_SERVERS = (
     "trust_remote_code", "cache_tokens", "max_forward_tokens", "quantization", "gguf_file",
     "device_map",
 )  # fmt: skip
+# Options of a scorer that a head on the policy's own trunk has no use for.
+_NOT_A_HEADS = ("adapter", "reward", "reference", "device", "dtype", "rope_theta", "cache_tokens",
+                "quantization", "gguf_file", "device_map")  # fmt: skip
 _GUIDANCE = tuple(field.name for field in fields(GuidanceConfig))
 _DEFAULTS = GuidanceConfig()
 
@@ -35,7 +38,7 @@ class ServerConfig(BaseModel):
     """The value of `additional_config["guided_decode"]`.
 
     scorer: the critic; where kind is "trunk-head", the head on the policy's own hidden states,
-        which compares siblings and is logged, and guides no one; or the address of a scorer server,
+        whose look ahead is a forward of the policy itself; or the address of a scorer server,
         tcp://HOST:PORT or ipc://PATH, which was given the options of loading itself.
     key_file, timeout: of a scorer server, as in `load_scorer`.
     kind, adapter, reward, reference, revision, device, dtype, bos, terminal, transform, rope_theta,
@@ -116,12 +119,8 @@ class ServerConfig(BaseModel):
                 'on_error="raise" was given without max_beta: a request could end the server with '
                 "a beta whose logits overflow; set max_beta"
             )
-        if not self.guides and self.guide_by_default:
-            raise ValueError(
-                'guide_by_default was given with kind="trunk-head", which compares siblings and '
-                "guides no one: drop it"
-            )
         self._check_remote()
+        self._check_trunk_head()
         if self.is_remote:
             # Its server knows whether there is one.
             return self
@@ -151,7 +150,7 @@ class ServerConfig(BaseModel):
                 f"{' and '.join(given)} came with scorer={self.scorer!r}, whose server loaded its "
                 "scorer itself, on its own device: give that to guided-decode scorer, and drop it"
             )
-        if not self.guides:
+        if self.is_trunk_head:
             raise ValueError(
                 f'kind="trunk-head" came with scorer={self.scorer!r}: a head on the policy\'s own '
                 "hidden states is a file; set scorer to it, or drop kind"
@@ -163,9 +162,22 @@ class ServerConfig(BaseModel):
         return is_address(self.scorer)
 
     @property
-    def guides(self) -> bool:
-        """Whether candidates are scored: a head on the policy's trunk reads prefixes only."""
-        return self.kind != "trunk-head"
+    def is_trunk_head(self) -> bool:
+        """Whether the scorer is a head on the policy's own hidden states."""
+        return self.kind == "trunk-head"
+
+    def _check_trunk_head(self) -> None:
+        """Raises ValueError: what a head on the policy's own trunk has no use for."""
+        given = [name for name in _NOT_A_HEADS if getattr(self, name)]
+        if self.is_trunk_head and given:
+            raise ValueError(
+                f'{" and ".join(given)} came with kind="trunk-head", a head that reads the '
+                "policy's own hidden states, in vLLM's own forwards: drop it"
+            )
+        if self.is_trunk_head and self.guidance.top_k is None:
+            raise ValueError(
+                'top_k=null came with kind="trunk-head", which forwards every candidate: set top_k'
+            )
 
     @property
     def guidance(self) -> GuidanceConfig:

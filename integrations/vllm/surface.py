@@ -8,7 +8,10 @@ _BUILD = "integrations/vllm/build.py"
 _COMMAND = "guided_decode/cli/vllm_command.py"
 _GENERATOR = "integrations/vllm/generator.py"
 _PROCESSOR = "integrations/vllm/processor.py"
+_FORWARD = "integrations/vllm/own_forward.py"
+_HELD = "integrations/vllm/held_step.py"
 _ROWS = "integrations/vllm/rows.py"
+_SEAT = "integrations/vllm/runner_seat.py"
 
 _V1 = "vllm.v1.sample.logits_processor"
 _V2 = "vllm.v1.worker.gpu.sample.logits_processor"
@@ -69,6 +72,121 @@ _HIDDEN_STATES = (
         why="wrapped, to see the rows that it is called on",
     ),
 )
+
+_RUNNER = "vllm.v1.worker.gpu_model_runner.GPUModelRunner"
+_RUNNER_V2 = "vllm.v1.worker.gpu.model_runner.GPUModelRunner"
+
+_LOOK_AHEAD = (
+    *(
+        _of_v2(
+            f"{runner}.initialize_kv_cache",
+            _SEAT,
+            takes=called("kv_cache_config", "is_profiling"),
+            why="wrapped, to meet the runner and to make its cache larger",
+        )
+        for runner in (_RUNNER, _RUNNER_V2)
+    ),
+    *(
+        _of_v2(
+            f"{worker}.determine_available_memory",
+            _SEAT,
+            takes=called(),
+            why="wrapped, to leave room for that",
+        )
+        for worker in ("vllm.v1.worker.gpu_worker.Worker", "vllm.v1.worker.cpu_worker.CPUWorker")
+    ),
+    _of_v2("vllm.v1.worker.worker_base.WorkerBase", _SEAT, has=("vllm_config",)),
+    _of_v2("vllm.v1.worker.worker_base.WorkerBase.get_kv_cache_spec", _SEAT, takes=called()),
+    _of_v2("vllm.v1.kv_cache_interface.KVCacheSpec", _SEAT, has=("page_size_bytes",)),
+    _of_v2(
+        "vllm.v1.core.kv_cache_utils.get_kv_cache_config_from_groups",
+        _SEAT,
+        takes=called("vllm_config", "kv_cache_groups", "available_memory"),
+    ),
+    _of_v2(
+        "vllm.v1.kv_cache_interface.KVCacheConfig",
+        _SEAT,
+        has=("kv_cache_groups", "kv_cache_tensors", "num_blocks"),
+    ),
+    _of_v2("vllm.v1.kv_cache_interface.KVCacheTensor", _SEAT, has=("size",)),
+    _of_v2("vllm.config.CacheConfig", _SEAT, has=("num_gpu_blocks_override",)),
+    _of_v2("vllm.config.VllmConfig", _SEAT, has=("cache_config",)),
+    *(
+        _of_v2(
+            runner,
+            _FORWARD,
+            has=("attn_groups", "compilation_config", "device", "kv_cache_config", "model"),
+        )
+        for runner in (_RUNNER, _RUNNER_V2)
+    ),
+    _of_v2(_RUNNER, _FORWARD, has=("input_batch", "optimistic_seq_lens_cpu")),
+    _of_v2(_RUNNER_V2, _FORWARD, has=("block_tables",)),
+    _of_v2("vllm.v1.worker.gpu.block_table.BlockTables", _FORWARD, has=("input_block_tables",)),
+    _of_v2("vllm.v1.worker.gpu_input_batch.InputBatch", _FORWARD, has=("block_table", "num_reqs")),
+    _of_v2(
+        "vllm.v1.worker.block_table.BlockTable.get_device_tensor",
+        _FORWARD,
+        takes=called("num_reqs"),
+    ),
+    _of_v2("vllm.v1.kv_cache_interface.KVCacheConfig", _FORWARD, has=("kv_cache_groups",)),
+    _of_v2(
+        "vllm.v1.kv_cache_interface.KVCacheGroupSpec",
+        _FORWARD,
+        has=("kv_cache_spec", "layer_names"),
+    ),
+    _of_v2("vllm.v1.kv_cache_interface.KVCacheSpec", _FORWARD, has=("block_size",)),
+    _of_v2("vllm.v1.worker.utils.AttentionGroup", _FORWARD, has=("layer_names",)),
+    _of_v2(
+        "vllm.v1.worker.utils.AttentionGroup.build_metadata",
+        _FORWARD,
+        takes=called("common_attn_metadata"),
+    ),
+    _of_v2("vllm.config.CompilationConfig", _FORWARD, has=("static_forward_context",)),
+    _of_v2(
+        "vllm.forward_context.set_forward_context",
+        _FORWARD,
+        takes=called("attn_metadata", "vllm_config", by_name=("num_tokens", "slot_mapping")),
+    ),
+    _of_v2(
+        "vllm.v1.attention.backend.CommonAttentionMetadata",
+        _FORWARD,
+        has=(
+            "block_table_tensor", "causal", "is_prefilling", "max_query_len", "max_seq_len",
+            "num_actual_tokens", "num_reqs", "positions", "query_start_loc",
+            "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "slot_mapping",
+        ),
+    ),
+    Name("vllm.config.VllmConfig", _BUILD, may_have=("kv_transfer_config",)),
+    _of_v2(f"{_RUNNER}._model_forward", _HELD, why="replaced on the runner that we sit at"),
+    _of_v2(_RUNNER, _HELD, has=("input_batch", "query_start_loc")),
+    _of_v2(
+        "vllm.v1.worker.gpu_input_batch.InputBatch", _HELD, has=("num_computed_tokens_cpu",)
+    ),
+    _of_v2(
+        f"{_RUNNER_V2}.prepare_attn",
+        _HELD,
+        takes=called("input_batch"),
+        why="replaced on the runner that we sit at",
+    ),
+    _of_v2(
+        "vllm.v1.worker.gpu.input_batch.InputBatch",
+        _HELD,
+        has=("num_computed_tokens_np", "num_reqs", "num_tokens"),
+    ),
+    _of_v2(
+        "vllm.v1.worker.gpu.input_batch.InputBatch", _ROWS, has=("idx_mapping_np", "num_reqs")
+    ),
+    Name(
+        "vllm.config.ModelConfig",
+        _BUILD,
+        may_have=("is_attention_free", "is_encoder_decoder", "is_hybrid", "uses_mrope"),
+    ),
+    Name(
+        "vllm.config.ParallelConfig",
+        _BUILD,
+        may_have=("decode_context_parallel_size", "prefill_context_parallel_size"),
+    ),
+)  # fmt: skip
 
 _REQUESTS = (
     Name(
@@ -210,7 +328,7 @@ SURFACE = Surface(
     read_in="0.32.0",
     holds_in=("0.25.1", "0.33.0"),
     names=(
-        *_CONFIGURATION, *_RANKS, *_HIDDEN_STATES, *_REQUESTS, *_IN_PROCESS, *_V1_RUNNER,
-        *_V2_RUNNER, *_SERVER,
+        *_CONFIGURATION, *_RANKS, *_HIDDEN_STATES, *_LOOK_AHEAD, *_REQUESTS, *_IN_PROCESS,
+        *_V1_RUNNER, *_V2_RUNNER, *_SERVER,
     ),
 )  # fmt: skip

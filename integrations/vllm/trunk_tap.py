@@ -50,7 +50,7 @@ class TrunkTap:
     def __init__(self, head: Callable[[Tensor], Tensor]) -> None:
         """head: values of hidden states, [rows, hidden] to float32 [rows]."""
         self.stats = ScorerStats()
-        self._head = head
+        self.head = head
         self._hidden: Tensor | None = None
 
     def watch(self, model_class: Any) -> None:
@@ -68,11 +68,11 @@ class TrunkTap:
         model_class.compute_logits = watched
 
     def values(self, rows: Sequence[int], of: int) -> list[float]:
-        """V(prefix) of these rows of the step, which has `of` rows in all.
+        """V(prefix) of these rows of the step, which has `of` rows in all; until `forget`.
 
         Raises RuntimeError: the hidden states that were seen are not this step's.
         """
-        hidden, self._hidden = self._hidden, None
+        hidden = self._hidden
         if hidden is None or len(hidden) != of:
             seen = "none" if hidden is None else f"{len(hidden)} rows"
             raise RuntimeError(
@@ -81,4 +81,8 @@ class TrunkTap:
             )
         self.stats.add(rows_scored=len(rows))
         index = torch.tensor(list(rows)).to(hidden.device)
-        return self._head(hidden[index]).tolist()
+        return self.head(hidden[index]).tolist()
+
+    def forget(self) -> None:
+        """The step is over: what was seen is no other step's."""
+        self._hidden = None

@@ -1,15 +1,17 @@
 """What a server does once before it takes requests, so that none waits for it."""
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
+from torch import Tensor
 
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.guidance.step import guide_rows
 from guided_decode.integrations.vllm.server_config import ServerConfig
-from guided_decode.scorer import Scorer
+from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.critic import CriticScorer
+from guided_decode.stats import ScorerStats
 
 # Graphs are captured ahead for prefixes up to so many tokens; for longer ones as they come.
 _USUAL_PREFIX = 2048
@@ -61,6 +63,29 @@ def steps(scorer: Scorer, config: ServerConfig, vocab: int, device: torch.device
             scorer, logits, [[0], [0, 0]], guidance, terminals=[(0,), (0,)], on_error="passthrough"
         )
     scorer.stats.reset()
+
+
+@dataclass(slots=True)
+class Nought:
+    """Scores of zero, as of any scorer: for steps of one that scores live requests only."""
+
+    vocab_size: int
+    terminal: TerminalRule
+    stats: ScorerStats = field(default_factory=ScorerStats)
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    reward: Scorer | None = None
+    reference: LogProbs | None = None
+    scores_vocabulary: bool = False
+
+    def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
+        """As of `Scorer`."""
+        values = torch.zeros(candidates.shape).masked_fill(candidates < 0, torch.nan)
+        return Scores(values, torch.zeros(len(prefixes)))
+
+    def refusal(self, prefix: Prefix, candidates: int) -> str | None:
+        """As of `Scorer`."""
+        return None
 
 
 def _every_width(scorer: Scorer, config: ServerConfig) -> Iterator[GuidanceConfig]:

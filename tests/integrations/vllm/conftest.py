@@ -20,3 +20,10 @@ def plain_tokens():
     from tests.integrations.vllm import mixed_requests
 
     return mixed_requests.plain_answers()
+
+
+@pytest.fixture(scope="session")
+def trunk_brute_force():
+    from tests.integrations.vllm import mixed_requests, trunk_heads
+
+    return mixed_requests.brute_force_answers(trunk_heads.PolicyWithHead())

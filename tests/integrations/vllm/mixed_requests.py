@@ -29,9 +29,12 @@ def ends(i: int) -> list[int]:
     return [] if SAMPLING[i].ignore_eos else [models.EOS]
 
 
-def brute_force_answers():
-    """Tokens and decision gaps of each request, by full recomputation."""
-    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+def brute_force_answers(critic=None):
+    """Tokens and decision gaps of each request, by full recomputation.
+
+    critic: of class and head as `oracle.Values` reads them; the tiny one of these tests.
+    """
+    brute = oracle.Oracle(oracle.Values(critic or models.tiny("llama", "token")))
     lm = oracle.LogProbs(vllm_parts.policy())
     unguided = GuidanceConfig(beta=0.0, tail="keep")
     return [

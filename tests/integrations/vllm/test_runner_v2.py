@@ -76,3 +76,10 @@ def test_32_mixed_requests_at_once_on_v2():
 def test_everything_else_on_v2():
     files = ("test_engine", "test_engine_under_pressure", "test_gpu")
     run(*(f"{HERE}/{file}.py" for file in files))
+
+
+@starts_it
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_guidance_by_the_policys_own_trunk_on_v2():
+    run(f"{HERE}/test_own_trunk.py", f"{HERE}/test_own_trunk_under_pressure.py")

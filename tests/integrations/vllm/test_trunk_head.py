@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import json
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests import models
 from tests.integrations.vllm import vllm_parts
+from tests.integrations.vllm.trunk_heads import WEIGHT, head_file, tap_config
 from tests.integrations.vllm.vllm_parts import params
 
-from guided_decode.integrations.vllm.build import build_engine  # isort: skip
+from guided_decode.integrations.vllm.build import build_engine, refuse_look_ahead  # isort: skip
 from guided_decode.integrations.vllm.engine import GuidedEngine  # isort: skip
-from guided_decode.integrations.vllm.request import Pruning, Request, UNGUIDED  # isort: skip
+from guided_decode.integrations.vllm.request import (  # isort: skip
+    UNGUIDED,
+    Admitted,
+    Pruning,
+    Request,
+    admit,
+)
 from guided_decode.integrations.vllm.rows import LiveRow, Placed  # isort: skip
+from guided_decode.integrations.vllm.runner_seat import take_seat  # isort: skip
 from guided_decode.integrations.vllm.server_config import parse_config  # isort: skip
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap  # isort: skip
 from guided_decode.prefix import PrefixHandle  # isort: skip
-from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head  # isort: skip
+from guided_decode.scoring.trunk_head import TrunkHead  # isort: skip
 
 CPU = torch.device("cpu")
-WEIGHT = torch.randn(1, 48, generator=torch.Generator().manual_seed(3)) * 0.3
-
-
-def head_file(weight=WEIGHT) -> str:
-    path = models.scratch() / f"head-{weight.shape[1]}.safetensors"
-    save_trunk_head(path, TrunkHead(weight))
-    return str(path)
-
-
-def tap_config(**own):
-    return {"guided_decode": {"scorer": head_file(), "kind": "trunk-head", "log_every": 0, **own}}
 
 
 class Policy:
@@ -59,7 +58,9 @@ def test_the_tap_reads_the_rows_whose_logits_came_last():
     policy.compute_logits(torch.randn(70, 48))  # of an earlier step
     assert torch.equal(policy.compute_logits(hidden), hidden)
     expected = (hidden[[4, 1]] @ WEIGHT[0]).tolist()
-    assert tap.values([4, 1], 5) == pytest.approx(expected, abs=1e-5)
+    for _ in range(2):
+        assert tap.values([4, 1], 5) == pytest.approx(expected, abs=1e-5)
+    tap.forget()
     with pytest.raises(RuntimeError, match="of the policy's hidden states none were seen"):
         tap.values([4, 1], 5)
 
@@ -131,41 +132,85 @@ def test_lora_is_refused():
         build_engine(config, CPU)
 
 
-def test_guidance_is_refused():
-    from guided_decode.integrations.vllm.request import check_request
+GROUP = {"guide_group": "a-group-name", "guide_group_size": 4, "guide_keep": 2, "guide_every": 2}
 
+
+def test_where_the_engine_cannot_look_ahead_groups_are_kept_and_guidance_is_counted():
     config = parse_config({"scorer": "the head", "kind": "trunk-head"}, "the test")
+
+    def granted(asked, guides, config=config):
+        return admit(params(4, asked, stop_token_ids=[77]), config, [], groups=True, guides=guides)
+
+    assert granted({"guide": 1}, guides=True).request.is_guided
+    assert granted({"guide": 1}, guides=False).request is None
+    request, clamps = granted({"guide": 1} | GROUP, guides=False)
+    assert request.pruning is not None
+    assert not request.is_guided
+    assert "by the policy's own trunk is not to be had here" in clamps[0]
+    # It asks to be written to the log there, too.
     logged = parse_config(
         {"scorer": "the head", "kind": "trunk-head", "value_log": "values.jsonl"}, "the test"
     )
-    for own, reason in (({"guide": 1}, "guide=1"), ({"guide_beta": 1.0}, "guide_beta")):
-        with pytest.raises(ValueError, match=f"{reason}, but the server's value head sits on"):
-            check_request(params(4, own), config)
-    # It asks to be written to the log there.
-    check_request(params(4, {"guide": 1}), logged)
-    with pytest.raises(ValueError, match="guide_beta, but the server's value head sits on"):
-        check_request(params(4, {"guide_beta": 1.0}), logged)
+    assert granted({"guide": 1}, False, logged) == Admitted(Request(UNGUIDED, (77,)), [])
+    assert len(granted({"guide_beta": 1.0}, False, logged).clamps) == 1
 
 
-def test_the_worker_counts_what_a_front_end_did_not_refuse_and_keeps_the_group():
-    from guided_decode.integrations.vllm.request import admit
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"top_k": None}, 'top_k=null came with kind="trunk-head", which forwards every candidate'),
+        ({"reference": "r", "dtype": "float32"},
+         'reference and dtype came with kind="trunk-head", a head that reads'),
+        ({"scorer": "tcp://h:1"}, "is a file; set scorer to it, or drop kind"),
+    ],
+)  # fmt: skip
+def test_what_a_head_on_the_trunk_has_no_use_for(own, message):
+    given = {"scorer": "the head", "kind": "trunk-head", **own}
+    with pytest.raises(ValueError, match=message):
+        parse_config(given, "the test")
 
-    config = parse_config({"scorer": "the head", "kind": "trunk-head"}, "the test")
-    assert admit(params(4, {"guide": 1}), config, [], groups=True).request is None
-    group = {
-        "guide_group": "a-group-name",
-        "guide_group_size": 4,
-        "guide_keep": 2,
-        "guide_every": 2,
+
+@pytest.mark.parametrize(
+    ("where", "value", "what"),
+    [
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("parallel_config.data_parallel_size", 2, "data parallelism"),
+        ("parallel_config.decode_context_parallel_size", 2, "decode context parallelism"),
+        ("model_config.uses_mrope", True, "positions of several dimensions"),
+        ("model_config.is_hybrid", True, "layers with a state in place of keys and values"),
+        ("model_config.is_encoder_decoder", True, "an encoder"),
+        ("kv_transfer_config", object(), "a KV connector, which every forward would tell"),
+    ],
+)
+def test_engines_that_cannot_look_ahead(where, value, what):
+    usual = {
+        "parallel_config": {"pipeline_parallel_size": 1, "data_parallel_size": 1},
+        "model_config": {},
     }
-    request, clamps = admit(
-        params(4, {"guide": 1} | group, stop_token_ids=[77]), config, [], groups=True
-    )
-    assert request.pruning is not None
-    assert not request.is_guided
-    assert "guides no one" in clamps[0]
-    with pytest.raises(ValueError, match="guide_by_default was given with kind"):
-        parse_config({"scorer": "x", "kind": "trunk-head", "guide_by_default": True}, "the test")
+    part, _, name = where.rpartition(".")
+    config = SimpleNamespace(**{key: SimpleNamespace(**fields) for key, fields in usual.items()})
+    refuse_look_ahead(config)
+    setattr(getattr(config, part) if part else config, name, value)
+    with pytest.raises(ValueError, match=f"this engine has {what}"):
+        refuse_look_ahead(config)
+
+
+def test_a_vllm_that_was_not_read_is_not_patched(monkeypatch, caplog):
+    from vllm.v1.worker import gpu_model_runner
+
+    def initialize_kv_cache(self, something_else):
+        pass
+
+    runner = gpu_model_runner.GPUModelRunner
+    monkeypatch.setattr(runner, "initialize_kv_cache", initialize_kv_cache)
+    monkeypatch.delitem(sys.modules, "vllm.v1.worker.gpu.model_runner", raising=False)
+    config = vllm_parts.vllm_config(tap_config())
+    with pytest.raises(RuntimeError, match=r"another model runner than those .*\(0.32.0\)"):
+        take_seat(config, 8)
+    assert runner.initialize_kv_cache is initialize_kv_cache
+    guided = build_engine(config, CPU)
+    assert guided.scorer is None
+    assert "compares siblings, and guides no one: this vLLM has another" in caplog.text
 
 
 @pytest.mark.slow

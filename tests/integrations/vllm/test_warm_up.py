@@ -52,6 +52,19 @@ def test_each_width_that_is_compiled_anew_is_run_once(most, widths, monkeypatch)
     ]  # fmt: skip
 
 
+def test_a_head_on_the_policys_trunk_is_warmed_up_without_a_request(monkeypatch):
+    nought, config = warm_up.Nought(models.VOCAB, "baseline"), config_of()
+    compiled = Compiled(monkeypatch)
+    warm_up.steps(nought, config, models.VOCAB, CPU)
+    warmed = compiled.take()
+    assert nought.stats.passthroughs == 0
+    assert by_kernel(warmed)["_choose_kernel"] == 3
+    warm_up.steps(scorer_like_a_gpus(), config, models.VOCAB, CPU)
+    anew = by_kernel(compiled.take() - warmed)
+    assert anew, "the critic's own forward"
+    assert anew.keys().isdisjoint(by_kernel(warmed))
+
+
 def test_usual_steps_are_captured_before_the_first_request():
     scorer = scorer_like_a_gpus()
     warm_up.graphs(scorer, config_of(top_k=8, max_top_k=8), rows=4, most=600)

@@ -109,12 +109,15 @@ def report(worker: Any) -> dict[str, Any] | None:
     own = processor(worker)
     if own is None or own.engine.scorer is None:
         return None
-    own.engine.scorer.cache.check()
+    cache = getattr(own.engine.scorer, "cache", None)
+    if cache is not None:
+        cache.check()
     return {
         **asdict(own.engine.counts),
         **own.engine.scorer.stats.as_dict(),
-        "pinned": own.engine.scorer.cache.pinned,
+        "pinned": 0 if cache is None else cache.pinned,
         "live": len(own.live),
+        "answered": 0 if own.engine.trunk is None else own.engine.trunk.held.answered,
         "groups": len(own.engine.groups),
     }
 

@@ -1,0 +1,165 @@
+"""The model runner that a processor belongs to, and blocks of its KV cache that no request has.
+
+vLLM hands a processor neither. Both come from two methods that are wrapped here, and nowhere else
+is vLLM patched: `initialize_kv_cache`, which is called with the runner and the size of its cache,
+and `determine_available_memory`, from which the cache is sized. Where one of them is missing or
+takes other arguments nothing is wrapped, and the reason is told.
+"""
+
+import copy
+import dataclasses
+import functools
+import importlib
+import inspect
+import logging
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+logger = logging.getLogger("guided_decode")
+
+_ORIGINAL = "_guided_decode_original"
+
+
+class Patched(NamedTuple):
+    """A method of vLLM's that is wrapped. takes: its first parameters, in the versions read."""
+
+    owner: str
+    name: str
+    takes: tuple[str, ...]
+
+
+READ_IN = ("0.32.0",)
+RUNNERS = (
+    Patched(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner",
+        "initialize_kv_cache",
+        ("self", "kv_cache_config", "is_profiling"),
+    ),
+    Patched(
+        "vllm.v1.worker.gpu.model_runner.GPUModelRunner",
+        "initialize_kv_cache",
+        ("self", "kv_cache_config", "is_profiling"),
+    ),
+)
+WORKERS = (
+    Patched("vllm.v1.worker.gpu_worker.Worker", "determine_available_memory", ("self",)),
+    Patched("vllm.v1.worker.cpu_worker.CPUWorker", "determine_available_memory", ("self",)),
+)
+_SIZES = "vllm.v1.core.kv_cache_utils.get_kv_cache_config_from_groups"
+
+
+@dataclasses.dataclass(eq=False)
+class RunnerSeat:
+    """blocks: how many of the KV cache's are set aside. runner: None until its cache is there.
+    first: the id of the first block that is set aside; they follow one another. has_room: whether
+    the cache was sized with them in mind."""
+
+    blocks: int
+    runner: Any = None
+    first: int = 0
+    has_room: bool = False
+
+
+# By the configuration of their engine, which runner and worker share with the processor.
+_SEATS: "weakref.WeakValueDictionary[int, RunnerSeat]" = weakref.WeakValueDictionary()
+
+
+def take_seat(vllm_config: Any, blocks: int) -> RunnerSeat:
+    """A seat at the runner of this configuration, which is being built in this process.
+
+    Raises RuntimeError: this vLLM is not one that was read; nothing is patched then.
+    """
+    runners = [each for each in map(_found, RUNNERS) if each is not None]
+    workers = [each for each in map(_found, WORKERS) if each is not None]
+    if not runners or not workers or _import(_SIZES) is None:
+        raise RuntimeError(
+            f"this vLLM has another model runner than those that were read ({', '.join(READ_IN)})"
+        )
+    for owner, name in runners:
+        _wrap(owner, name, _initialize)
+    for owner, name in workers:
+        _wrap(owner, name, _available)
+    seat = RunnerSeat(blocks)
+    _SEATS[id(vllm_config)] = seat
+    return seat
+
+
+def _found(method: Patched) -> tuple[Any, str] | None:
+    """Its class, where it is loaded and as it was read."""
+    module, _, name = method.owner.rpartition(".")
+    owner = getattr(sys.modules.get(module), name, None)
+    function = None if owner is None else vars(owner).get(method.name)
+    if function is None:
+        return None
+    takes = tuple(inspect.signature(function).parameters)
+    return (owner, method.name) if takes[: len(method.takes)] == method.takes else None
+
+
+def _import(path: str) -> Any:
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name, None)
+    except ImportError:
+        return None
+
+
+def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    original = getattr(owner, name)
+    if hasattr(original, _ORIGINAL):
+        return
+
+    @functools.wraps(original)
+    def wrapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seat = _SEATS.get(id(self.vllm_config))
+        if seat is None:
+            return original(self, *args, **kwargs)
+        return around(seat, original, self, *args, **kwargs)
+
+    setattr(wrapped, _ORIGINAL, original)
+    setattr(owner, name, wrapped)
+
+
+def _available(seat: RunnerSeat, original: Any, worker: Any) -> int:
+    """Bytes for the cache, less those of the blocks that are set aside."""
+    specs = worker.get_kv_cache_spec().values()
+    # With several groups of layers a block is smaller than all layers' pages.
+    reserved = seat.blocks * sum(spec.page_size_bytes for spec in specs)
+    available = int(original(worker))
+    seat.has_room = True
+    logger.info(
+        "%d blocks (%.2f GiB) of the KV cache are set aside for looking ahead",
+        seat.blocks,
+        reserved / 2**30,
+    )
+    return available - reserved
+
+
+def _initialize(
+    seat: RunnerSeat, original: Any, runner: Any, config: Any, *args: Any, **kwargs: Any
+) -> Any:
+    """The cache with the blocks that are set aside behind those that the scheduler knows."""
+    if not seat.has_room:
+        logger.warning("the KV cache is %d blocks larger than this worker planned", seat.blocks)
+    larger = _larger(runner.vllm_config, config, seat.blocks)
+    result = original(runner, larger, *args, **kwargs)
+    seat.runner, seat.first = runner, config.num_blocks
+    return result
+
+
+def _larger(vllm_config: Any, config: Any, blocks: int) -> Any:
+    """The same cache with so many blocks more, as vLLM itself lays it out."""
+    if not config.kv_cache_tensors:
+        return config
+    free = copy.copy(vllm_config)
+    free.cache_config = copy.copy(vllm_config.cache_config)
+    free.cache_config.num_gpu_blocks_override = None
+    block_bytes = config.kv_cache_tensors[0].size // config.num_blocks
+    sized = _import(_SIZES)(
+        free, config.kv_cache_groups, block_bytes * (config.num_blocks + blocks)
+    )
+    assert sized.num_blocks == config.num_blocks + blocks
+    return dataclasses.replace(
+        config, num_blocks=sized.num_blocks, kv_cache_tensors=sized.kv_cache_tensors
+    )
