@@ -15,8 +15,10 @@ from benchmarks.vllm_plan import (
     Plan,
     arguments,
     guided_arguments,
-    longer_copy,
+    head_file,
     policy_folder,
+    scorer_folder,
+    trunk_arguments,
 )
 
 # Tokens whose log-probabilities tell how near a tie a choice was.
@@ -51,7 +53,7 @@ class Answers:
 
 
 class Engines:
-    """The plain engine, and the one with the processor."""
+    """The plain engine, the one with the processor, and maybe one that guides by its own trunk."""
 
     def __init__(self, plan: Plan, folder: Path) -> None:
         os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
@@ -63,27 +65,33 @@ class Engines:
         from vllm import LLM
 
         common = arguments(plan, policy_folder(plan, folder))
-        scorer = str(longer_copy("value", folder, plan.longest))
         self.plain = LLM(**common)
-        self.guided = LLM(**common, **guided_arguments(plan, scorer))
+        self.guided = LLM(**common, **guided_arguments(plan, scorer_folder(plan, folder)))
+        self.trunk = LLM(**common, **trunk_arguments(head_file(folder))) if plan.trunk else None
         self.plan = plan
         self._number = count()
 
     def close(self) -> None:
-        for llm in (self.plain, self.guided):
+        for llm in filter(None, (self.plain, self.guided, self.trunk)):
             llm.llm_engine.engine_core.shutdown()
 
     def facts(self) -> dict[str, dict[str, Any]]:
         """How each engine runs, as vLLM settled it: ratios are sound where both run alike."""
-        return {"plain": _facts(self.plain), "with the processor": _facts(self.guided)}
+        found = {"plain": _facts(self.plain), "with the processor": _facts(self.guided)}
+        return found | ({} if self.trunk is None else {"by its own trunk": _facts(self.trunk)})
 
     def guide(
-        self, prompts: list[list[int]], asked: Sequence[dict[str, Any] | None]
+        self,
+        prompts: list[list[int]],
+        asked: Sequence[dict[str, Any] | None],
+        *,
+        by_trunk: bool = False,
     ) -> tuple[Answers, int]:
-        """A turn of the engine with the processor, and its rows that asked in vain."""
-        before = self._counts()
-        answers = self._drive(self.guided, prompts, asked)
-        after = self._counts()
+        """A turn of an engine with the processor, and its rows that asked in vain."""
+        llm = self.trunk if by_trunk else self.guided
+        before = self._counts(llm)
+        answers = self._drive(llm, prompts, asked)
+        after = self._counts(llm)
         new = {name: after[name] - before[name] for name in after}
         if new["guided_rows"]:
             spent = new["seconds"] - new["forward_seconds"]
@@ -95,8 +103,8 @@ class Engines:
         """A turn of the plain engine."""
         return self._drive(self.plain, prompts, [None] * len(prompts), logprobs)
 
-    def _counts(self) -> dict[str, float]:
-        return next(one for one in self.guided.collective_rpc(read_counts) if one is not None)
+    def _counts(self, llm: Any) -> dict[str, float]:
+        return next(one for one in llm.collective_rpc(read_counts) if one is not None)
 
     def _drive(
         self,

@@ -8,11 +8,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.floors import LLAMA3_8B, Size
+from guided_decode.scoring.trunk_head import FILE_NAME, TrunkHead, save_trunk_head
 from guided_decode.tiny_tulu import model_path
 
 TOKENS = 64
+SMOLLM2_135M = Size("135M", 30, 576, 1536, 9, 3, 49_152, itemsize=4)
 # What the policy can be; of a shape the weights are random, and drawn by vLLM.
-SHAPES: dict[str, Size | None] = {"tiny-tulu": None, "8B": LLAMA3_8B}
+SHAPES: dict[str, Size | None] = {"tiny-tulu": None, "135M": SMOLLM2_135M, "8B": LLAMA3_8B}
+# Of these the scorer is tiny-tulu's, and of others a critic of the policy's shape.
+_TINY_SCORER = ("tiny-tulu", "8B")
 FLAG = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
 _CPU: dict[str, Any] = {"dtype": "float32", "enforce_eager": True}
 # With kv_cache_memory_bytes vLLM claims no share of the GPU; the blocks are what it allocates.
@@ -37,6 +41,7 @@ class Plan:
 
     prompt, requests: tokens of the longest prompt, and the most requests at once.
     held: how many such requests the KV cache holds; None for what kv_gib holds, on a CPU.
+    trunk: whether a third engine guides by a head on the policy's own trunk.
     """
 
     gpu: bool
@@ -45,11 +50,12 @@ class Plan:
     held: int | None = None
     kv_gib: int = 2
     policy: str = "tiny-tulu"
+    trunk: bool = False
 
     def __post_init__(self) -> None:
         if self.gpu and self.held is None:
             raise ValueError("two engines share one GPU: held must bound the KV cache of each")
-        if SHAPES[self.policy] and not self.gpu:
+        if self.policy == "8B" and not self.gpu:
             raise ValueError(f"a policy of {self.policy}'s shape needs a GPU")
 
     @property
@@ -100,22 +106,57 @@ def guided_arguments(plan: Plan, scorer: str) -> dict[str, Any]:
     return {"logits_processors": [FLAG], "additional_config": {"guided_decode": config}}
 
 
+def trunk_arguments(head: str) -> dict[str, Any]:
+    """What the engine gets besides that guides by a head on the policy's own trunk."""
+    config = {"scorer": head, "kind": "trunk-head", "beta": 10.0, "log_every": 0}
+    return {"logits_processors": [FLAG], "additional_config": {"guided_decode": config}}
+
+
+def head_file(folder: Path) -> str:
+    """A head of random weights on the policy that `policy_folder` wrote."""
+    import torch
+
+    hidden = json.loads((folder / "sft" / "config.json").read_text())["hidden_size"]
+    drawn = torch.randn(1, hidden, generator=torch.Generator().manual_seed(0))
+    save_trunk_head(folder / FILE_NAME, TrunkHead(drawn / hidden**0.5))
+    return str(folder / FILE_NAME)
+
+
+def scorer_folder(plan: Plan, folder: Path) -> str:
+    """tiny-tulu's critic, or random weights of the policy's shape, as a critic."""
+    copy = longer_copy("value", folder, plan.longest)
+    size = SHAPES[plan.policy]
+    if plan.policy not in _TINY_SCORER and size is not None:
+        import torch
+        from transformers import AutoConfig, AutoModelForTokenClassification
+
+        _reshape(copy, size)
+        torch.manual_seed(0)
+        model = AutoModelForTokenClassification.from_config(AutoConfig.from_pretrained(copy))
+        model.save_pretrained(copy)
+    return str(copy)
+
+
 def policy_folder(plan: Plan, folder: Path) -> str:
     """tiny-tulu; or with its tokens another shape, of which only the config is written."""
     copy = longer_copy("sft", folder, plan.longest)
     size = SHAPES[plan.policy]
     if size is not None:
         (copy / "model.safetensors").unlink()
-        _configure(
-            copy,
-            hidden_size=size.hidden,
-            intermediate_size=size.intermediate,
-            num_hidden_layers=size.layers,
-            num_attention_heads=size.heads,
-            num_key_value_heads=size.kv_heads,
-            head_dim=size.head_dim,
-        )
+        _reshape(copy, size)
     return str(copy)
+
+
+def _reshape(model: Path, size: Size) -> None:
+    _configure(
+        model,
+        hidden_size=size.hidden,
+        intermediate_size=size.intermediate,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        num_key_value_heads=size.kv_heads,
+        head_dim=size.head_dim,
+    )
 
 
 def longer_copy(name: str, folder: Path, positions: int) -> Path:

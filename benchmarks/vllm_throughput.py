@@ -5,8 +5,10 @@
     python -m benchmarks.vllm_throughput --out benchmarks/results # vllm_throughput.json and .txt
     python -m benchmarks.vllm_throughput --full                   # and with a full KV cache
     python -m benchmarks.vllm_throughput --policy 8B              # on a GPU: an 8B policy's shape
+    python -m benchmarks.vllm_throughput --policy 135M --prompt 256 --ways "k 4" "trunk k 4"
 
-Two engines serve tiny-tulu, one without the processor and one with it: on the CPU in float32; on a
+Two engines serve tiny-tulu, one without the processor and one with it, and for "trunk" a third,
+which guides by a head on the policy's own trunk: on the CPU in float32; on a
 GPU, which they share, in bfloat16 with asynchronous scheduling and CUDA graphs. The ways take
 turns within each round, and every ratio is taken within its round. All of a prompt but its last
 tokens, which are new each time, is in both engines' prefix caches and in the scorer's: what is
@@ -19,8 +21,9 @@ A full KV cache: four times as many requests as the largest concurrency, of the 
 a cache that holds half of them, which is the cache of the other cells too. vLLM lets requests in
 by their prompts and preempts them as they grow; its own counter says how often.
 
-Random weights of the 8B shape, with tiny-tulu's tokens, make a policy's step as long as a real
-one's; their tokens are all nearly tied, so that the check says nothing. The scorer stays tiny-tulu.
+Random weights of a shape, with tiny-tulu's tokens, make a policy's step as long as a real one's;
+their tokens are all nearly tied, so that the check says nothing. Beside 8B the scorer stays
+tiny-tulu; beside 135M (SmolLM2's shape) it is a critic of the policy's.
 """
 
 import argparse
@@ -45,7 +48,9 @@ from benchmarks.vllm_table import WIDTH, Cell, show, verdicts, withdraw, write
 
 # The last tokens of a prompt, which are in no cache.
 NEW = 8
-WAYS = ("plain", "unused", "k 4", "k 8", "k 16", "half k 8")
+WAYS = ("plain", "unused", "k 4", "k 8", "k 16", "half k 8", "trunk k 4", "trunk k 8")
+# Without a third engine.
+USUAL = WAYS[:-2]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,6 +97,7 @@ def plan_of(options: argparse.Namespace, gpu: bool) -> Plan:
         held=2 * most if options.full or gpu else None,
         kv_gib=options.kv_gib,
         policy=options.policy,
+        trunk=any(way.startswith("trunk") for way in options.ways),
     )
 
 
@@ -140,7 +146,8 @@ def take(engines: Engines, way: str, prompts: list[list[int]]) -> Answers:
     """
     if way == "plain":
         return engines.answer(prompts)
-    answers, in_vain = engines.guide(prompts, requests(way, len(prompts)))
+    asked = requests(way, len(prompts))
+    answers, in_vain = engines.guide(prompts, asked, by_trunk=way.startswith("trunk"))
     if in_vain:
         raise DisagreementError(f"{way}: {in_vain} rows or more went unguided: see the log")
     return answers
@@ -204,7 +211,8 @@ def on_gpu() -> bool:
 def facts(command: str, policy: str, gpu: bool) -> dict[str, Any]:
     """What a reader needs to judge the figures."""
     shape = "tiny-tulu sft" if SHAPES[policy] is None else f"random weights of the {policy} shape"
-    models = {"policy": shape, "scorer": "tiny-tulu value"}
+    scorer = shape if policy == "135M" else "tiny-tulu value"
+    models = {"policy": shape, "scorer": scorer}
     if not gpu:
         return environment(command, models, (vllm_name(),))
     # The package need not be installed there, only importable.
@@ -231,7 +239,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--long-pairs", type=int, default=3, help="rounds of prompts above 1000")
     parser.add_argument("--kv-gib", type=int, default=2, help="the engines' KV cache")
     parser.add_argument("--out", type=Path, help="folder for vllm_throughput.json and .txt")
-    parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS, help="besides plain")
+    parser.add_argument("--ways", nargs="+", default=USUAL, choices=WAYS, help="besides plain")
     parser.add_argument("--full", action="store_true", help="a cell more: a full KV cache")
     parser.add_argument("--policy", default="tiny-tulu", choices=SHAPES)
     parser.add_argument("--seconds", type=float, default=math.inf, help="begin no round after")

@@ -103,7 +103,7 @@ def turns(seconds, host=None, gaps=()):
 
 def test_ratios_of_the_vllm_benchmark_are_taken_within_their_round():
     cell = vllm_throughput.Cell(32, 20)
-    cell.turns = {way: turns([1.0, 4.0], host=70.0) for way in vllm_throughput.WAYS}
+    cell.turns = {way: turns([1.0, 4.0], host=70.0) for way in vllm_throughput.USUAL}
     cell.turns["plain"] = turns([1.0, 4.0], gaps=[0.002])
     cell.turns["unused"] = turns([1.1, 4.0])
     assert cell.slowdown("unused") == pytest.approx([1.1, 1.0])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,6 +16,9 @@ from benchmarks.gpu.budget import Deadline
 from benchmarks.vllm_engines import Answers, Timing
 from benchmarks.vllm_plan import Plan
 from benchmarks.vllm_table import Cell
+from guided_decode import load_scorer
+from guided_decode.checkpoints.trunk_head_loading import read_trunk_head
+from guided_decode.integrations.vllm.server_config import parse_config
 
 GPU = Plan(gpu=True, prompt=512, requests=128, held=64)
 CPU = Plan(gpu=False, prompt=20, requests=2)
@@ -76,6 +79,28 @@ def test_a_policy_of_a_real_shape_is_a_config_with_the_vocabulary_of_the_critic(
     assert vllm_plan.arguments(plan, str(folder))["load_format"] == "dummy"
 
 
+def test_a_critic_beside_135m_is_of_its_shape_and_a_third_engine_has_its_head(tmp_path):
+    options = vllm_throughput.parse(["--policy", "135M", "--ways", "k 4", "trunk k 4"])
+    plan = vllm_throughput.plan_of(options, gpu=False)
+    assert plan.trunk
+    assert not vllm_throughput.plan_of(vllm_throughput.parse([]), gpu=False).trunk
+    assert not (tmp_path / "sft").exists()
+    tiny = replace(
+        vllm_plan.SMOLLM2_135M, layers=2, hidden=96, intermediate=64, heads=3, kv_heads=1
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(vllm_plan.SHAPES, "135M", tiny)
+        policy = vllm_plan.policy_folder(plan, tmp_path)
+        scorer = vllm_plan.scorer_folder(plan, tmp_path)
+        head = vllm_plan.head_file(tmp_path)
+    assert read_trunk_head(head).hidden_size == 96
+    critic = load_scorer(scorer)
+    assert critic.model.model.config.hidden_size == 96
+    assert json.loads((Path(policy) / "config.json").read_text())["vocab_size"] == critic.vocab_size
+    config = vllm_plan.trunk_arguments(head)["additional_config"]["guided_decode"]
+    assert parse_config(config, "the plan").is_trunk_head
+
+
 def test_a_full_cache_is_a_cell_of_twice_what_the_cache_holds():
     options = vllm_throughput.parse(["--prompt", "20", "512", "--concurrency", "8", "32", "--full"])
     assert vllm_throughput.plan_of(options, gpu=True) == GPU
@@ -91,7 +116,7 @@ def test_without_more_said_a_cpu_runs_what_it_always_ran():
     options = vllm_throughput.parse([])
     assert vllm_throughput.plan_of(options, gpu=False) == Plan(False, 4096, 32, None, 2)
     assert len(vllm_throughput.cells_of(options)) == 6
-    assert tuple(options.ways) == vllm_throughput.WAYS
+    assert tuple(options.ways) == vllm_throughput.USUAL
     assert options.seconds == math.inf
     assert vllm_throughput.parse(["--ways", "k 8"]).ways == ["plain", "k 8"]
 
@@ -111,7 +136,7 @@ class Fake:
         ]  # fmt: skip
         return Answers(self._timing(), self._plain, places if logprobs else [])
 
-    def guide(self, prompts, asked):
+    def guide(self, prompts, asked, *, by_trunk=False):
         return Answers(self._timing(), self._guided), self._in_vain
 
     def _timing(self):
