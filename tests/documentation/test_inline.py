@@ -36,6 +36,7 @@ _COMMENT = re.compile(r"(?:^|\s)# (.*)$", re.MULTILINE)
 _MODULES = (
     "guided_decode",
     "guided_decode.search",
+    "guided_decode.testing",
     "guided_decode.integrations.transformers",
     "transformers",
     "vllm",
