@@ -1,11 +1,10 @@
 """The `guided-decode` application: its commands, in the order in which help lists them."""
 
-import typer
-
 from guided_decode.cli.demo import demo
-from guided_decode.cli.errors import OneLineErrors
+from guided_decode.cli.doctor.command import doctor
 from guided_decode.cli.generate import generate
 from guided_decode.cli.models import models
+from guided_decode.cli.new_app import new_app
 from guided_decode.cli.option_groups import grouped
 from guided_decode.cli.plan import plan
 from guided_decode.cli.report_card import report_card
@@ -17,14 +16,7 @@ from guided_decode.cli.serve import serve
 from guided_decode.cli.train_critic import train_critic
 from guided_decode.cli.vllm_options import PassingOn
 
-app = typer.Typer(
-    cls=OneLineErrors,
-    help="Value-guided decoding: put the PPO critic to work at decoding time.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-)
+app = new_app()
 app.command()(demo)
 app.command()(grouped(generate))
 app.command()(grouped(search))
@@ -36,3 +28,4 @@ app.command()(grouped(train_critic))
 app.command()(grouped(report_card))
 app.command()(models)
 app.command()(plan)
+app.command()(doctor)
