@@ -1,5 +1,6 @@
 """The `guided-decode` application: its commands, in the order in which help lists them."""
 
+from guided_decode.cli.calibrate import calibrate
 from guided_decode.cli.demo import demo
 from guided_decode.cli.doctor.command import doctor
 from guided_decode.cli.generate import generate
@@ -26,6 +27,7 @@ app.command()(grouped(score))
 app.command()(grouped(rewardbench))
 app.command()(grouped(train_critic))
 app.command()(grouped(report_card))
+app.command()(grouped(calibrate))
 app.command()(models)
 app.command()(plan)
 app.command()(doctor)

@@ -113,7 +113,7 @@ def decode(
     import torch
 
     model = policy.model
-    options: dict[str, Any] = {"generation_config": _generation_config(model, sampling)}
+    options: dict[str, Any] = {"generation_config": generation_config(model, sampling)}
     if scorer is not None and config is not None:
         from guided_decode.integrations.transformers import GuidedDecoding
 
@@ -152,7 +152,7 @@ def until_terminal(tokens: list[int], ends: list[int]) -> list[int]:
     return tokens[:stop]
 
 
-def _generation_config(model: Any, sampling: Sampling) -> GenerationConfig:
+def generation_config(model: Any, sampling: Sampling) -> GenerationConfig:
     """The checkpoint's own, with nothing that reshapes the distribution but the temperature."""
     config = copy.deepcopy(model.generation_config)
     config.do_sample = sampling.temperature > 0.0

@@ -24,6 +24,7 @@ from guided_decode.cli.checkpoints import (
     pair,
 )
 from guided_decode.cli.compare import compare
+from guided_decode.cli.config_option import Config
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
 from guided_decode.cli.errors import Refusal, report, typed
 from guided_decode.cli.guidance_options import GuidanceOptions, chosen_for
@@ -70,6 +71,7 @@ def generate(
     compare_plain: Compare = False,
     as_json: Json = False,
     stream: Stream = None,
+    config: Config = None,
 ) -> None:
     """Answer prompts with guided decoding (without options: tiny-tulu, which is built in)."""
     names = pair(policy, scorer, head=reading.head)
@@ -100,12 +102,12 @@ def generate(
         warn_of_another_format(
             loaded.tokenizer, decoded_in, known_as(critic, names[1]), reading.bos
         )
-    config = guidance.over(chosen_for(known_as(critic, names[1]), guidance.rule))
-    if guidance.preset and config.top_k is None and not critic.scores_vocabulary:
+    rule = guidance.over(chosen_for(known_as(critic, names[1]), guidance.rule))
+    if guidance.preset and rule.top_k is None and not critic.scores_vocabulary:
         raise Refusal(f"--preset {guidance.preset} reads the whole vocabulary, which only an "
                       "implicit reward scores at once: pass --kind implicit with --reference, or "
                       "--top-k")  # fmt: skip
-    setup = Setup(loaded, critic, config, sampling, raw, decoded_in)
+    setup = Setup(loaded, critic, rule, sampling, raw, decoded_in)
     answer = (
         partial(compare, as_json=as_json)
         if compare_plain

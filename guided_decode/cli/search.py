@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,7 @@ from guided_decode.cli import row_options
 from guided_decode.cli.ahead_file import Ahead
 from guided_decode.cli.chats import format_of
 from guided_decode.cli.checkpoints import NOT_REMOTE, follow_if_not_leading
+from guided_decode.cli.config_option import Config, calibrated_beta
 from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal, report
 from guided_decode.cli.jsonl import STDIN
@@ -82,6 +84,7 @@ def search(
     reading: models.ScorerOptions = _AS_IT_IS,
     remote: RemoteOptions = NOT_REMOTE,
     judging: JudgeOptions = _AS_HERE,
+    config: Config = None,
 ) -> None:
     """Search for the best response to each prompt, by a published method and at a stated budget.
 
@@ -91,6 +94,8 @@ def search(
     if list_settings:
         print_settings(method)
         return
+    if method == "smc" and settings.beta is None:
+        settings = replace(settings, beta=calibrated_beta(config))
     plan = read_plan(method, settings, answer, max_new_tokens, limits, seed)
     engine.check(policy, plan.settings.get("kl_coef"))
     names = named(plan, policy, scorer, reading)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import shlex
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,8 @@ import typer
 from guided_decode.checkpoints.registry import find
 from guided_decode.cli import model_options as models
 from guided_decode.cli.checkpoints import DEFAULT_POLICY, location
+from guided_decode.cli.config_file import is_config
+from guided_decode.cli.config_option import Configs
 from guided_decode.cli.port_lock import held, require_free
 from guided_decode.cli.serve_options import ServerSettings
 from guided_decode.cli.served_guidance import example_request, guided_config, paired
@@ -47,22 +50,23 @@ def serve(
     host: Host = "127.0.0.1",
     port: Port = 8000,
     dry_run: DryRun = False,
+    config: Configs = None,
 ) -> None:
     """Start vLLM's OpenAI server with guidance; every other option goes to vLLM as it is."""
     distribution = installed_vllm()
-    options = VllmOptions(context.args)
+    options = VllmOptions([*context.args, *_of_vllm(config or [])])
     refuse_unserved(options)
     other = additional_config(options)
     in_json = other.pop("guided_decode", {})
     names = paired(policy or _single(options.take("--model")), scorer or in_json.get("scorer"))
     groups, drain = engines(options) == 1, drain_seconds(options)
-    config = guided_config(names[1], in_json, settings.given(), groups=groups)
-    config = examined(names[0], config, options, only_here=dry_run)
+    guided = guided_config(names[1], in_json, settings.given(), groups=groups)
+    guided = examined(names[0], guided, options, only_here=dry_run)
     if not groups:
         typer.echo("note: siblings are on several engines, so groups are refused "
                    "(max_group_size 0)", err=True)  # fmt: skip
     served = _served_name(names[0])
-    ready = launch(distribution, location(names[0]), served, config, other_config=other,
+    ready = launch(distribution, location(names[0]), served, guided, other_config=other,
                    host=host, port=port, cpu_cache_gib=_cpu_cache_gib(names[0]),
                    options=options)  # fmt: skip
     if dry_run:
@@ -70,7 +74,7 @@ def serve(
         return
     model = options.values("--served-model-name")[:1] or [served or names[0]]
     base = f"http://{_reachable(host)}:{port}"
-    greeting = _greeting(names, base, example_request(config, model[0]), options)
+    greeting = _greeting(names, base, example_request(guided, model[0]), options)
     # Nothing answers plain HTTP there otherwise.
     plain_http = not options.has("--uds", "--headless", "--ssl-keyfile", "--ssl-certfile")
     listens_there = not options.has("--uds", "--headless")
@@ -79,6 +83,11 @@ def serve(
     with held(host, port) if listens_there else contextlib.nullcontext():
         code = run(ready, f"{base}/health" if plain_http else None, greeting, drain)
     raise typer.Exit(code)
+
+
+def _of_vllm(files: list[Path]) -> list[str]:
+    """The files of --config that are vLLM's own, as they are handed on to it."""
+    return [word for file in files if not is_config(file) for word in ("--config", str(file))]
 
 
 def _single(values: list[str]) -> str | None:
