@@ -59,8 +59,6 @@ Raw = Annotated[bool, typer.Option("--raw", help="prompts are text as it is, not
 Json = Annotated[bool, typer.Option("--json", help="the result as one JSON object")]
 
 _AS_IT_IS, _NO_OPTIONS = models.ScorerOptions(), GuidanceOptions()
-# Of the embedded family: enough that the held-out measure is good to some per cent.
-_EMBEDDED_PROMPTS = 500
 
 Prompts = Sequence[Sequence[int]]
 
@@ -146,21 +144,30 @@ def _config(guidance: GuidanceOptions, scorer: str) -> GuidanceConfig:
 
 def _messages(source: Path | None, held_out: Path | None, policy: str) -> tuple[Any, Any]:
     """Conversations to calibrate on, and to measure on."""
-    record = find(policy)
-    embedded = record is not None and record.assets is not None
-    if source is None and not embedded:
+    task = embedded_task(policy)
+    if source is None and task is None:
         raise Refusal("no prompts came: pass a file of them, INPUT, as your users write them")
-    if source is None:
-        from guided_decode import tiny_tulu
-
-        own: list[Any] = [_user(each) for each in tiny_tulu.validation_prompts(_EMBEDDED_PROMPTS)]
+    if source is not None:
+        own: list[Any] = [row.messages for row in read_search_rows(source, None, skip=False)]
     else:
-        own = [row.messages for row in read_search_rows(source, None, skip=False)]
+        own = [_user(each) for each in task.validation_prompts()]
     if held_out is not None:
         return own, [row.messages for row in read_search_rows(held_out, None, skip=False)]
     if source is None:
-        return own, [_user(each) for each in tiny_tulu.held_out_prompts(_EMBEDDED_PROMPTS)]
+        return own, [_user(each) for each in task.held_out_prompts(len(own))]
     return own, []
+
+
+def embedded_task(policy: str) -> Any:
+    """The task of an embedded policy, which has prompts; None for any other."""
+    record = find(policy)
+    if record is None or record.assets is None:
+        return None
+    from guided_decode import tiny_tulu
+    from guided_decode.tiny_tulu import lists
+
+    name, _, _ = record.assets.rpartition("/")
+    return {"": tiny_tulu, "lists": lists}.get(name)
 
 
 def _user(text: str) -> list[dict[str, str]]:

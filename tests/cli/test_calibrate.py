@@ -8,6 +8,8 @@ from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
+from guided_decode.cli.calibrate import embedded_task
+from guided_decode.tiny_tulu import lists
 from tests import models
 
 
@@ -89,12 +91,25 @@ def test_a_target_below_what_the_candidates_alone_cost_is_refused(prompts):
     assert "nats a token from the policy" in result.stderr
 
 
+def test_an_embedded_policy_is_calibrated_on_prompts_of_its_own_task():
+    assert embedded_task("tiny-tulu-ppo") is tiny_tulu
+    assert embedded_task("tiny-tulu-lists-sft") is lists
+    assert embedded_task("allenai/tulu-2-dpo-7b") is None
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", ["tiny-tulu-sft", "tiny-tulu-ppo"])
-def test_the_divergence_is_the_one_asked_for_on_held_out_prompts(policy):
-    targets = {"tiny-tulu-sft": (0.015, 0.022, 0.04), "tiny-tulu-ppo": (0.008, 0.012, 0.02)}[policy]
+@pytest.mark.parametrize(
+    ("policy", "scorer", "targets"),
+    [
+        ("tiny-tulu-sft", "tiny-tulu-value", (0.015, 0.022, 0.04)),
+        ("tiny-tulu-ppo", "tiny-tulu-value", (0.012, 0.02, 0.03)),
+        ("tiny-tulu-lists-sft", "tiny-tulu-reward", (0.05, 0.1, 0.2)),
+        ("tiny-tulu-lists-sft", "tiny-tulu-dpo", (0.05, 0.1, 0.2)),
+    ],
+)
+def test_the_divergence_is_the_one_asked_for_on_held_out_prompts(policy, scorer, targets):
     asked = [word for target in targets for word in ("--target-kl", target)]
-    result = run("calibrate", "--policy", policy, "--scorer", "tiny-tulu-value", *asked,
+    result = run("calibrate", "--policy", policy, "--scorer", scorer, *asked,
                  "--max-new-tokens", 80, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     for found in json.loads(result.stdout)["results"]:
