@@ -51,6 +51,7 @@ def test_a_broken_torchvision_without_vllm_and_without_network(tmp_path):
     assert lines[-1] == "guidance does not work here: see transformers"
 
 
+@pytest.mark.slow
 def test_without_vllm_and_without_network_guidance_works_in_transformers(tmp_path):
     without(tmp_path, "vllm")
     code, printed = doctor(tmp_path, "--json")
