@@ -112,7 +112,8 @@ def test_the_greeting_is_a_guided_request_that_works(server):
     line = re.search(r"^curl .*$", server.log.read_text(), re.MULTILINE).group()
     words = shlex.split(line)
     url, body = next(w for w in words if w.startswith("http")), words[words.index("-d") + 1]
-    reply = httpx.post(url, content=body, headers={"Content-Type": "application/json"}).json()
+    headers = {"Content-Type": "application/json"}
+    reply = httpx.post(url, content=body, headers=headers, timeout=PATIENCE).json()
     text = reply["choices"][0]["message"]["content"]
     assert tiny_tulu.is_correct(json.loads(body)["messages"][0]["content"], text)
 
