@@ -169,6 +169,11 @@ def refuse_look_ahead(vllm_config: "VllmConfig") -> None:
         found.append("layers with a state in place of keys and values")
     if getattr(model, "is_encoder_decoder", False):
         found.append("an encoder")
+    if getattr(model, "rswa_window", None) is not None:
+        found.append("windows that leave the prompt visible")
+    attention = getattr(vllm_config, "attention_config", None)
+    if getattr(attention, "hisparse_config", None) is not None:
+        found.append("a KV cache on the host")
     if getattr(vllm_config, "kv_transfer_config", None) is not None:
         found.append("a KV connector, which every forward would tell of tokens that nobody wrote")
     if found:

@@ -53,6 +53,11 @@ class HeldStep:
         self._sits = False
         self.answered = 0
 
+    def begin(self) -> None:
+        """The step's forward is over: a graph of the whole step asked for nothing, and the forwards
+        that look ahead are answered by nobody."""
+        self._held = self._batch = None
+
     def hold(self, handles: dict[int, PrefixHandle]) -> None:
         """Keeps what this step looked ahead at, for the next. handles: by the step's rows."""
         parts = self._forward.parts
@@ -90,6 +95,14 @@ class HeldStep:
 
             runner.prepare_attn = prepared
             runner.model.forward = self._around(runner.model.forward, self._of_v2)
+        reload = runner.reload_weights
+
+        def reloaded(*args: Any, **kwargs: Any) -> Any:
+            # What was held is of the weights before.
+            self.begin()
+            return reload(*args, **kwargs)
+
+        runner.reload_weights = reloaded
 
     def _around(
         self, forward: Callable[..., Any], step_of: Callable[[], Step | None]

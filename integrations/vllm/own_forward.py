@@ -7,7 +7,10 @@ prefix has of it is copied. Attention sees an ordinary decode step: no mask, no 
 backend. Nothing that a request owns is written.
 """
 
-from collections.abc import Sequence
+import contextlib
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -66,6 +69,19 @@ class OwnForward:
         """vLLM's groups of layers that share block tables."""
         groups: Sequence[Any] = self.runner.kv_cache_config.kv_cache_groups
         return groups
+
+    @functools.cached_property
+    def unfit(self) -> str | None:
+        """Why this engine's cache has no room for candidates, or None."""
+        if self._seat.blocks < len(self.groups):
+            return "no block of the KV cache could be set aside for looking ahead"
+        for each in itertools.chain.from_iterable(self.runner.attn_groups):
+            has_token_blocks: bool = getattr(each.kv_cache_spec, "uses_slot_mapping", True)
+            # Other layers' pages lie between a layer's blocks.
+            stride: int = getattr(each, "kernel_block_stride", 0)
+            if stride or not has_token_blocks:
+                return "this model has layers whose blocks are not its tokens' own"
+        return None
 
     def begin(self) -> None:
         """A step begins: what was set aside is free again."""
@@ -127,7 +143,8 @@ class OwnForward:
             slot = blocks[index] * size + lengths % size
             common = _common_metadata(table, slot, lengths, given[:, 1])
             for attention in self.runner.attn_groups[index]:
-                built = attention.build_metadata(common)
+                with _without_graphs(attention.get_metadata_builder()):
+                    built = attention.build_metadata(common)
                 metadata |= dict.fromkeys(attention.layer_names, built)
             slots |= dict.fromkeys(group.layer_names, slot)
         self.forwards += 1
@@ -145,12 +162,14 @@ class OwnForward:
 
     def _take_blocks(self, candidates: int) -> Tensor:
         """Ids of blocks that were set aside, int64 [groups, candidates]."""
-        wanted = candidates * len(self.groups)
-        if self._taken + wanted > self._seat.blocks:
+        # A group's own range, always: another one's bytes may be of another precision.
+        each = self._seat.blocks // len(self.groups)
+        if self._taken + candidates > each:
             self.begin()
         first = self._seat.first + self._taken
-        self._taken += wanted
-        return torch.arange(first, first + wanted, device=self.device).view(-1, candidates)
+        self._taken += candidates
+        starts = first + each * torch.arange(len(self.groups), device=self.device)
+        return starts[:, None] + torch.arange(candidates, device=self.device)
 
     def _table(
         self, group: int, at: Tensor, lengths: Tensor, on_host: Tensor, blocks: Tensor
@@ -164,6 +183,19 @@ class OwnForward:
             source = table.gather(1, last).flatten().long()
             self.copy_blocks(group, source[begun], blocks[begun])
         return table.scatter_(1, last, blocks[:, None].to(table.dtype))
+
+
+@contextlib.contextmanager
+def _without_graphs(builder: Any) -> Iterator[None]:
+    """A backend that keeps a workspace for each number of rows of a graph keeps none for ours."""
+    if not getattr(builder, "enable_cuda_graph", False):
+        yield
+        return
+    builder.enable_cuda_graph = False
+    try:
+        yield
+    finally:
+        builder.enable_cuda_graph = True
 
 
 def _common_metadata(table: Tensor, slots: Tensor, lengths: Tensor, on_host: Tensor) -> Any:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from guided_decode.guidance.step import is_device_error
 from guided_decode.integrations.vllm.held_step import HeldStep
 from guided_decode.integrations.vllm.own_forward import LookAhead, OwnForward
 from guided_decode.integrations.vllm.rows import LiveRow, Placed
@@ -68,6 +69,7 @@ class OwnTrunk:
 
     def begin(self, rows: Sequence[Placed], batch: int) -> None:
         """A step begins. rows: those that may be scored. batch: how many rows it has in all."""
+        self.held.begin()
         self._forward.begin()
         self._batch = batch
         # V1 also calls for prompts that it prefills in chunks, whose sample it drops.
@@ -82,6 +84,8 @@ class OwnTrunk:
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:
         """As of `Scorer`."""
+        if candidates and self._forward.unfit is not None:
+            return self._forward.unfit
         if candidates and len(prefix) >= self._max_length:
             return f"no position is left behind a prefix of max_model_len={len(prefix)} tokens"
         return None
@@ -121,7 +125,12 @@ class OwnTrunk:
         if self._broadcast is not None:
             self._tell(len(asked))
             self._broadcast(self._on_device(asked))
-        hidden = self._forward.hidden(asked)
+        try:
+            hidden = self._forward.hidden(asked)
+        except BaseException:
+            # Of a part that failed nothing is held, on no rank.
+            self._forward.begin()
+            raise
         self.stats.add(
             forwards=self._forward.forwards - before,
             forward_seconds=time.perf_counter() - begun,
@@ -140,7 +149,13 @@ class OwnTrunk:
         assert self._broadcast is not None
         while count := int(self._tell(0).item()):
             given = self._broadcast(self._on_device([LookAhead(0, 0, 0)] * count))
-            self._forward.hidden([LookAhead(*each) for each in given.tolist()])
+            try:
+                self._forward.hidden([LookAhead(*each) for each in given.tolist()])
+            except Exception as error:
+                # The leading rank meets it too, and decides what becomes of it.
+                if is_device_error(error):
+                    raise
+                self._forward.begin()
         self._settle()
 
     def _settle(self) -> None:

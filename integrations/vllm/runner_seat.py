@@ -43,6 +43,15 @@ RUNNERS = (
         ("self", "kv_cache_config", "is_profiling"),
     ),
 )
+# Replaced by `held_step` on a runner, one of the two on each.
+HELD = (
+    Patched(
+        "vllm.v1.worker.gpu_model_runner.GPUModelRunner", "_model_forward", ("self", "input_ids")
+    ),
+    Patched(
+        "vllm.v1.worker.gpu.model_runner.GPUModelRunner", "prepare_attn", ("self", "input_batch")
+    ),
+)
 WORKERS = (
     Patched("vllm.v1.worker.gpu_worker.Worker", "determine_available_memory", ("self",)),
     Patched("vllm.v1.worker.cpu_worker.CPUWorker", "determine_available_memory", ("self",)),
@@ -71,12 +80,12 @@ def take_seat(vllm_config: Any, blocks: int) -> RunnerSeat:
 
     Raises RuntimeError: this vLLM is not one that was read; nothing is patched then.
     """
-    runners = [each for each in map(_found, RUNNERS) if each is not None]
-    workers = [each for each in map(_found, WORKERS) if each is not None]
-    if not runners or not workers or _import(_SIZES) is None:
-        raise RuntimeError(
-            f"this vLLM has another model runner than those that were read ({', '.join(READ_IN)})"
-        )
+    runners, workers, held = (
+        [each for each in map(_found, methods) if each is not None]
+        for methods in (RUNNERS, WORKERS, HELD)
+    )
+    if not runners or not workers or len(held) < len(runners) or _import(_SIZES) is None:
+        raise _another()
     for owner, name in runners:
         _wrap(owner, name, _initialize)
     for owner, name in workers:
@@ -86,15 +95,23 @@ def take_seat(vllm_config: Any, blocks: int) -> RunnerSeat:
     return seat
 
 
+def _another() -> RuntimeError:
+    return RuntimeError(
+        f"this vLLM has another model runner than those that were read ({', '.join(READ_IN)})"
+    )
+
+
 def _found(method: Patched) -> tuple[Any, str] | None:
-    """Its class, where it is loaded and as it was read."""
+    """Its class; None where it is not loaded. Raises RuntimeError: it is not as it was read."""
     module, _, name = method.owner.rpartition(".")
     owner = getattr(sys.modules.get(module), name, None)
-    function = None if owner is None else vars(owner).get(method.name)
-    if function is None:
+    if owner is None:
         return None
-    takes = tuple(inspect.signature(function).parameters)
-    return (owner, method.name) if takes[: len(method.takes)] == method.takes else None
+    function = vars(owner).get(method.name)
+    takes = () if function is None else tuple(inspect.signature(function).parameters)
+    if takes[: len(method.takes)] != method.takes:
+        raise _another()
+    return owner, method.name
 
 
 def _import(path: str) -> Any:
@@ -122,12 +139,23 @@ def _wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
 
 
 def _available(seat: RunnerSeat, original: Any, worker: Any) -> int:
-    """Bytes for the cache, less those of the blocks that are set aside."""
-    specs = worker.get_kv_cache_spec().values()
-    # With several groups of layers a block is smaller than all layers' pages.
-    reserved = seat.blocks * sum(spec.page_size_bytes for spec in specs)
+    """Bytes for the cache, less those of the blocks that are set aside.
+
+    What one request needs, and what the engine was told to have, comes first, so that no engine
+    fails for want of it; and at least three quarters are the requests'.
+    """
     available = int(original(worker))
+    config, specs = worker.vllm_config, worker.get_kv_cache_spec().values()
+    # With several groups of layers a block is smaller than all layers' pages.
+    block = sum(spec.page_size_bytes for spec in specs)
+    needed = (config.cache_config.num_gpu_blocks_override or 0) * block
+    if getattr(config.model_config, "original_max_model_len", None) != -1:
+        one = sum(spec.max_memory_usage_bytes(config) for spec in specs)
+        needed = max(needed, one + block)
+    room = max(0, min(available - needed, available // 4))
+    seat.blocks = _least_of_ranks(min(seat.blocks, room // block), config.parallel_config)
     seat.has_room = True
+    reserved = seat.blocks * block
     logger.info(
         "%d blocks (%.2f GiB) of the KV cache are set aside for looking ahead",
         seat.blocks,
@@ -136,13 +164,30 @@ def _available(seat: RunnerSeat, original: Any, worker: Any) -> int:
     return available - reserved
 
 
+def _least_of_ranks(number: int, parallel: Any) -> int:
+    """All ranks look ahead in as many forwards."""
+    if parallel.tensor_parallel_size == 1:
+        return number
+    import torch
+    from vllm.distributed.parallel_state import get_tp_group
+
+    least = torch.tensor(number)
+    torch.distributed.all_reduce(
+        least, torch.distributed.ReduceOp.MIN, group=get_tp_group().cpu_group
+    )
+    return int(least)
+
+
 def _initialize(
     seat: RunnerSeat, original: Any, runner: Any, config: Any, *args: Any, **kwargs: Any
 ) -> Any:
     """The cache with the blocks that are set aside behind those that the scheduler knows."""
+    if kwargs.get("is_profiling") or (args and args[0]):
+        return original(runner, config, *args, **kwargs)
     if not seat.has_room:
-        logger.warning("the KV cache is %d blocks larger than this worker planned", seat.blocks)
-    larger = _larger(runner.vllm_config, config, seat.blocks)
+        # This worker sizes its cache in another way.
+        seat.blocks = 0
+    larger = _larger(runner.vllm_config, config, seat.blocks) if seat.blocks else config
     result = original(runner, larger, *args, **kwargs)
     seat.runner, seat.first = runner, config.num_blocks
     return result

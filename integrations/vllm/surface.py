@@ -99,6 +99,16 @@ _LOOK_AHEAD = (
     _of_v2("vllm.v1.worker.worker_base.WorkerBase.get_kv_cache_spec", _SEAT, takes=called()),
     _of_v2("vllm.v1.kv_cache_interface.KVCacheSpec", _SEAT, has=("page_size_bytes",)),
     _of_v2(
+        "vllm.v1.kv_cache_interface.KVCacheSpec.max_memory_usage_bytes",
+        _SEAT,
+        takes=called("vllm_config"),
+    ),
+    Name("vllm.config.ModelConfig", _SEAT, may_have=("original_max_model_len",)),
+    _of_v2("vllm.config.VllmConfig", _SEAT, has=("model_config", "parallel_config")),
+    _of_v2("vllm.config.ParallelConfig", _SEAT, has=("tensor_parallel_size",)),
+    _of_v2("vllm.distributed.parallel_state.get_tp_group", _SEAT, takes=called()),
+    _of_v2(_GROUP, _SEAT, has=("cpu_group",)),
+    _of_v2(
         "vllm.v1.core.kv_cache_utils.get_kv_cache_config_from_groups",
         _SEAT,
         takes=called("vllm_config", "kv_cache_groups", "available_memory"),
@@ -135,7 +145,15 @@ _LOOK_AHEAD = (
         has=("kv_cache_spec", "layer_names"),
     ),
     _of_v2("vllm.v1.kv_cache_interface.KVCacheSpec", _FORWARD, has=("block_size",)),
-    _of_v2("vllm.v1.worker.utils.AttentionGroup", _FORWARD, has=("layer_names",)),
+    _of_v2(
+        "vllm.v1.worker.utils.AttentionGroup",
+        _FORWARD,
+        has=("kv_cache_spec", "layer_names"),
+        may_have=("kernel_block_stride",),
+    ),
+    _of_v2(
+        "vllm.v1.worker.utils.AttentionGroup.get_metadata_builder", _FORWARD, takes=called()
+    ),
     _of_v2(
         "vllm.v1.worker.utils.AttentionGroup.build_metadata",
         _FORWARD,
@@ -156,7 +174,11 @@ _LOOK_AHEAD = (
             "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "slot_mapping",
         ),
     ),
-    Name("vllm.config.VllmConfig", _BUILD, may_have=("kv_transfer_config",)),
+    Name("vllm.config.VllmConfig", _BUILD, may_have=("attention_config", "kv_transfer_config")),
+    *(
+        _of_v2(f"{runner}.reload_weights", _HELD, why="replaced on the runner that we sit at")
+        for runner in (_RUNNER, _RUNNER_V2)
+    ),
     _of_v2(f"{_RUNNER}._model_forward", _HELD, why="replaced on the runner that we sit at"),
     _of_v2(_RUNNER, _HELD, has=("input_batch", "query_start_loc")),
     _of_v2(
@@ -179,7 +201,9 @@ _LOOK_AHEAD = (
     Name(
         "vllm.config.ModelConfig",
         _BUILD,
-        may_have=("is_attention_free", "is_encoder_decoder", "is_hybrid", "uses_mrope"),
+        may_have=(
+            "is_attention_free", "is_encoder_decoder", "is_hybrid", "rswa_window", "uses_mrope",
+        ),
     ),
     Name(
         "vllm.config.ParallelConfig",
