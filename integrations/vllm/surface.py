@@ -5,6 +5,7 @@ from functools import partial
 from guided_decode.integrations.host_surface import Name, Surface, called, overridden
 
 _BUILD = "integrations/vllm/build.py"
+_TRUNK = "integrations/vllm/trunk_build.py"
 _COMMAND = "guided_decode/cli/vllm_command.py"
 _GENERATOR = "integrations/vllm/generator.py"
 _PROCESSOR = "integrations/vllm/processor.py"
@@ -23,16 +24,16 @@ _CONFIGURATION = (
         "vllm.config.VllmConfig",
         _BUILD,
         has=(
-            "additional_config", "lora_config", "model_config", "parallel_config",
-            "scheduler_config", "speculative_config",
+            "additional_config", "model_config", "parallel_config", "scheduler_config",
+            "speculative_config",
         ),
     ),
     Name(
         "vllm.config.ModelConfig",
         _BUILD,
         has=(
-            "enable_prompt_embeds", "hf_text_config", "max_model_len", "model",
-            "skip_tokenizer_init", "tokenizer", "tokenizer_revision", "trust_remote_code",
+            "enable_prompt_embeds", "max_model_len", "skip_tokenizer_init", "tokenizer",
+            "tokenizer_revision", "trust_remote_code",
         ),
         may_have=("logits_processors", "supports_multimodal_inputs"),
     ),
@@ -60,9 +61,17 @@ _RANKS = (
 )
 
 _HIDDEN_STATES = (
+    Name("vllm.config.VllmConfig", _TRUNK, has=("lora_config", "model_config", "parallel_config")),
+    Name("vllm.config.ModelConfig", _TRUNK, has=("hf_text_config", "max_model_len", "model")),
+    Name("vllm.config.ModelConfig.get_vocab_size", _TRUNK, takes=called()),
+    Name(
+        "vllm.config.ParallelConfig",
+        _TRUNK,
+        has=("data_parallel_size", "pipeline_parallel_size"),
+    ),
     Name(
         "vllm.model_executor.model_loader.utils.get_model_architecture",
-        _BUILD,
+        _TRUNK,
         takes=called("model_config"),
     ),
     Name(
@@ -174,7 +183,7 @@ _LOOK_AHEAD = (
             "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "slot_mapping",
         ),
     ),
-    Name("vllm.config.VllmConfig", _BUILD, may_have=("attention_config", "kv_transfer_config")),
+    Name("vllm.config.VllmConfig", _TRUNK, may_have=("attention_config", "kv_transfer_config")),
     *(
         _of_v2(f"{runner}.reload_weights", _HELD, why="replaced on the runner that we sit at")
         for runner in (_RUNNER, _RUNNER_V2)
@@ -200,14 +209,14 @@ _LOOK_AHEAD = (
     ),
     Name(
         "vllm.config.ModelConfig",
-        _BUILD,
+        _TRUNK,
         may_have=(
             "is_attention_free", "is_encoder_decoder", "is_hybrid", "rswa_window", "uses_mrope",
         ),
     ),
     Name(
         "vllm.config.ParallelConfig",
-        _BUILD,
+        _TRUNK,
         may_have=("decode_context_parallel_size", "prefill_context_parallel_size"),
     ),
 )  # fmt: skip

@@ -14,7 +14,8 @@ from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.trunk_heads import WEIGHT, head_file, tap_config
 from tests.integrations.vllm.vllm_parts import params
 
-from guided_decode.integrations.vllm.build import build_engine, refuse_look_ahead  # isort: skip
+from guided_decode.integrations.vllm.build import build_engine  # isort: skip
+from guided_decode.integrations.vllm.trunk_build import refuse_look_ahead  # isort: skip
 from guided_decode.integrations.vllm.engine import GuidedEngine  # isort: skip
 from guided_decode.integrations.vllm.request import (  # isort: skip
     UNGUIDED,
