@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from scipy.stats import chisquare
 
 from guided_decode import GuidanceConfig, load_scorer
 from tests import models, oracle
 from tests.integrations.vllm import v2_on_cpu, vllm_parts
+from tests.integrations.vllm.first_tokens import assert_guided_distribution
 from tests.integrations.vllm.mixed_requests import (
     ASKED,
     CONFIGS,
@@ -72,27 +72,7 @@ def test_the_brute_force_loop_is_hugging_face_guided_generation(brute_force):
 def test_the_first_token_at_temperature_1_has_the_guided_distribution(roomy, rule):
     prune = GuidanceConfig(rule="prune", margin=1.0, top_k=8)
     prompt, config = {"reweight": (PROMPTS[1], CONFIGS[0]), "prune": (PROMPTS[19], prune)}[rule]
-    # Triton's interpreter takes its time for each.
-    draws, at_once = 2_000 if v2_on_cpu.IS_CHOSEN else 20_000, 200
-    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
-    logits = oracle.LogProbs(vllm_parts.policy()).logits(prompt)
-    exact = torch.tensor(brute.row(prompt, logits, config, [models.EOS]).logits).double()
-    likely = exact.softmax(-1)
-    sampling = params(1, vllm_parts.asked(config), temperature=1.0, n=at_once)
-    counts = torch.zeros(models.VOCAB)
-    for seed in range(0, draws, at_once):
-        # The samples of one request take the seeds that follow.
-        sampling.seed = seed
-        (output,) = roomy.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-        for sample in output.outputs:
-            counts[sample.token_ids[0]] += 1
-    assert counts[likely == 0].sum() == 0
-    kept = likely * draws >= 5
-    observed = torch.cat([counts[kept], counts[~kept].sum()[None]])
-    expected = torch.cat([likely[kept], likely[~kept].sum()[None]]) * draws
-    alive = expected > 0
-    assert alive.sum() >= 3
-    assert chisquare(observed[alive], expected[alive].numpy()).pvalue > 1e-3
+    assert_guided_distribution(roomy, models.tiny("llama", "token"), prompt, config)
 
 
 def test_one_seed_gives_one_answer(roomy):

@@ -5,12 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
-import torch
-from scipy.stats import chisquare
 
 from guided_decode import GuidanceConfig
 from tests import models, oracle
-from tests.integrations.vllm import v2_on_cpu, vllm_parts
+from tests.integrations.vllm import vllm_parts
+from tests.integrations.vllm.first_tokens import assert_guided_distribution
 from tests.integrations.vllm.mixed_requests import CONFIGS, PROMPTS, SAMPLING, assert_answers
 from tests.integrations.vllm.trunk_heads import BLOCK, PolicyWithHead, tap_config
 from tests.integrations.vllm.vllm_parts import params
@@ -98,25 +97,7 @@ def test_requests_that_come_and_go_at_any_time(roomy):
 
 @pytest.mark.slow
 def test_the_first_token_at_temperature_1_has_the_guided_distribution(roomy):
-    prompt, config = PROMPTS[1], CONFIGS[0]
-    draws, at_once = 2_000 if v2_on_cpu.IS_CHOSEN else 20_000, 200
-    brute = oracle.Oracle(oracle.Values(PolicyWithHead()))
-    logits = oracle.LogProbs(vllm_parts.policy()).logits(prompt)
-    exact = torch.tensor(brute.row(prompt, logits, config, [models.EOS]).logits).double()
-    likely = exact.softmax(-1)
-    sampling = params(1, vllm_parts.asked(config), temperature=1.0, n=at_once)
-    counts = torch.zeros(models.VOCAB)
-    for seed in range(0, draws, at_once):
-        sampling.seed = seed
-        (output,) = roomy.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
-        for sample in output.outputs:
-            counts[sample.token_ids[0]] += 1
-    assert counts[likely == 0].sum() == 0
-    kept = likely * draws >= 5
-    observed = torch.cat([counts[kept], counts[~kept].sum()[None]])
-    expected = torch.cat([likely[kept], likely[~kept].sum()[None]]) * draws
-    alive = expected > 0
-    assert chisquare(observed[alive], expected[alive].numpy()).pvalue > 1e-3
+    assert_guided_distribution(roomy, PolicyWithHead(), PROMPTS[1], CONFIGS[0])
 
 
 @pytest.mark.slow
