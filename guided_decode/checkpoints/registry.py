@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from guided_decode.checkpoints.known import process_rewards, reasoners, reward_models, tulu
+from guided_decode.checkpoints.known import process_rewards, reasoners, reward_models, smol, tulu
 from guided_decode.checkpoints.record import CHAT_TEMPLATE, Record
 from guided_decode.checkpoints.shape import Shape
 
@@ -20,6 +20,7 @@ REGISTRY: tuple[Record, ...] = (
     *process_rewards.RECORDS,
     *reward_models.RECORDS,
     *tulu.TINY_RECORDS,
+    *smol.RECORDS,
 )
 
 # Causal LMs that the records above speak of and that are no scorers: their policies and references.

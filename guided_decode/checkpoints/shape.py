@@ -101,6 +101,8 @@ QWEN_3_HALF_B = Shape(28, 1024, 3072, 16, 8, 151936, tied=True, **_QWEN_3)
 QWEN_3_1_7B = Shape(28, 2048, 6144, 16, 8, 151936, tied=True, **_QWEN_3)
 QWEN_3_4B = Shape(36, 2560, 9728, 32, 8, 151936, tied=True, **_QWEN_3)
 QWEN_3_8B = Shape(36, 4096, 12288, 32, 8, 151936, **_QWEN_3)
+# HuggingFaceTB/SmolLM2-135M-Instruct/config.json.
+SMOLLM2_135M = Shape(30, 576, 1536, 9, 3, 49152, tied=True)
 # assets/tiny_tulu and assets/tiny_tulu_lists of this package.
 TINY = Shape(4, 128, 344, 4, 4, 287)
 TINY_LISTS = Shape(3, 96, 256, 3, 3, 287)

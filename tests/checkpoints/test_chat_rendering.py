@@ -18,6 +18,10 @@ MATH_SYSTEM = (
     "<|im_start|>system\nPlease reason step by step, and put your final answer within "
     "\\boxed{}.<|im_end|>\n"
 )
+SMOL_SYSTEM = (
+    "<|im_start|>system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face"
+    "<|im_end|>\n"
+)
 ORZ = (
     "A conversation between User and Assistant. The User asks a question, and the Assistant solves "
     "it. The Assistant first thinks about the reasoning process in the mind and then provides the "
@@ -69,6 +73,17 @@ EXPECTED = {
         "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n Why?\n<|im_end|>\n"
         "<|im_start|>assistant\nHello.<|im_end|>\n",
     ),
+    "smollm2": (
+        SMOL_SYSTEM + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+        SMOL_SYSTEM + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n",
+        SMOL_SYSTEM + "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nHello.<|im_end|>\n"
+        "<|im_start|>user\n Why?\n<|im_end|>\n<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\n",
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n<|im_start|>user\n Why?\n<|im_end|>\n"
+        "<|im_start|>assistant\nHello.<|im_end|>\n",
+    ),
     "open-reasoner-zero": (ORZ, ORZ + "Hello.", None, None, None),
     "deepseek-r1-math": (
         DEEPSEEK, DEEPSEEK + "Hello.<｜end▁of▁sentence｜>", None, None, None,
@@ -83,6 +98,7 @@ TOKENIZERS = {
     "tulu-3": ("tulu-3", None),
     "halos": ("llama-2", "<s>"),
     "qwen-2.5-math": ("qwen", None),
+    "smollm2": ("qwen", None),
     "open-reasoner-zero": ("qwen-base", None),
     "deepseek-r1-math": ("deepseek-r1", "<｜begin▁of▁sentence｜>"),
     "skywork-prm": ("skywork-prm", "<|endoftext|>"),

@@ -122,7 +122,7 @@ def test_models_are_listed_by_group_and_say_what_is_inferred(monkeypatch):
     monkeypatch.setenv("COLUMNS", "160")
     text = invoke("models").stdout
     groups = ["Tulu", "Contextual AI", "Open-Reasoner-Zero", "Value-guided search",
-              "Process reward models", "Reward models", "tiny-tulu"]  # fmt: skip
+              "Process reward models", "Reward models", "tiny-tulu", "smol"]  # fmt: skip
     rows = [line.strip() for line in text.splitlines()]
     assert [row for row in rows if row in groups] == groups
     assert "read at the end of each step · steps are multiplied" in text
