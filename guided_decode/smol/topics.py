@@ -1,4 +1,4 @@
-"""What the prompts are about: everyday things, pleasant, plain and unpleasant, no two alike.
+"""What the prompts are about: everyday things, pleasant, plain and unpleasant.
 
 The splits share no topic, so that a figure on held-out prompts says nothing of what was learnt by
 heart.

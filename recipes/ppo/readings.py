@@ -5,6 +5,7 @@ before the one that is generated. So V is the value before a token, and the outp
 never read.
 """
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -40,10 +41,14 @@ def in_batches(
 
 def _outputs(model: PreTrainedModel, rollout: Rollout) -> Tensor:
     """The model's logits at PL−1 … L−2, [rows, response width, labels or vocabulary]."""
+    wanted = rollout.response_mask.shape[1] + 1
+    # A causal LM's logits over the prompt would be most of the memory.
+    takes = "logits_to_keep" in inspect.signature(model.forward).parameters
     outputs = model(
         input_ids=rollout.tokens,
         attention_mask=rollout.attention,
         position_ids=rollout.positions,
         use_cache=False,
+        **({"logits_to_keep": wanted} if takes else {}),
     )
-    return outputs.logits[:, rollout.prompt_width - 1 : -1]
+    return outputs.logits[:, -wanted:-1]

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Adam
 from transformers import PreTrainedModel
 
@@ -49,8 +49,9 @@ class Experience:
 class PPOTrainer:
     """Trains `policy` and `value_model` in place; `reference` is only read.
 
-    The three networks share one tokenizer and nothing else. Prompts are token ids, used as they
-    are: whether they begin with BOS is the caller's convention (EasyLM's PPO: they do not).
+    The three networks share one tokenizer, and maybe what of them is frozen. Prompts are token ids,
+    used as they are: whether they begin with BOS is the caller's convention (EasyLM's PPO: they do
+    not).
     """
 
     def __init__(
@@ -69,9 +70,8 @@ class PPOTrainer:
         self.reward, self.config, self.log = reward, config, log
         self.eos_id, self.pad_id = eos_id, pad_id
         freeze_bias(value_model)
-        learned = [p for p in value_model.parameters() if p.requires_grad]
-        self.policy_optimizer = Adam(policy.parameters(), lr=config.policy_lr)
-        self.value_optimizer = Adam(learned, lr=config.value_lr)
+        self.policy_optimizer = Adam(learned(policy).values(), lr=config.policy_lr)
+        self.value_optimizer = Adam(learned(value_model).values(), lr=config.value_lr)
         self.generator = torch.Generator().manual_seed(config.seed)
         self.step = 0  # finished steps, warm-up included
         self.queue: list[int] = []  # rows of the current pass over the prompts
@@ -202,6 +202,11 @@ class PPOTrainer:
             self.queue += torch.randperm(available, generator=self.generator).tolist()
         rows, self.queue = self.queue[:wanted], self.queue[wanted:]
         return rows
+
+
+def learned(network: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters that training changes, by name: of a network with adapters these alone."""
+    return {name: one for name, one in network.named_parameters() if one.requires_grad}
 
 
 def learning_rate_factor(step: int, total: int, warmup: int) -> float:

