@@ -37,13 +37,14 @@ class Network(nn.Module):
     def hidden(self, tokens: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         """The last hidden states, float32 [rows, width, hidden]."""
         lower, upper = self._above
-        states: Tensor = upper(
-            inputs_embeds=lower(tokens, attention, positions),
-            attention_mask=attention,
-            position_ids=positions,
-            use_cache=False,
-        ).last_hidden_state
-        return states
+        with torch.autocast(tokens.device.type, lower.dtype):
+            states: Tensor = upper(
+                inputs_embeds=lower(tokens, attention, positions),
+                attention_mask=attention,
+                position_ids=positions,
+                use_cache=False,
+            ).last_hidden_state
+        return states.float()
 
 
 class PolicyNetwork(Network):
@@ -111,8 +112,9 @@ def build_networks(base: Any, settings: Settings) -> Networks:
     if not adapted < layers:
         raise ValueError(f"adapted_layers is {adapted}, but the model has {layers} layers.")
     # Two rollouts' rows: the next one's come while the last one's are there.
-    lower = LowerLayers(base.model, layers - adapted, 2 * settings.ppo.rollouts_per_step)
-    sampler = MergedSampler(base, getattr(torch, settings.rollout_dtype))
+    rows, dtype = 2 * settings.ppo.rollouts_per_step, getattr(torch, settings.compute_dtype)
+    lower = LowerLayers(base.model, layers - adapted, rows, dtype)
+    sampler = MergedSampler(base, dtype)
     return Networks(
         PolicyNetwork(_adapted(share(base), settings, "CAUSAL_LM"), lower, adapted, sampler),
         PolicyNetwork(base, lower, adapted),

@@ -35,9 +35,11 @@ class LowerLayers:
     Args:
         trunk: a decoder; its first `layers` layers are read, without gradients.
         rows: how many rows are remembered.
+        dtype: of the products; what is remembered is float32.
     """
 
-    def __init__(self, trunk: Any, layers: int, rows: int) -> None:
+    def __init__(self, trunk: Any, layers: int, rows: int, dtype: torch.dtype) -> None:
+        self.dtype = dtype
         self._stack, self._rows = stack(trunk, 0, layers, nn.Identity()), rows
         self._known: dict[bytes, Tensor] = {}
         self.rows_read = 0
@@ -48,12 +50,13 @@ class LowerLayers:
         keys = [row.numpy().tobytes() for row in torch.stack([tokens, attention], 1).cpu()]
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
-            hidden = self._stack(
-                inputs_embeds=self._stack.embed_tokens(tokens[new]),
-                attention_mask=attention[new],
-                position_ids=positions[new],
-                use_cache=False,
-            ).last_hidden_state
+            with torch.autocast(tokens.device.type, self.dtype):
+                hidden = self._stack(
+                    inputs_embeds=self._stack.embed_tokens(tokens[new]),
+                    attention_mask=attention[new],
+                    position_ids=positions[new],
+                    use_cache=False,
+                ).last_hidden_state.float()
             self._known |= {keys[i]: row for i, row in zip(new, hidden, strict=True)}
             self.rows_read += len(new)
         found = torch.stack([self._known[key] for key in keys])

@@ -42,7 +42,7 @@ SETTINGS = Settings(
     adapted_layers=2,
     rank=4,
     alpha=8,
-    rollout_dtype="float32",
+    compute_dtype="float32",
 )
 
 
