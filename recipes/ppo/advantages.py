@@ -9,11 +9,13 @@ from recipes.ppo.config import PPOConfig
 def final_scores(scores: Tensor, finished: Tensor, config: PPOConfig) -> Tensor:
     """What a response earns at its last token, float32 [rows].
 
-    `unfinished_score` replaces the score of a response that does not end with EOS; then gain and
-    bias are applied, as in EasyLM.
+    `unfinished_score`, where there is one, replaces the score of a response that does not end with
+    EOS; then gain and bias are applied, as in EasyLM.
     """
-    penalised = torch.where(finished, scores, torch.full_like(scores, config.unfinished_score))
-    return penalised * config.reward_gain + config.reward_bias
+    if config.unfinished_score is not None:
+        unfinished = torch.full_like(scores, config.unfinished_score)
+        scores = torch.where(finished, scores, unfinished)
+    return scores * config.reward_gain + config.reward_bias
 
 
 def token_rewards(

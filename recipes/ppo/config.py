@@ -50,7 +50,8 @@ class PPOConfig:
     max_grad_norm: float = 1.0
     reward_gain: float = 1.0
     reward_bias: float = 0.0
-    unfinished_score: float = -10.0  # in place of the score, before gain and bias
+    # In place of the score, before gain and bias; None leaves the score.
+    unfinished_score: float | None = -10.0
     save_every: int = 0  # steps between checkpoints; 0: at the end only
     seed: int = 0
 

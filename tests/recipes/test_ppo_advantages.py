@@ -1,5 +1,7 @@
 """Rewards, GAE, whitening: each against the plainest way to compute it."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -66,6 +68,10 @@ def test_a_response_that_does_not_end_earns_minus_ten_before_gain_and_bias() -> 
     config = PPOConfig(reward_gain=2.0, reward_bias=3.0)
     scores = final_scores(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), config)
     assert scores.tolist() == [5.0, -17.0]
+    left = final_scores(
+        torch.tensor([1.0, 1.0]), torch.tensor([True, False]), replace(config, unfinished_score=None)
+    )
+    assert left.tolist() == [5.0, 5.0]
 
 
 def test_whitening_sees_only_generated_tokens(mask: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from recipes.ppo.checkpoint import load_checkpoint, save_checkpoint
 from recipes.ppo.readings import in_batches, token_logps, token_values
 from recipes.ppo.rollout import sample
 from recipes.smol.metrics import foresight, spearman
-from recipes.smol.settings import UNFINISHED, Settings
+from recipes.smol.settings import Settings
 from recipes.smol.stack import share
 
 peft = pytest.importorskip("peft", reason="needs the extra smol")
@@ -37,7 +37,7 @@ SETTINGS = Settings(
         temperature=1.0,
         policy_lr=1e-2,
         value_lr=1e-2,
-        unfinished_score=UNFINISHED,
+        unfinished_score=None,
     ),
     adapted_layers=2,
     rank=4,
