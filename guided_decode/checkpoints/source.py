@@ -161,9 +161,9 @@ def open_source(
         return _of_files(given, location, revision, **how)
     if adapter.location != location:
         # Put on the model that was given.
-        return _of_adapter(adapter, _of_files(given, location, revision, **how), **how)
+        return _of_adapter(adapter, _of_files(given, location, revision, **how), None, **how)
     base = _open_base(adapter, **how)
-    return base if adapters == () else _of_adapter(adapter, base, **how)
+    return base if adapters == () else _of_adapter(adapter, base, find(given), **how)
 
 
 class _How(TypedDict):
@@ -206,7 +206,9 @@ def _open_base(adapter: AdapterFiles, **how: Unpack[_How]) -> Source:
         ) from error
 
 
-def _of_adapter(adapter: AdapterFiles, base: Source, **how: Unpack[_How]) -> Source:
+def _of_adapter(
+    adapter: AdapterFiles, base: Source, record: Record | None, **how: Unpack[_How]
+) -> Source:
     """An adapter's files on those of its base: one model, as far as anyone asks."""
     if not adapter.folder and whole_model_beside(adapter.location, adapter.revision):
         raise both_in_one(adapter.name)
@@ -223,7 +225,7 @@ def _of_adapter(adapter: AdapterFiles, base: Source, **how: Unpack[_How]) -> Sou
         name=adapter.name,
         architecture=adapter.architecture(config) or base.architecture,
         config=config,
-        record=None,
+        record=record,
         weights=weights,
         instance=None,
         trust_remote_code=how["trust_remote_code"],

@@ -72,14 +72,23 @@ def pair(policy: str | None, scorer: str | None, *, head: str | None = None) -> 
     if scorer is None:
         own = find(policy)
         names = {policy} if own is None else {policy, own.name}
-        found = next((r.name for r in REGISTRY if r.policy in names), None)
-        # The value model of a family serves its reference policy too.
-        found = DEFAULT_SCORER if policy == DEFAULT_POLICY else found
+        found = next((r.name for r in REGISTRY if _guides(r, names)), None)
         if found is None:
             raise Refusal(f"--policy {policy} is paired with no scorer in the registry: "
                           "pass --scorer")  # fmt: skip
         return policy, found
     return policy, scorer
+
+
+def _guides(scorer: Record, policies: set[str]) -> bool:
+    """Whether a scorer is paired with a policy of these names.
+
+    The value model of an embedded family serves its reference policy, too.
+    """
+    if scorer.policy is None or scorer.policy in policies:
+        return scorer.policy is not None
+    own = find(scorer.policy)
+    return own is not None and own.assets is not None and own.reference in policies
 
 
 def location(name: str) -> str:

@@ -174,7 +174,7 @@ def _check_policy(policy: str, config: ServerConfig, options: VllmOptions) -> in
     if Path(where, ADAPTER_CONFIG).is_file():
         raise Refusal(
             f"{policy} is a PEFT adapter, which vLLM serves on its base only: pass its base as "
-            f"POLICY with --enable-lora --lora-modules NAME={policy}"
+            f"POLICY with --enable-lora --lora-modules NAME={where}"
         )
     if not config.is_trunk_head and options.has("--hf-config-path", "--config-format"):
         return None

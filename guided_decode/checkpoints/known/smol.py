@@ -14,4 +14,27 @@ RECORDS: tuple[Record, ...] = (
         group="smol",
         assets="smol/sft",
     ),
+    Record(
+        name="smol-ppo",
+        architecture="LlamaForCausalLM",
+        shape=SMOLLM2_135M,
+        kind="implicit",
+        prompt_format="smollm2",
+        summary="PPO policy of both tasks, an adapter on smol-sft that is part of this package",
+        group="smol",
+        reference="smol-sft",
+        assets="smol/ppo",
+    ),
+    Record(
+        name="smol-value",
+        architecture="LlamaForTokenClassification",
+        shape=SMOLLM2_135M,
+        # Not EasyLM's rule: prompts begin with <|im_start|>, which is the tokenizer's BOS.
+        kind="verl-critic",
+        prompt_format="smollm2",
+        summary="value model of that PPO run, an adapter on smol-sft that is part of this package",
+        group="smol",
+        policy="smol-ppo",
+        assets="smol/value",
+    ),
 )

@@ -3,7 +3,6 @@
 from importlib.util import find_spec
 
 import pytest
-import torch
 from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 
 from guided_decode import GuidanceConfig, load_scorer, smol
@@ -31,19 +30,18 @@ def folder():
 
 
 def critic_of(folder):
-    """A token classifier on the policy's trunk, whose head says something of every state."""
-    critic = AutoModelForTokenClassification.from_pretrained(folder, num_labels=1).eval()
-    weight = torch.randn(critic.score.weight.shape, generator=torch.Generator().manual_seed(0))
-    critic.score.weight.data.copy_(0.02 * weight)
-    critic.score.bias.data.zero_()
-    return critic
+    """The stock classes: base, PEFT adapter on it, head."""
+    peft = pytest.importorskip("peft", reason="needs the extra smol")
+    base = AutoModelForTokenClassification.from_pretrained(folder, num_labels=1)
+    model = peft.PeftModel.from_pretrained(base, smol.adapter_path("value"))
+    return model.merge_and_unload().eval()
 
 
 def test_guided_tokens_are_those_of_brute_force(folder):
     policy = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     critic = critic_of(folder)
-    scorer = load_scorer(critic, kind="verl-critic", policy_tokenizer=tokenizer)
+    scorer = load_scorer("smol-value", policy_tokenizer=tokenizer)
     inputs = tokenizer(
         [smol.render(message) for message in MESSAGES],
         padding=True, add_special_tokens=False, return_tensors="pt",
