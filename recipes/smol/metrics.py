@@ -3,17 +3,9 @@
 import numpy as np
 import numpy.typing as npt
 
-from recipes.tiny_tulu.metrics import auc
+from guided_decode.lab.ranks import auc, spearman
 
 __all__ = ["auc", "foresight", "spearman"]
-
-
-def spearman(first: npt.ArrayLike, second: npt.ArrayLike) -> float:
-    """Rank correlation, ties at their mean rank; NaN where one of the two is constant."""
-    a, b = _ranks(first), _ranks(second)
-    if not a.std() or not b.std():
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def foresight(task: str, values: npt.ArrayLike, rewards: npt.ArrayLike) -> float:
@@ -27,11 +19,3 @@ def foresight(task: str, values: npt.ArrayLike, rewards: npt.ArrayLike) -> float
         return spearman(values, earned)
     right = earned == 1.0
     return auc(values, right) if right.any() and not right.all() else float("nan")
-
-
-def _ranks(numbers: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    _, inverse, counts = np.unique(
-        np.asarray(numbers, dtype=np.float64), return_inverse=True, return_counts=True
-    )
-    ranks: npt.NDArray[np.float64] = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    return ranks

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
-from guided_decode.cli.demo import POLICIES
+from guided_decode.cli.demo_families import POLICIES
 from guided_decode.lab.demo.methods import METHODS
 from guided_decode.lab.demo.report import table
 from guided_decode.tiny_tulu import lists

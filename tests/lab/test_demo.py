@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
-from guided_decode.cli.demo import _draw, _load
+from guided_decode.cli.demo import _draw
+from guided_decode.cli.demo_families import FAMILIES
 from guided_decode.lab.demo.decoding import answer, draw, pick, prompt_ids
 from guided_decode.lab.demo.measure import Outcome, compare, steps
 from guided_decode.lab.demo.methods import METHODS, Method
@@ -24,7 +25,7 @@ MESSAGES = tiny_tulu.validation_prompts(12)
 
 @pytest.fixture(scope="module")
 def models():
-    return _load()
+    return {name: own.models for name, own in FAMILIES["tiny-tulu"].load().items()}
 
 
 @pytest.fixture(scope="module")
@@ -47,16 +48,16 @@ def test_every_method_answers_every_prompt(outcomes):
 def test_guidance_answers_what_the_policy_gets_wrong(outcomes):
     plain = named(outcomes, "plain, sampled")
     for name in ("guided, reweight", "guided, reweight, gated", "guided, prune"):
-        assert named(outcomes, name).accuracy >= plain.accuracy + 0.2
-    assert named(outcomes, "guided, greedy").accuracy > named(outcomes, "plain, greedy").accuracy
+        assert named(outcomes, name).score >= plain.score + 0.2
+    assert named(outcomes, "guided, greedy").score > named(outcomes, "plain, greedy").score
 
 
 def test_accuracy_counts_right_answers(outcomes):
     one = named(outcomes, "plain, sampled")
     right = sum(tiny_tulu.is_correct(m, t) for m, t in zip(MESSAGES, one.texts, strict=True))
     assert 0 < right < len(MESSAGES)
-    assert one.accuracy == right / len(MESSAGES)
-    assert one.interval[0] < one.accuracy < one.interval[1]
+    assert one.score == right / len(MESSAGES)
+    assert one.interval[0] < one.score < one.interval[1]
 
 
 def test_tokens_are_counted_to_the_last_one(models, outcomes):
@@ -161,7 +162,7 @@ def test_the_table_fits_the_terminal_and_has_every_method(outcomes, width):
     assert max(map(len, lines)) <= width
     for method in METHODS:
         (line,) = [line for line in lines if line.strip().startswith(f"{method.name} ")]
-        assert f"{named(outcomes, method.name).accuracy:.0%}" in line
+        assert f"{named(outcomes, method.name).score:.0%}" in line
 
 
 def test_the_demo_prints_table_example_and_picture(tmp_path, monkeypatch):
@@ -181,7 +182,7 @@ def test_the_demo_prints_table_example_and_picture(tmp_path, monkeypatch):
 def test_without_matplotlib_the_demo_says_how_to_get_it(outcomes, monkeypatch, tmp_path, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _draw(outcomes, None)
+    _draw(outcomes, None, FAMILIES["tiny-tulu"].plot)
     assert "pip install 'guided-decode[plots]'" in " ".join(capsys.readouterr().err.split())
     assert not list(tmp_path.iterdir())
 

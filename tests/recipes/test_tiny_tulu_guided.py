@@ -57,8 +57,8 @@ def test_the_held_out_prompts_are_a_thousand_and_apart_from_the_validation_promp
 
 def test_the_sft_policy_errs_and_guided_by_the_critic_it_hardly_does():
     plain, guided = outcome("sft", False, False), outcome("sft", False, True)
-    assert 0.30 <= plain.accuracy <= 0.75
-    assert guided.accuracy >= min(plain.accuracy + 0.40, 0.95)
+    assert 0.30 <= plain.score <= 0.75
+    assert guided.score >= min(plain.score + 0.40, 0.95)
 
 
 def test_the_ppo_policy_gains_from_its_own_value_model():
@@ -90,4 +90,4 @@ def test_guidance_forwards_no_more_tokens_than_eight_samples_and_is_as_accurate(
     best = Outcome("sft", Method("", "", best_of=8))
     best.add(messages, decoding.pick(family, messages, decoding.draw(family, messages, 8)), 0.0)
     assert guided.tokens_per_answer <= best.tokens_per_answer
-    assert guided.accuracy >= best.accuracy - 0.02
+    assert guided.score >= best.score - 0.02

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from guided_decode import tiny_tulu
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.lab.demo.divergences import best_of_kl, greedy_kl, sampled_kl
-from guided_decode.lab.demo.methods import Method
+from guided_decode.lab.demo.methods import By, Method
+from guided_decode.lab.demo.task import SUMS, Task
 from guided_decode.scorer import Scorer
 from guided_decode.scoring.critic import CriticScorer
 
-MAX_NEW_TOKENS = 80
+Loop = Callable[[Scorer, GuidanceConfig], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +23,16 @@ class Models:
     """A causal LM of transformers and the value model that guides it, in float32 on the CPU.
 
     loop: what `generate` takes as `custom_generate`, from a scorer and a config.
+    task: what they are asked. trunk: a head on the policy's own hidden states, with the loop that
+    runs the policy for it.
     """
 
     policy: Any
     tokenizer: PreTrainedTokenizerBase
     critic: CriticScorer
-    loop: Callable[[Scorer, GuidanceConfig], Any]
+    loop: Loop
+    task: Task = SUMS
+    trunk: tuple[CriticScorer, Loop] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,15 +53,19 @@ class Answers:
 def answer(models: Models, messages: Sequence[str], method: Method) -> Answers:
     """Decodes the messages by a method; torch's global generator draws the samples."""
     prompts = prompt_ids(models, messages)
-    models.critic.stats.reset()
+    guide = _guide(models, method)[0]
+    guide.stats.reset()
     output = _generate(models, prompts, method)
     responses = _responses(models, output.sequences, max(map(len, prompts)))
+    forwarded, scored = policy_tokens(prompts, responses), guide.stats.tokens
+    if method.by == "trunk":  # whose forwards are the policy's
+        forwarded, scored = scored, 0
     return Answers(
         responses=responses,
         texts=texts(models, responses),
         kl=_kl(output, responses, method),
-        policy_tokens=policy_tokens(prompts, responses),
-        scorer_tokens=models.critic.stats.tokens,
+        policy_tokens=forwarded,
+        scorer_tokens=scored,
     )
 
 
@@ -70,29 +78,25 @@ def draw(models: Models, messages: Sequence[str], n: int) -> list[list[list[int]
 
 
 def pick(
-    models: Models, messages: Sequence[str], samples: Sequence[Sequence[list[int]]]
+    models: Models,
+    messages: Sequence[str],
+    samples: Sequence[Sequence[list[int]]],
+    by: By = "critic",
 ) -> Answers:
-    """For each message the sample that the critic values most at its last token before EOS.
+    """For each message the best sample: by the task's own judge, or by what the critic says.
 
-    Samples that do not end are picked last: PPO's reward punished them, whatever V says.
+    The critic's word is its value at the last token before EOS; samples that do not end are picked
+    last: PPO's reward punished them, whatever V says.
     """
     prompts = prompt_ids(models, messages)
-    eos = models.tokenizer.eos_token_id
-    rows = [
-        prompt + [token for token in response if token != eos]
-        for prompt, own in zip(prompts, samples, strict=True)
-        for response in own
-    ]
-    ended = [response[-1] == eos for own in samples for response in own]
     models.critic.stats.reset()
-    values = models.critic.score(rows, torch.empty(len(rows), 0, dtype=torch.int64)).baseline
-    n = len(samples[0])
-    best = values.masked_fill(~torch.tensor(ended), -torch.inf).view(-1, n).argmax(-1).tolist()
+    worth = (_values if by == "critic" else _judged)(models, messages, prompts, samples)
+    best = worth.argmax(-1).tolist()
     chosen = [own[i] for own, i in zip(samples, best, strict=True)]
     return Answers(
         responses=chosen,
         texts=texts(models, chosen),
-        kl=torch.full((len(chosen),), best_of_kl(n), dtype=torch.float32),
+        kl=torch.full((len(chosen),), best_of_kl(len(samples[0])), dtype=torch.float32),
         policy_tokens=sum(
             policy_tokens([prompt], own) for prompt, own in zip(prompts, samples, strict=True)
         ),
@@ -100,9 +104,40 @@ def pick(
     )
 
 
+def _values(
+    models: Models,
+    messages: Sequence[str],
+    prompts: Sequence[list[int]],
+    samples: Sequence[Sequence[list[int]]],
+) -> Tensor:
+    eos = models.tokenizer.eos_token_id
+    rows = [
+        prompt + [token for token in response if token != eos]
+        for prompt, own in zip(prompts, samples, strict=True)
+        for response in own
+    ]
+    ended = [response[-1] == eos for own in samples for response in own]
+    values = models.critic.score(rows, torch.empty(len(rows), 0, dtype=torch.int64)).baseline
+    return values.masked_fill(~torch.tensor(ended), -torch.inf).view(len(samples), -1)
+
+
+def _judged(
+    models: Models,
+    messages: Sequence[str],
+    prompts: Sequence[list[int]],
+    samples: Sequence[Sequence[list[int]]],
+) -> Tensor:
+    return torch.tensor(
+        [
+            [models.task.judge(message, text) for text in texts(models, own)]
+            for message, own in zip(messages, samples, strict=True)
+        ]
+    )
+
+
 def prompt_ids(models: Models, messages: Sequence[str]) -> list[list[int]]:
-    """Token ids of the chats, without BOS, as PPO saw them."""
-    chats = [tiny_tulu.render(message) for message in messages]
+    """Token ids of the chats, without the tokenizer's own BOS, as PPO saw them."""
+    chats = [models.task.render(message) for message in messages]
     ids: list[list[int]] = models.tokenizer(chats, add_special_tokens=False).input_ids
     return ids
 
@@ -123,12 +158,13 @@ def _generate(models: Models, prompts: Sequence[list[int]], method: Method) -> A
     )
     guided = {}
     if method.config is not None:
-        guided["custom_generate"] = models.loop(models.critic, method.config)
+        scorer, loop = _guide(models, method)
+        guided["custom_generate"] = loop(scorer, method.config)
     measured = method.best_of == 1
     config = GenerationConfig(
         do_sample=method.sample,
         top_k=0,
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=models.task.max_new_tokens,
         num_return_sequences=method.best_of,
         eos_token_id=models.tokenizer.eos_token_id,
         pad_token_id=models.tokenizer.pad_token_id,
@@ -137,6 +173,14 @@ def _generate(models: Models, prompts: Sequence[list[int]], method: Method) -> A
         output_scores=measured,
     )
     return models.policy.generate(**inputs, generation_config=config, **guided)
+
+
+def _guide(models: Models, method: Method) -> tuple[CriticScorer, Loop]:
+    if method.by != "trunk":
+        return models.critic, models.loop
+    if models.trunk is None:
+        raise ValueError(f"{method.name}: there is no head on the policy's hidden states")
+    return models.trunk
 
 
 def _responses(models: Models, sequences: Tensor, width: int) -> list[list[int]]:

@@ -6,26 +6,19 @@ from dataclasses import dataclass, field
 
 import torch
 
-from guided_decode import tiny_tulu
+from guided_decode.lab.demo import methods
 from guided_decode.lab.demo.decoding import Answers, Models, answer, draw, pick
-from guided_decode.lab.demo.methods import (
-    FEWER_SAMPLES,
-    METHODS,
-    OTHER_WIDTHS,
-    SAMPLES,
-    Method,
-    best_of,
-    reweight,
-)
-from guided_decode.lab.intervals import wilson
+from guided_decode.lab.demo.methods import Method, Plan
+from guided_decode.lab.demo.task import SUMS, Task
 
 
 @dataclass(slots=True)
 class Outcome:
     """What one method did on one policy, over all prompts.
 
-    kl: nats, summed over all answers; a bound for best-of-n, exact for the others. seconds: on the
-    clock, 0 for methods that were not run by themselves.
+    policy: the name of its section. kl: nats, summed over all answers; a bound for best-of-n,
+    exact for the others. seconds: on the clock, 0 for methods that were not run by themselves.
+    task: who judges.
     """
 
     policy: str
@@ -37,6 +30,12 @@ class Outcome:
     policy_tokens: int = 0
     scorer_tokens: int = 0
     seconds: float = 0.0
+    task: Task = SUMS
+
+    @property
+    def title(self) -> str:
+        """Of its section."""
+        return self.task.title.format(self.policy)
 
     def add(self, messages: Sequence[str], answers: Answers, seconds: float) -> None:
         """Counts a batch in."""
@@ -49,19 +48,25 @@ class Outcome:
         self.seconds += seconds
 
     @property
-    def right(self) -> list[bool]:
-        """Whether each answer states the right sum."""
+    def judgements(self) -> list[float]:
+        """What the judge says of each answer."""
         pairs = zip(self.messages, self.texts, strict=True)
-        return [tiny_tulu.is_correct(message, text) for message, text in pairs]
+        return [self.task.judge(message, text) for message, text in pairs]
 
     @property
-    def accuracy(self) -> float:
-        return sum(self.right) / len(self.messages)
+    def right(self) -> list[bool]:
+        """Whether each answer is what the judge gives its full mark."""
+        return [one == 1.0 for one in self.judgements]
+
+    @property
+    def score(self) -> float:
+        """The mean judgement: an accuracy where the judge says 0 or 1."""
+        return sum(self.judgements) / len(self.messages)
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95%, Wilson."""
-        return wilson(sum(self.right), len(self.messages))
+        """Of the mean, 95%."""
+        return self.task.interval(self.judgements)
 
     @property
     def kl_per_token(self) -> float:
@@ -73,9 +78,9 @@ class Outcome:
         return (self.policy_tokens + self.scorer_tokens) / len(self.messages)
 
 
-def steps(prompts: int, batch_size: int) -> int:
+def steps(prompts: int, batch_size: int, plan: Plan = methods.SUMS) -> int:
     """How often `compare` calls `advance` for one policy."""
-    return (len(METHODS) + len(OTHER_WIDTHS)) * -(-prompts // batch_size)
+    return plan.runs * -(-prompts // batch_size)
 
 
 def compare(
@@ -85,23 +90,26 @@ def compare(
     *,
     batch_size: int,
     seed: int,
+    plan: Plan = methods.SUMS,
     begin: Callable[[str], None] = lambda _: None,
     advance: Callable[[], None] = lambda: None,
 ) -> list[Outcome]:
-    """Outcomes of all methods on one policy, in the order of METHODS, then the plot's others.
+    """Outcomes of all methods on one policy, in the order of the plan.
 
     begin: called with policy and method before it is run. advance: called after each batch.
     """
-    more = [best_of(n) for n in FEWER_SAMPLES] + [reweight(k) for k in OTHER_WIDTHS]
-    outcomes = {method: Outcome(policy, method) for method in (*METHODS, *more)}
-    for method in (*METHODS, *(reweight(k) for k in OTHER_WIDTHS)):
+    outcomes = {method: Outcome(policy, method, task=models.task) for method in plan.every}
+    for method in plan.every:
+        if method in plan.best_of[1:]:
+            continue  # of the draw of the first of them
         begin(f"{policy}: {method.name}")
         torch.manual_seed(seed)
         # What an earlier method left there would make this one cheaper than it is.
-        models.critic.cache.clear()
+        for scorer in (models.critic, *(models.trunk or ())[:1]):
+            scorer.cache.clear()
         for batch in _batches(messages, batch_size):
             if method.best_of > 1:
-                _best_of_n(models, batch, outcomes)
+                _best_of_n(models, batch, {one: outcomes[one] for one in plan.best_of})
             else:
                 begun = time.perf_counter()
                 answers = answer(models, batch, method)
@@ -112,15 +120,16 @@ def compare(
 
 def _best_of_n(models: Models, messages: Sequence[str], outcomes: dict[Method, Outcome]) -> None:
     """One draw of samples, ranked as a whole and, for the plot, by its first few."""
+    most = max(method.best_of for method in outcomes)
     begun = time.perf_counter()
-    samples = draw(models, messages, SAMPLES)
+    samples = draw(models, messages, most)
     drawn = time.perf_counter() - begun
-    for n in (*FEWER_SAMPLES, SAMPLES):
+    for method, outcome in outcomes.items():
         models.critic.cache.clear()
         begun = time.perf_counter()
-        answers = pick(models, messages, [own[:n] for own in samples])
-        seconds = drawn + time.perf_counter() - begun if n == SAMPLES else 0.0
-        outcomes[best_of(n)].add(messages, answers, seconds)
+        answers = pick(models, messages, [own[: method.best_of] for own in samples], method.by)
+        seconds = drawn + time.perf_counter() - begun if method.best_of == most else 0.0
+        outcome.add(messages, answers, seconds)
 
 
 def _batches(messages: Sequence[str], size: int) -> Iterator[list[str]]:

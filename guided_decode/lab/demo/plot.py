@@ -13,6 +13,8 @@ STYLES = {
     "reweight": ("guided, reweight, k candidates", "#1f78b4", "D", (0, 8)),
     "gated": ("guided, reweight, gated", "#1b9e77", "^", (0, 0)),
     "prune": ("guided, prune", "#7570b3", "v", (0, 0)),
+    "best of n, judge": ("best of n samples, ranked by the true judge", "#e7298a", "o", (13, 6)),
+    "trunk": ("guided by a head on the policy's own trunk", "#a6761d", "P", (0, 8)),
 }
 
 
@@ -43,12 +45,16 @@ def draw(outcomes: Sequence[Outcome], path: Path) -> None:
 
     policies = list(dict.fromkeys(outcome.policy for outcome in outcomes))
     figure = Figure(figsize=(10.0, 4.9), dpi=150, layout="constrained")
-    panels = figure.subplots(1, len(policies), sharex=True, sharey=True, squeeze=False)[0]
+    # Rewards of two judges have nothing to do with each other.
+    alike = outcomes[0].task.counted
+    panels = figure.subplots(1, len(policies), sharex=True, sharey=alike, squeeze=False)[0]
     for panel, policy in zip(panels, policies, strict=True):
-        _draw_panel(panel, [outcome for outcome in outcomes if outcome.policy == policy])
-        panel.set_title(f"{policy} policy", loc="left", fontsize=11)
+        own = [outcome for outcome in outcomes if outcome.policy == policy]
+        _draw_panel(panel, own)
+        panel.set_title(own[0].title, loc="left", fontsize=11)
         panel.set_xlabel("tokens forwarded for an answer, policy and critic")
-    panels[0].set_ylabel("right answers (95% interval)")
+    what = "right answers" if alike else "mean reward"
+    panels[0].set_ylabel(f"{what} (95% interval)")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
     figure.savefig(path)
@@ -62,7 +68,7 @@ def _draw_panel(panel: Any, outcomes: Sequence[Outcome]) -> None:
         if not points:
             continue
         x = [point.tokens_per_answer for point in points]
-        y = [point.accuracy for point in points]
+        y = [point.score for point in points]
         spans = [point.interval for point in points]
         below = [value - low for value, (low, _) in zip(y, spans, strict=True)]
         above = [high - value for value, (_, high) in zip(y, spans, strict=True)]
@@ -72,9 +78,12 @@ def _draw_panel(panel: Any, outcomes: Sequence[Outcome]) -> None:
             panel.annotate(point.method.label, (at, height), xytext=offset, fontsize=8, ha="center",
                            textcoords="offset points", color=colour)  # fmt: skip
     panel.set_xscale("log", base=2)
-    panel.set_xticks([64, 128, 256, 512], ["64", "128", "256", "512"])
-    panel.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0%", "25%", "50%", "75%", "100%"])
-    panel.set_ylim(0.0, 1.1)
-    panel.set_xlim(56, 640)
+    most = max(outcome.tokens_per_answer for outcome in outcomes)
+    ticks = [64 * 2**i for i in range(8) if 64 * 2**i <= 1.25 * most]
+    panel.set_xticks(ticks, [str(tick) for tick in ticks])
+    panel.set_xlim(56, max(640, 1.25 * most))
+    if outcomes[0].task.counted:
+        panel.set_yticks([0, 0.25, 0.5, 0.75, 1.0], ["0%", "25%", "50%", "75%", "100%"])
+        panel.set_ylim(0.0, 1.1)
     panel.grid(color="#e6e6e6", linewidth=0.6)
     panel.spines[["top", "right"]].set_visible(False)
