@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from guided_decode.checkpoints.registry import find
 from recipes.ppo.checkpoint import STATE, load_checkpoint, save_checkpoint
 from recipes.smol.family import load_family
+from recipes.smol.head import save_head
 from recipes.smol.measure import Parts, measure
 from recipes.smol.ppo import new_trainer, training_prompts
 from recipes.smol.release import BASE, FOLDERS, release
@@ -27,6 +28,7 @@ from recipes.smol.report import WIDTH, table
 from recipes.smol.settings import Settings, settings
 
 log = logging.getLogger("smol")
+ROLLOUTS, HEAD = "rollouts", "trunk_head"
 
 
 def main() -> None:
@@ -39,6 +41,8 @@ def main() -> None:
         chosen = settings(seed, steps=arguments.steps, warmup_steps=arguments.warmup_steps)
         train(arguments.policy, chosen, out)
         base, tokenizer = load_base(arguments.policy)
+        if not (out / HEAD).is_dir():
+            save_head(base, tokenizer, out / ROLLOUTS, arguments.policy, out / HEAD, log_head)
         results = measure(
             load_family(base, tokenizer, out),
             Parts(out / "measured.json", log.info),
@@ -78,6 +82,7 @@ def train(policy: str, chosen: Settings, out: Path) -> None:
         return
     base, tokenizer = load_base(policy)
     trainer = new_trainer(base, tokenizer, chosen, Steps(out / "steps.jsonl"))
+    trainer.rollouts = out / ROLLOUTS
     if (out / STATE).is_file():
         load_checkpoint(trainer, out)
         log.info("going on from step %d", trainer.step)
@@ -93,6 +98,11 @@ def load_base(policy: str) -> tuple[Any, Any]:
     location = policy if record is None else record.location
     base = AutoModelForCausalLM.from_pretrained(location, dtype=torch.float32)
     return base.eval(), AutoTokenizer.from_pretrained(location)
+
+
+def log_head(stats: dict[str, float]) -> None:
+    """Of one epoch of the trunk head."""
+    log.info("trunk head: %s", "  ".join(f"{k} {v:.4g}" for k, v in stats.items()))
 
 
 def write_whole(path: Path, value: Any) -> None:

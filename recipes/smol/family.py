@@ -1,4 +1,4 @@
-"""Policy, PPO policy and critic of one run: one trunk in memory, and adapters on it."""
+"""Policy, PPO policy, critic and trunk head of one run: adapters on one trunk in memory."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +12,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from guided_decode import load_scorer
+from guided_decode.integrations.transformers import TrunkLookahead
+from guided_decode.lab.demo.decoding import Loop
 from guided_decode.scoring.critic import CriticScorer
+from recipes.smol.stack import share
 
 POLICIES = ("sft", "ppo")
 _CRITIC, _HEAD = "critic", "base_model.model.score.weight"
@@ -22,27 +25,32 @@ _CACHE_TOKENS = 16_384
 
 @dataclass(frozen=True)
 class Family:
-    """model: with the adapters of both in it. critic: keeps to its own, whichever is active."""
+    """model: with the adapters of both in it. critic: keeps to its own, whichever is active.
+    plain: the policy as it was, without adapters. trunk: the head on its hidden states, with its
+    loop; both are on the same weights.
+    """
 
     model: Any
     tokenizer: Any
     critic: CriticScorer
+    plain: Any
+    trunk: tuple[CriticScorer, Loop]
 
     @contextmanager
     def policy(self, name: str) -> Iterator[Any]:
-        """The model as the policy "sft", without adapters, or "ppo"."""
+        """The policy "sft", which has no adapter, or "ppo"."""
         if name not in POLICIES:
             raise ValueError(f"policy {name!r}: expected one of {', '.join(POLICIES)}")
         self.model.set_adapter("ppo")
-        if name == "ppo":
-            yield self.model
-        else:
-            with self.model.disable_adapter():
-                yield self.model
+        yield self.plain if name == "sft" else self.model
 
 
 def load_family(base: Any, tokenizer: Any, folder: Path) -> Family:
-    """The released adapters of `folder` on `base`, a causal LM in memory, which gets them."""
+    """The released adapters and head of `folder` on `base`, a causal LM in memory.
+
+    Adapters go into a copy of its modules that has the same weights.
+    """
+    plain, base = base, share(base)
     model = peft.PeftModel.from_pretrained(base, folder / "ppo", adapter_name="ppo").eval()
     config = peft.PeftConfig.from_pretrained(folder / "value")
     # The head is no module of a causal LM.
@@ -60,4 +68,8 @@ def load_family(base: Any, tokenizer: Any, folder: Path) -> Family:
         model, kind="trunk-head", head=head, adapter=_CRITIC, policy_tokenizer=tokenizer,
         cache_tokens=_CACHE_TOKENS,
     )  # fmt: skip
-    return Family(model, tokenizer, critic)
+    trunk = load_scorer(
+        plain, kind="trunk-head", head=folder / "trunk_head", policy_tokenizer=tokenizer,
+        cache_tokens=_CACHE_TOKENS,
+    )  # fmt: skip
+    return Family(model, tokenizer, critic, plain, (trunk, TrunkLookahead))

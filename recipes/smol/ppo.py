@@ -1,12 +1,15 @@
 """The PPO run: that of `recipes.ppo` on both tasks at once, with figures of each in its log."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
 from guided_decode import smol
+from recipes.ppo.rollout import Rollout
 from recipes.ppo.trainer import Experience, Log, PPOTrainer
 from recipes.smol.judge import Judge, prompt_ids
 from recipes.smol.metrics import foresight
@@ -18,7 +21,12 @@ class SmolTrainer(PPOTrainer):
     """Logs by task the mean reward, and how well V orders responses when half of each is there.
 
     V is read before it learns from the responses, so that both are figures of unseen ones.
+
+    rollouts: a folder that gets the responses of the warm-up, which are those of the policy as it
+    was, with their rewards, a file a step.
     """
+
+    rollouts: Path | None = None
 
     def collect(
         self, prompts: Sequence[Sequence[int]], *, warming: bool
@@ -32,7 +40,20 @@ class SmolTrainer(PPOTrainer):
             rewards = judge.rewards[rows]
             stats[task] = rewards.mean().item()
             stats[f"{task}_half"] = foresight(task, values[rows], rewards)
+        if warming and self.rollouts is not None:
+            self._keep(experience.rollout, self.rollouts)
         return experience, {name: value for name, value in stats.items() if not np.isnan(value)}
+
+    def _keep(self, rollout: Rollout, folder: Path) -> None:
+        """As `recipes.trunk_head.rollouts` reads them; a step done again writes them again."""
+        judge: Any = self.reward
+        rows = (
+            {"prompt": rollout.prompt_ids(i), "response": rollout.response_ids(i), "reward": reward}
+            for i, reward in enumerate(judge.rewards.tolist())
+        )
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / f"{self.step + 1:03}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def new_trainer(base: Any, tokenizer: Any, settings: Settings, log: Log) -> SmolTrainer:

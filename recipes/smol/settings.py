@@ -30,7 +30,7 @@ class Settings:
 
 
 def settings(seed: int, *, steps: int = 16, warmup_steps: int = 16) -> Settings:
-    """Those of the released adapters: about three quarters of an hour on two cores that are free."""
+    """Those of the released adapters: about an hour on two cores."""
     return Settings(
         PPOConfig(
             steps=steps,

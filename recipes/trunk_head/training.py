@@ -1,6 +1,7 @@
 """Regression of V on frozen features, up to the epoch with the least error on rollouts held out."""
 
 import copy
+import math
 from collections.abc import Callable
 
 import torch
@@ -45,7 +46,9 @@ def train_head(
         error = _error(module, readings.features[held_out], targets[held_out])
         if error < best_error:
             best, best_error = copy.deepcopy(module), error
-        explained = 1 - error / float(targets[held_out].var(correction=0))
+        variance = float(targets[held_out].var(correction=0))
+        # Of rewards that are all alike there is nothing to explain.
+        explained = 1 - error / variance if variance else math.nan
         log({"epoch": epoch + 1, "held_out_mse": error, "explained": explained})
     return head_of_module(best)
 

@@ -69,7 +69,9 @@ def test_a_response_that_does_not_end_earns_minus_ten_before_gain_and_bias() -> 
     scores = final_scores(torch.tensor([1.0, 1.0]), torch.tensor([True, False]), config)
     assert scores.tolist() == [5.0, -17.0]
     left = final_scores(
-        torch.tensor([1.0, 1.0]), torch.tensor([True, False]), replace(config, unfinished_score=None)
+        torch.tensor([1.0, 1.0]),
+        torch.tensor([True, False]),
+        replace(config, unfinished_score=None),
     )
     assert left.tolist() == [5.0, 5.0]
 

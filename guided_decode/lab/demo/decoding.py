@@ -85,8 +85,8 @@ def pick(
 ) -> Answers:
     """For each message the best sample: by the task's own judge, or by what the critic says.
 
-    The critic's word is its value at the last token before EOS; samples that do not end are picked
-    last: PPO's reward punished them, whatever V says.
+    The critic's word is its value at the last token before EOS. Where a response must end, those
+    that do not are picked last: PPO's reward punished them, whatever V says.
     """
     prompts = prompt_ids(models, messages)
     models.critic.stats.reset()
@@ -118,7 +118,9 @@ def _values(
     ]
     ended = [response[-1] == eos for own in samples for response in own]
     values = models.critic.score(rows, torch.empty(len(rows), 0, dtype=torch.int64)).baseline
-    return values.masked_fill(~torch.tensor(ended), -torch.inf).view(len(samples), -1)
+    if models.task.must_end:
+        values = values.masked_fill(~torch.tensor(ended), -torch.inf)
+    return values.view(len(samples), -1)
 
 
 def _judged(

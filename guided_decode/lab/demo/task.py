@@ -13,7 +13,8 @@ class Task:
 
     prompts: so many held-out user messages. render: the text that a policy continues. judge: of
     (message, response text). counted: the judge says 0 or 1, so that the mean is a share.
-    max_new_tokens: of an answer. title: of a section of the table, with its name for {}.
+    max_new_tokens: of an answer. must_end: one that does not end within them earned nothing in the
+    critic's training. title: of a section of the table, with its name for {}.
     """
 
     prompts: Callable[[int], list[str]]
@@ -21,6 +22,7 @@ class Task:
     judge: Callable[[str, str], float]
     counted: bool
     max_new_tokens: int
+    must_end: bool
     title: str = "{} policy"
 
     @property
@@ -39,7 +41,7 @@ def _is_correct(message: str, text: str) -> float:
     return float(tiny_tulu.is_correct(message, text))
 
 
-SUMS = Task(tiny_tulu.held_out_prompts, tiny_tulu.render, _is_correct, True, 80)
+SUMS = Task(tiny_tulu.held_out_prompts, tiny_tulu.render, _is_correct, True, 80, must_end=True)
 
 
 def smol_task(name: str) -> Task:
@@ -51,4 +53,4 @@ def smol_task(name: str) -> Task:
         every = own.prompts("held-out")
         return [every[i] for start in range(4) for i in range(start, len(every), 4)][:n]
 
-    return Task(prompts, smol.render, own.reward, False, 64, title="{}")
+    return Task(prompts, smol.render, own.reward, False, 64, must_end=False, title="{}")
