@@ -61,6 +61,7 @@ def test_the_critic_by_name_is_the_stock_forward_of_base_and_adapter():
 
 
 @here
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_policy_by_name_is_the_stock_forward_of_base_and_adapter():
     import peft
@@ -87,6 +88,7 @@ def test_the_critic_is_paired_with_the_policy_of_its_run():
     assert pair(None, "smol-value") == ("smol-ppo", "smol-value")
 
 
+@pytest.mark.slow
 @here
 def test_commands_know_the_names(tmp_path):
     chats, scores = tmp_path / "chats.jsonl", tmp_path / "scores.jsonl"

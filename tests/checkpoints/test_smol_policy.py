@@ -103,6 +103,7 @@ def invoke(*args):
 
 
 @with_package
+@pytest.mark.slow
 def test_commands_know_its_name(tmp_path):
     against_itself = ("--scorer", "smol-sft", "--kind", "implicit", "--reference", "smol-sft")
     out = invoke("generate", "--policy", "smol-sft", *against_itself, "--prompt", "Say hello.",

@@ -127,6 +127,7 @@ def test_what_is_too_long_loses_its_beginning_but_not_its_bos(tmp_path, prompt_f
         assert line["chosen"]["score"] == pytest.approx(expected, abs=1e-4)
 
 
+@pytest.mark.slow
 def test_the_whole_data_set_is_counted_and_a_run_goes_on(tmp_path):
     fewer = pairs(40)
     given = [

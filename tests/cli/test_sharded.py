@@ -100,7 +100,9 @@ def processes_below(pid):
 
 
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM]
+)
 def test_two_shards_are_served_as_one_process_serves_until_torchrun_is_ended(number):
     """Ctrl-C reaches torchrun alone, which sends it on: its ranks have sessions of their own."""
     path = models.saved("llama", "token")

@@ -61,6 +61,7 @@ def test_the_sft_policy_errs_and_guided_by_the_critic_it_hardly_does():
     assert guided.score >= min(plain.score + 0.40, 0.95)
 
 
+@pytest.mark.slow
 def test_the_ppo_policy_gains_from_its_own_value_model():
     plain, guided = outcome("ppo", True, False), outcome("ppo", True, True)
     gain, low, high = paired_bootstrap(right(guided), right(plain))

@@ -37,6 +37,7 @@ def critic_of(folder):
     return model.merge_and_unload().eval()
 
 
+@pytest.mark.slow
 def test_guided_tokens_are_those_of_brute_force(folder):
     policy = AutoModelForCausalLM.from_pretrained(folder).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")

@@ -68,7 +68,7 @@ def test_the_brute_force_loop_is_hugging_face_guided_generation(brute_force):
         oracle.assert_greedy_equal([tokens], [brute_force[i]])
 
 
-@pytest.mark.parametrize("rule", ["reweight", "prune"])
+@pytest.mark.parametrize("rule", ["reweight", pytest.param("prune", marks=pytest.mark.slow)])
 def test_the_first_token_at_temperature_1_has_the_guided_distribution(roomy, rule):
     prune = GuidanceConfig(rule="prune", margin=1.0, top_k=8)
     prompt, config = {"reweight": (PROMPTS[1], CONFIGS[0]), "prune": (PROMPTS[19], prune)}[rule]

@@ -92,7 +92,7 @@ def brute():
     return oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
 
 
-@pytest.fixture(scope="module", params=["roomy", "tight"])
+@pytest.fixture(scope="module", params=["roomy", pytest.param("tight", marks=pytest.mark.slow)])
 def config(request):
     own = {"cache_tokens": LONGEST + 8} if request.param == "tight" else {}
     return vllm_parts.vllm_config(
