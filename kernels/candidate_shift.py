@@ -76,12 +76,11 @@ def candidate_logits(own: Tensor, shift: Shift) -> Shifted:
     usable = (quality.abs() < torch.inf).all(-1)
     usable &= (shift.baseline.abs() < torch.inf) | (count == 0)
 
-    mean = quality.sum(-1) / count.clamp(min=1)
-    advantage = quality - torch.where(shift.mean_baseline, mean, shift.baseline)[:, None]
     if shift.penalty is not None:
-        penalty = shift.penalty.masked_fill(~scored, 0.0)
-        usable &= (penalty.abs() < torch.inf).all(-1)
-        advantage = advantage - penalty
+        usable &= (shift.penalty.masked_fill(~scored, 0.0).abs() < torch.inf).all(-1)
+    advantage = candidate_advantages(
+        shift.values, shift.baseline, shift.mean_baseline, scored, shift.penalty
+    )
     kept = min(shift.min_keep, own.shape[-1])
     best = advantage.masked_fill(~scored, -torch.inf).topk(kept).values
     least = torch.minimum(best[:, :1] - shift.margin[:, None], best[:, -1:])
@@ -92,6 +91,20 @@ def candidate_logits(own: Tensor, shift: Shift) -> Shifted:
     failed = torch.where(usable, OVERFLOWED * overflowed, UNUSABLE)
     guided = shifted.masked_fill(scored & (advantage < least), -torch.inf)
     return Shifted(torch.where((failed != 0)[:, None], own, guided), failed.int())
+
+
+def candidate_advantages(
+    values: Tensor,  # [rows, k] float32
+    baseline: Tensor,  # [rows] float32
+    mean_baseline: Tensor,  # [rows] bool
+    scored: Tensor,  # [rows, k] bool
+    penalty: Tensor | None = None,  # [rows, k] float32
+) -> Tensor:
+    """A(a) of guide_logits' formula, float32 [rows, k]; anything where one is not scored."""
+    quality = values.masked_fill(~scored, 0.0)
+    mean = quality.sum(-1) / scored.sum(-1).clamp(min=1)
+    advantage = quality - torch.where(mean_baseline, mean, baseline)[:, None]
+    return advantage if penalty is None else advantage - penalty.masked_fill(~scored, 0.0)
 
 
 @kernel()

@@ -10,7 +10,7 @@ from torch import Tensor
 from guided_decode.guidance.candidates import select_candidates
 from guided_decode.guidance.config import GuidanceConfig
 from guided_decode.kernels import guide_logits
-from guided_decode.kernels.candidate_shift import OVERFLOWED, UNUSABLE
+from guided_decode.kernels.candidate_shift import OVERFLOWED, UNUSABLE, candidate_advantages
 from guided_decode.kernels.guide_logits import GuidedLogits
 from guided_decode.scorer import Scores
 
@@ -91,13 +91,7 @@ def apply_guidance(
     Raises ValueError: kl_coef without log_ratio.
     """
     rules = _rules_of(configs, logits.device)
-    penalty = None
-    if rules.kl_coef is not None:
-        if log_ratio is None:
-            raise ValueError("kl_coef is not 0 but no log_ratio was given: pass log π − log π_ref")
-        # A row without the term has no log-ratio either.
-        weight = rules.kl_coef[:, None]
-        penalty = torch.where(weight != 0, weight * log_ratio, 0.0)
+    penalty = _penalty(rules, log_ratio)
     return guide_logits(
         logits,
         candidates,
@@ -111,6 +105,23 @@ def apply_guidance(
         penalty=penalty,
         min_keep=min_keep,
     )
+
+
+def advantages(
+    scores: Scores,
+    configs: Sequence[GuidanceConfig],
+    scored: Tensor,  # [rows, k] bool
+    log_ratio: Tensor | None = None,  # [rows, k] float32
+) -> Tensor:
+    """A(s,a) as the rule reads it, float32 [rows, k]; 0 where a candidate is not scored.
+
+    Arguments as of `apply_guidance`. Raises ValueError: kl_coef without log_ratio.
+    """
+    rules = _rules_of(configs, scored.device)
+    found = candidate_advantages(
+        scores.values, scores.baseline, rules.mean_baseline, scored, _penalty(rules, log_ratio)
+    )
+    return found.masked_fill(~scored, 0.0)
 
 
 def scored_candidates(
@@ -144,6 +155,17 @@ def _rules_of(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules
     if len(distinct(configs)) == 1:
         return _rules_of_all(configs[0], len(configs), device)
     return _rules(configs, device)
+
+
+def _penalty(rules: _Rules, log_ratio: Tensor | None) -> Tensor | None:
+    """What the KL term takes from each advantage, float32 [rows, k]; None where no row has one."""
+    if rules.kl_coef is None:
+        return None
+    if log_ratio is None:
+        raise ValueError("kl_coef is not 0 but no log_ratio was given: pass log π − log π_ref")
+    # A row without the term has no log-ratio either.
+    weight = rules.kl_coef[:, None]
+    return torch.where(weight != 0, weight * log_ratio, 0.0)
 
 
 @functools.lru_cache(maxsize=256)

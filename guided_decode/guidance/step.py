@@ -1,7 +1,7 @@
 """One decoding step for many rows: candidates, gate, scores, guided logits."""
 
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, get_args
 
 import torch
@@ -28,6 +28,22 @@ Terminals = Collection[int] | Sequence[Collection[int]]
 logger = logging.getLogger("guided_decode")
 
 
+class ObservedStep(NamedTuple):
+    """What a step read and what it made of that, on the logits' device.
+
+    candidates: int64 [rows, k], padded with -1. scores: values float32 [rows, k], baseline float32
+    [rows]; NaN in a row that was not scored, as its gate has it. scored: bool [rows, k], the
+    candidates that have an advantage. log_ratio: float32 [rows, k], log π − log π_ref, or None.
+    guided: [rows, vocab], the logits that are handed on.
+    """
+
+    candidates: Tensor
+    scores: Scores
+    scored: Tensor
+    log_ratio: Tensor | None
+    guided: Tensor
+
+
 class _StepScores(NamedTuple):
     """Scores of every row, and which candidates have an advantage, bool [rows, k]; a row that is
     not scored has NaN, and none."""
@@ -46,6 +62,7 @@ def guide_rows(
     terminals: Terminals = (),
     on_error: OnError = "raise",
     min_keep: int = 1,
+    observe: Callable[[ObservedStep], None] | None = None,
 ) -> Tensor:
     """Guided next-token logits of live rows.
 
@@ -60,6 +77,7 @@ def guide_rows(
             untouched, counts them, and logs once. A row that is refused does not keep the others
             from being scored.
         min_keep: how many candidates top_p and pruning leave at least (beam search needs some).
+        observe: is told what the step read, and what came of it; one that is None costs nothing.
 
     Returns:
         New logits, [rows, vocab], of the input's dtype. Ids beyond the scorer's vocabulary are no
@@ -76,7 +94,7 @@ def guide_rows(
     _check_call(logits, prefixes, on_error)
     for each in distinct(configs):
         _check_supported(scorer, each)
-    if not any(map(_is_guided, configs)):
+    if observe is None and not any(map(_is_guided, configs)):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
     # A policy's vocabulary may be padded further than the scorer's: those ids are no candidates.
@@ -120,6 +138,8 @@ def guide_rows(
         if failed == masked:
             reason = failed_rows.in_words(failed, masked=masked)
         _count_failure(scorer, len(failed), reason)
+    if observe is not None:
+        observe(ObservedStep(chosen.candidates, step.scores, step.scored, step.log_ratio, guided))
     return guided
 
 
