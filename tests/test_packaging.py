@@ -76,9 +76,10 @@ def test_wheel_holds_every_source_file_and_asset_under_its_installed_name(wheel_
     ):
         for path in (ROOT / folder).rglob("*.py"):
             expected.add(prefix + path.relative_to(ROOT).as_posix())
-    for path in (ROOT / "guided_decode" / "assets").rglob("*"):
-        if path.is_file() and "__pycache__" not in path.parts:
-            expected.add(path.relative_to(ROOT).as_posix())
+    for folder in ("assets", "lab/trace/web"):
+        for path in (ROOT / "guided_decode" / folder).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                expected.add(path.relative_to(ROOT).as_posix())
     assert expected - wheel_names == set()
 
 
