@@ -14,6 +14,7 @@ from guided_decode.cli.score import score
 from guided_decode.cli.scorer import scorer
 from guided_decode.cli.search import search
 from guided_decode.cli.serve import serve
+from guided_decode.cli.trace import trace
 from guided_decode.cli.train_critic import train_critic
 from guided_decode.cli.vllm_options import PassingOn
 
@@ -28,6 +29,7 @@ app.command()(grouped(rewardbench))
 app.command()(grouped(train_critic))
 app.command()(grouped(report_card))
 app.command()(grouped(calibrate))
+app.command()(grouped(trace))
 app.command()(models)
 app.command()(plan)
 app.command()(doctor)

@@ -25,7 +25,7 @@ from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.jsonl import place, read_text
 
 MODELS, GUIDANCE = "models", "guidance"
-COMMANDS = ("generate", "search", "serve")
+COMMANDS = ("generate", "search", "serve", "trace")
 SECTIONS = (MODELS, GUIDANCE, *COMMANDS)
 
 # YAML takes no tab for a space.

@@ -67,7 +67,7 @@ def read_rollout_rows(source: Path) -> list[RolloutRow]:
     for number, line in read_lines(source):
         where = place(source, number)
         try:
-            rows.append(_row(number, where, parse(line), digest(line.decode())))
+            rows.append(rollout_row(number, where, parse(line), digest(line.decode())))
         except Refusal as error:
             raise Refusal(f"{where}: {error}") from error
     if not rows:
@@ -89,7 +89,8 @@ def _rewarded(row: RolloutRow) -> bool:
     return row.reward is not None
 
 
-def _row(number: int, where: str, given: Any, key: str) -> RolloutRow:
+def rollout_row(number: int, where: str, given: Any, key: str = "") -> RolloutRow:
+    """The line of one JSON value. Raises Refusal: it is none."""
     if not isinstance(given, dict):
         given = {"messages": given}
     prompt_ids = _token_ids(given, "prompt_ids", "prompt")

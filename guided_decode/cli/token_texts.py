@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_NEAR = 8
+
 
 def token_texts(
     tokenizer: PreTrainedTokenizerBase, ids: list[int], *, special: bool = False
@@ -28,3 +30,20 @@ def token_texts(
         pieces.append(text[len(known) :])
         begin, shown = shown, end
     return pieces
+
+
+def next_texts(
+    tokenizer: PreTrainedTokenizerBase, before: list[int], tokens: list[int]
+) -> list[str]:
+    """The text that each of several tokens would add after those before it, special ones theirs.
+
+    A token that ends inside a character has "\ufffd" there.
+    """
+    # A few tokens say how the next one is read: whether a space comes first, whose bytes it ends.
+    near = before[-_NEAR:]
+    known = str(tokenizer.decode(near)).rstrip("\ufffd")
+    texts = tokenizer.batch_decode([[*near, token] for token in tokens])
+    return [
+        text[len(known) :] if text.startswith(known) else str(tokenizer.decode([token]))
+        for token, text in zip(tokens, texts, strict=True)
+    ]
