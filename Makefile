@@ -1,6 +1,6 @@
 # Each target makes its own virtual environment if there is none; `make help` lists them.
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-smol docs serve test test-full test-hosts lint typecheck tiny-tulu tiny-tulu-lists benchmark benchmark-vllm gpu-check clean
+.PHONY: help demo demo-smol docs serve test test-full test-hosts lint typecheck tiny-tulu tiny-tulu-lists benchmark benchmark-vllm gpu-check clean trace-screenshot
 
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -124,6 +124,9 @@ gpu-check: ## every GPU test and benchmark, and a report of them in OUT_DIR (8 m
 	|| { test "$(origin PYTHON)" = file && $(MAKE) dev-env; } \
 	|| { echo "PYTHON=$(PYTHON) lacks one of $(GPU_CHECK_NEEDS): install it, or leave PYTHON out"; exit 1; }
 	@$(PYTHON) -m benchmarks.gpu_check --out $(OUT_DIR) $(PART:%=--part %)
+
+trace-screenshot: dev-env ## the README's pictures of a trace (needs Chromium: apt install chromium)
+	@$(BIN)/python -m scripts.trace_screenshot
 
 clean: ## remove caches and build output (virtual environments stay: rm -r .venv*)
 	find build -mindepth 1 -maxdepth 1 ! -name '__editable__*' -exec rm -rf {} + 2>/dev/null || true

@@ -30,7 +30,9 @@ _PIP_OPTIONS = ("-e", "--editable", "--config-settings", "editable_mode=strict")
 VENV = ".venv/bin/"
 OPTION = re.compile(r"--[a-z][\w-]*")
 # Commands that end by themselves within seconds.
-_RUN = ("generate", "models", "plan", "search")
+_RUN = ("generate", "models", "plan", "search", "trace")
+# What one writes to a file of its own choice.
+_UNWRITTEN = {"trace": ("--output", os.devnull)}
 
 
 def run_command(command: Command) -> None:
@@ -38,6 +40,7 @@ def run_command(command: Command) -> None:
     words = command.words
     is_run = command.program == "guided-decode" and set(words[:1]) & set(_RUN)
     assert is_run, f"{command} is not run here: mark its block with what it needs"
+    words += _UNWRITTEN.get(words[0], ())
     result = CliRunner().invoke(app, words, env=command.environment)
     assert result.exit_code == 0, f"{command}: {result.output}"
 

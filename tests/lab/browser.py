@@ -1,41 +1,15 @@
-"""The system's Chromium, for tests of the page; skipped with a reason where it is not there."""
+"""A page in a window of its own, for tests."""
 
 from __future__ import annotations
 
-import os
-import shutil
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests import PATIENCE
-
-_NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-
-
-@contextmanager
-def chromium():
-    """A headless browser. Skips: there is none, or no Playwright."""
-    playwright = pytest.importorskip(
-        "playwright.sync_api", reason="playwright is not installed (the extra trace-test)"
-    )
-    found = next(filter(None, map(shutil.which, _NAMES)), None)
-    if found is None:
-        pytest.skip("no Chromium on the path (Debian and Ubuntu: apt install chromium)")
-    # As root Chromium has no sandbox.
-    arguments = ["--no-sandbox"] if os.geteuid() == 0 else []
-    with playwright.sync_playwright() as started:
-        browser = started.chromium.launch(
-            executable_path=found, args=arguments, timeout=PATIENCE * 1000
-        )
-        yield browser
-        browser.close()
 
 
 class Opened:
-    """A page in a window of its own, and all that it said or asked for."""
+    """The page, and all that it said or asked for."""
 
     def __init__(self, browser: Any, file: Path, **options: Any) -> None:
         """options: of `new_context`, the width, the colour scheme, touch."""

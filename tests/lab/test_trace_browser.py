@@ -5,12 +5,16 @@ A browser takes a second a page: what a small change is unlikely to break is lef
 """
 
 import re
+from contextlib import nullcontext
 
 import pytest
 
 from guided_decode.lab.trace import TracedPrompt, page
+from scripts import trace_screenshot
+from scripts.chromium import Missing, chromium
+from tests import PATIENCE, ROOT
 from tests.lab import traces
-from tests.lab.browser import Opened, chromium
+from tests.lab.browser import Opened
 
 PHONE = {"viewport": {"width": 360, "height": 740}, "has_touch": True, "is_mobile": True}
 _DIRECTION = "(element) => getComputedStyle(element).direction"
@@ -20,8 +24,11 @@ READABLE = 4.5
 
 @pytest.fixture(scope="module")
 def browser():
-    with chromium() as found:
-        yield found
+    try:
+        with chromium(PATIENCE) as found:
+            yield found
+    except Missing as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture
@@ -387,3 +394,14 @@ def test_a_page_of_512_tokens_with_16_candidates_is_at_hand(opened):
     assert (
         frame["y"] <= token["y"] <= token["y"] + token["height"] <= frame["y"] + frame["height"] + 1
     )
+
+
+@pytest.mark.slow
+def test_the_readmes_pictures_are_made_by_the_command_that_it_names(tmp_path, browser, monkeypatch):
+    # Playwright runs once in a thread.
+    monkeypatch.setattr(trace_screenshot, "chromium", lambda: nullcontext(browser))
+    trace_screenshot.main(tmp_path)
+    for name in trace_screenshot.PICTURES.values():
+        made, kept = (folder / name for folder in (tmp_path, ROOT / "docs"))
+        assert made.read_bytes()[:8] == kept.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+        assert max(made.stat().st_size, kept.stat().st_size) < 250_000
