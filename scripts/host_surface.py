@@ -1,4 +1,4 @@
-"""Whether a release of vLLM or transformers still has what we touch of it; nothing of it is run.
+"""Whether a release of an engine still has what we touch of it; nothing of it is run.
 
     python -m scripts.host_surface                     # what is installed
     python -m scripts.host_surface vllm==0.33.0        # a release: its wheel alone is downloaded
@@ -25,6 +25,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
 
 from guided_decode.integrations.host_surface import Surface
+from guided_decode.integrations.lm_eval import surface as lm_eval
 from guided_decode.integrations.transformers import surface as transformers
 from guided_decode.integrations.vllm import surface as vllm
 from scripts.static_names import Sources
@@ -45,7 +46,7 @@ class Release:
     folder: Path
 
 
-SURFACES = (transformers.SURFACE, vllm.SURFACE)
+SURFACES = (transformers.SURFACE, vllm.SURFACE, lm_eval.SURFACE)
 
 
 def installed() -> list[Release]:
