@@ -87,9 +87,11 @@ def trace(
     sampling = Sampling(temperature, 1, max_new_tokens, seed)
     _check_output(output)
     rows = _rows(source, prompt, raw, line or (), limit)
-    if line:
-        limit = len(rows)
-    loaded = load_policy(names[0], device, dtype, trust_remote_code=reading.trust_remote_code)
+    # A head on the policy's hidden states reads them with the adapter in it.
+    own = reading.adapter if reading.head is not None and names[0] == names[1] else None
+    loaded = load_policy(
+        names[0], device, dtype, adapter=own, trust_remote_code=reading.trust_remote_code
+    )
     critic = open_scorer(
         names[1], reading, device=scorer_device or device, dtype=dtype, policy=loaded,
         remote=remote,
@@ -138,8 +140,10 @@ def _page(setup: Setup, scorer: str, rows: list[TraceRow], decoding: dict[str, i
     for row in rows:
         try:
             prompts.append(tracer.prompt(row))
-        except ValueError as error:
-            raise Refusal(f"{row.where}: {error}") from error
+        except (ValueError, Refusal) as error:
+            # What is wrong with a line says so itself.
+            where = "" if str(error).startswith(row.where) else f"{row.where}: "
+            raise Refusal(f"{where}{error}") from error
     decoded = any(not row.recorded for row in rows)
     return page(
         Trace(

@@ -105,6 +105,25 @@ def test_a_file_says_where_it_is(tmp_path):
     assert len(data_of(out.read_text())["prompts"][0]["runs"][0]["path"]) == 3
 
 
+def test_a_head_on_the_policy_and_settings_of_a_file(tmp_path):
+    settings = tmp_path / "settings.yaml"
+    settings.write_text("guidance: {beta: 3.5, top_k: 2}\ntrace: {max_new_tokens: 3}\n")
+    head = tiny_tulu.trunk_head_path("sft")
+    page = run("trace", *WORDS, "--head", head, "--config", settings, "--output", "-").stdout
+    data = data_of(page)
+    assert (data["policy"], data["scorer"]) == ("tiny-tulu-sft", "tiny-tulu-sft")
+    assert (data["guidance"]["beta"], data["guidance"]["top_k"]) == (3.5, 2)
+    assert [len(step[2]) for step in data["prompts"][0]["steps"]] == [2, 2, 2]
+
+
+def test_what_cannot_be_scored_is_refused_by_its_place(tmp_path):
+    file = tmp_path / "in.jsonl"
+    file.write_text(json.dumps({"prompt": "1+1? " * 200, "response": "2"}) + "\n")
+    said = run("trace", file, "--output", tmp_path / "x.html", code=2).stderr
+    assert re.search(r"in.jsonl, line 1: .* positions but tiny-tulu-value has 512", said)
+    assert not (tmp_path / "x.html").exists()
+
+
 @pytest.mark.parametrize(
     "words",
     [
