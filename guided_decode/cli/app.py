@@ -1,5 +1,6 @@
 """The `guided-decode` application: its commands, in the order in which help lists them."""
 
+from guided_decode.cli.ablate.command import ablate
 from guided_decode.cli.calibrate import calibrate
 from guided_decode.cli.demo import demo
 from guided_decode.cli.doctor.command import doctor
@@ -30,6 +31,7 @@ app.command()(grouped(train_critic))
 app.command()(grouped(report_card))
 app.command()(grouped(calibrate))
 app.command()(grouped(trace))
+app.command()(ablate)
 app.command()(models)
 app.command()(plan)
 app.command()(doctor)

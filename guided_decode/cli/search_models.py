@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from guided_decode.checkpoints.registry import find
 from guided_decode.cli.ahead_file import Ahead
@@ -39,6 +39,19 @@ if TYPE_CHECKING:
     from guided_decode.scorer import Scorer
     from guided_decode.search.pooling_judge import PoolingJudge
     from guided_decode.search.servers.generator import ServerGenerator
+
+
+class Identified(Protocol):
+    """What is done for each prompt, as far as lines follow from it."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Of a search's method; kl_coef alone is looked at."""
+        ...
+
+    def identity(self) -> dict[str, Any]:
+        """From what a line follows, by name."""
+        ...
 
 
 def named(
@@ -126,7 +139,10 @@ class SearchModels:
         return Policy(self.policy, None, own, None)
 
     def identity(
-        self, plan: Plan, served: Scorer | PoolingJudge | None, connected: ServerGenerator | None
+        self,
+        plan: Identified,
+        served: Scorer | PoolingJudge | None,
+        connected: ServerGenerator | None,
     ) -> str:
         """What the output's lines follow from; finds out that a model is not there."""
         settings: dict[str, Any] = {
@@ -156,7 +172,7 @@ class SearchModels:
         return identity(self.scorer, self.reading, device, self.dtype, settings)
 
     def _beside(
-        self, plan: Plan, served: Scorer | PoolingJudge | None, settings: dict[str, Any]
+        self, plan: Identified, served: Scorer | PoolingJudge | None, settings: dict[str, Any]
     ) -> dict[str, str | None]:
         """The models by role that this process loads beside a scorer that is served.
 
@@ -188,7 +204,7 @@ class SearchModels:
         judge, tell = None, None
         if self.scorer is not None:
             judge, tell = self._judges.judge(served, loaded, reading, generator.eos_token_ids)
-        ids_of = partial(_ids, loaded.tokenizer, self.text_format, self.raw)
+        ids_of = partial(policy_ids, loaded.tokenizer, self.text_format, self.raw)
         if tell is not None:
             ids_of = partial(_told, tell, ids_of)
         return SearchJob(plan, generator, judge, ids_of, run, ahead, skip)
@@ -220,7 +236,7 @@ class SearchModels:
         )  # fmt: skip
 
 
-def _ids(
+def policy_ids(
     tokenizer: PreTrainedTokenizerBase, text_format: str | None, raw: bool, messages: Messages
 ) -> list[int]:
     """The token ids that the policy continues. Raises Refusal: several messages as raw text."""

@@ -190,6 +190,11 @@ class ImplicitScorer(Closing):
         """The tuned policy's cache."""
         return self._tuned.cache
 
+    @property
+    def caches(self) -> tuple[PrefixCache, PrefixCache]:
+        """The tuned policy's cache, and the reference's."""
+        return self._tuned.cache, self._reference.cache
+
     def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
         """log π* − log π_ref of each candidate; arguments and errors as `CriticScorer.score`."""
         begun = time.perf_counter()

@@ -56,7 +56,7 @@ class Decoder:
     def _batch(
         self, prompts: Sequence[Sequence[int]], config: GuidanceConfig, *, guides: bool
     ) -> States:
-        ids, mask = _left_padded(prompts, self.generation.pad_token_id, self.policy.device)
+        ids, mask = left_padded(prompts, self.generation.pad_token_id, self.policy.device)
         recorder = Recorder(
             self.processor(config, mask), config, self.scorer.vocab_size, guides=guides
         )
@@ -72,7 +72,7 @@ class Decoder:
         return next((i + 1 for i, each in enumerate(response) if each in self.ends), len(response))
 
 
-def _left_padded(
+def left_padded(
     prompts: Sequence[Sequence[int]], pad: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
     """Token ids and attention mask, int64 [rows, width] each."""

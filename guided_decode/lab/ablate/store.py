@@ -1,0 +1,116 @@
+"""A folder of finished units: each is written whole or not at all, and by one process at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+_LOCK, _TEMPORARY = ".lock", ".tmp"
+
+
+class FolderInUse(ValueError):
+    """Another process works in the folder."""
+
+
+class Store:
+    """What was computed, by kind and key, as JSON files of a folder.
+
+    The folder is locked (fcntl.flock) from `__enter__` on, so that no two processes compute the
+    same; the system drops the lock with the process, however it ends. A file appears under its name
+    when all of it is on the disk.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._lock: int | None = None
+
+    def get(self, kind: str, key: str) -> dict[str, Any] | None:
+        """What was put; None: nothing was, or what there is was damaged."""
+        try:
+            found = json.loads(self._path(kind, key).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return None
+        whole = isinstance(found, dict) and found.get("key") == key
+        return found if whole else None
+
+    def has(self, kind: str, key: str) -> bool:
+        """Whether there is something, at no more than a look at the folder."""
+        return self._path(kind, key).exists()
+
+    def put(self, kind: str, key: str, value: dict[str, Any]) -> None:
+        """Keeps a value. Raises OSError: it cannot be written."""
+        text = json.dumps({**value, "key": key}, ensure_ascii=False, allow_nan=False)
+        write_whole(self._path(kind, key), text.encode())
+
+    def _path(self, kind: str, key: str) -> Path:
+        return self.folder / kind / f"{key}.json"
+
+    def __enter__(self) -> Store:
+        """Raises FolderInUse: another process has it. OSError: it cannot be written."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        number = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        if not _locked(number):
+            os.close(number)
+            raise FolderInUse(f"{self.folder} is being written by another process: let it end, or "
+                              "pass another folder")  # fmt: skip
+        self._lock = number
+        for half in self.folder.glob(f"**/*{_TEMPORARY}"):
+            # Of a process that was killed as it wrote.
+            half.unlink(missing_ok=True)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Writes a file in the place of the one of its name, all of it or nothing.
+
+    Raises OSError: it cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    half = path.with_name(f"{path.name}.{os.getpid()}{_TEMPORARY}")
+    try:
+        with open(half, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(half, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            half.unlink(missing_ok=True)
+        raise
+    # The name itself is the folder's, which has a place on the disk of its own.
+    with contextlib.suppress(OSError):
+        number = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(number)
+        finally:
+            os.close(number)
+
+
+def _locked(number: int) -> bool:
+    """Whether we got it, or cannot know."""
+    try:
+        from fcntl import LOCK_EX, LOCK_NB, flock
+    except ImportError:  # not a POSIX system
+        return True
+    try:
+        flock(number, LOCK_EX | LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        # A file system without locks: better no lock than no ablation.
+        return True
+    return True
