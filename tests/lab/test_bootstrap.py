@@ -70,6 +70,7 @@ def _paired(rng, n=80):
     return first.astype(float) - second, truth
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("draw", [_beta_bernoulli, _scores, _paired])
 def test_ninety_five_percent_intervals_hold_the_truth_that_often(draw):
     rng = np.random.default_rng(11)

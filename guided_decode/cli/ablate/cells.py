@@ -9,12 +9,22 @@ from typing import Any
 
 from guided_decode.checkpoints.registry import find
 from guided_decode.cli.ablate import pairs
-from guided_decode.cli.ablate.schema import Ablation, MethodEntry, Model
+from guided_decode.cli.ablate.schema import (
+    COMMON,
+    NAMES,
+    POLICY,
+    SCORER,
+    Ablation,
+    MethodEntry,
+    Model,
+    settings_of,
+)
 from guided_decode.cli.chats import format_of
 from guided_decode.cli.config_file import GUIDANCE, read_config
 from guided_decode.cli.decoding import Sampling
 from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal, one_line
+from guided_decode.cli.flags import in_flags
 from guided_decode.cli.guidance_options import GuidanceOptions
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.search_models import named
@@ -26,6 +36,9 @@ from guided_decode.lab.ablate.grid import GUIDE, PLAIN, Setting, products
 from guided_decode.search.method_table import METHODS
 
 _DEFAULT = GuidanceConfig()
+_KEYS = {
+    name: name for hints in (POLICY, SCORER, *map(settings_of, NAMES)) for name in (*hints, *COMMON)
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,9 +299,9 @@ def _line_of(entry: MethodEntry, said: str) -> int:
 
 
 def in_keys(message: str) -> str:
-    """An error of the command line in the words of the file: `top_k` for `--top-k`."""
+    """An error of the command line, or of the library, in the words of the file: `top_k 0`."""
     words = []
     for word in message.split(" "):
         mark = word.startswith("--") and word[2:3].isalpha()
         words.append(word[2:].replace("-", "_") if mark else word)
-    return " ".join(words)
+    return in_flags(" ".join(words), _KEYS)

@@ -186,7 +186,7 @@ class _Reader:
             return None
         common: dict[str, Any] = {}
         values: dict[str, Setting] = {}
-        own = schema.settings_of(method)
+        own, sound = schema.settings_of(method), True
         for key, below, at in items:
             if key in schema.COMMON and key != "max_new_tokens":
                 common[key], problem = typed(key, value_of(below), schema.COMMON[key])
@@ -195,7 +195,11 @@ class _Reader:
             else:
                 problem = unknown(key, [*schema.COMMON, *own], f"setting of {method}")
             if problem:
+                sound = False
                 self.say(at, problem)
+        if not sound:
+            # What is left of it is another method's settings.
+            return None
         return MethodEntry(
             method, common.get("name") or method, line, _labels(common, "policies"),
             _labels(common, "scorers"), values,

@@ -107,9 +107,12 @@ def _draw_curve(
     above = [row.quality.high - row.quality.mean for row, _ in points]
     hollow = bounds and not all(row.kl_exact for row, _ in points)
     name = f"{curve} (at most)" if hollow else curve
+    # A line between points that differ in several ways says nothing.
+    one_way = len(points[0][0].setting.swept) == 1
     panel.errorbar(
         x, y, yerr=[below, above], label=name.replace("$", r"\$"), color=colour, marker=marker,
         markerfacecolor="white" if hollow else colour, linewidth=1.1, markersize=5,
+        linestyle="-" if one_way else "none",
         elinewidth=0.7, capsize=2, alpha=0.9,
     )  # fmt: skip
     for row, at in points if len(points) <= _LABELLED else ():

@@ -1,0 +1,70 @@
+"""`guided-decode ablate` of a policy on servers: several units under way, the same files."""
+
+import pytest
+
+from guided_decode import tiny_tulu
+from guided_decode.search import load_generator
+from tests import PATIENCE
+from tests.cli.ablations import ablate, ablation, final_files, lines, of, refused, units, write
+from tests.search.recordings import Live
+from tests.search.servers.completion_server import Bad, CompletionServer
+
+METHODS = [{"method": "best-of-n", "n": [1, 2]}, {"method": "plain", "temperature": 0, "name": "g"}]
+
+
+@pytest.fixture(scope="module")
+def servers():
+    local = load_generator(tiny_tulu.model_path("sft"))
+    with (
+        CompletionServer(Live(local), local._tokenizer).running() as first,
+        CompletionServer(Live(local), local._tokenizer).running() as second,
+    ):
+        yield first, second
+
+
+def config(path, servers, **changed):
+    policy = {"model": "tiny-tulu-sft", "endpoint": [server.url for server in servers],
+              "endpoint_retries": 0, "endpoint_timeout": PATIENCE}  # fmt: skip
+    given = {"methods": METHODS, "block": 1, "max_new_tokens": 24, "seeds": [0], **changed}
+    return write(path, ablation(policies={"served": policy}, **given))
+
+
+def test_units_under_way_at_once_are_the_same_units(servers, tmp_path):
+    file = config(tmp_path / "small.yaml", servers)
+    ablate(file, "--output", tmp_path / "one", "--no-plots")
+    ablate(file, "--output", tmp_path / "many", "--parallel", 4, "--no-plots")
+    assert final_files(tmp_path / "one") == final_files(tmp_path / "many")
+    assert min(len(server.asked()) for server in servers) > 4
+    for line in of(tmp_path / "many", "plain"):
+        # One draw at temperature 1 is the policy itself.
+        assert (line["kl"], line["scorer"]) == (0.0, None)
+    for line in of(tmp_path / "many", "g"):
+        assert line["kl"] == -line["log_prob"]
+    assert len(lines(tmp_path / "many")) == 4 * 4
+
+
+def test_what_was_finished_stays_when_a_server_dies(servers, tmp_path):
+    file = config(tmp_path / "small.yaml", servers, methods=METHODS[:1], parallel=2)
+    first, second = servers
+    for server in servers:
+        server.asked()
+    first.behave = second.behave = lambda number, body: (
+        Bad(status=400, text="gone") if number > 4 else None
+    )
+    first.restart() if hasattr(first, "restart") else None
+    said = refused(file, "--output", tmp_path / "out", "--no-plots")
+    assert "gone" in said
+    before = units(tmp_path / "out")
+    first.behave = second.behave = lambda number, body: None
+    ablate(file, "--output", tmp_path / "out", "--no-plots")
+    assert before.items() <= units(tmp_path / "out").items()
+    assert len(lines(tmp_path / "out")) == 4 * 3
+
+
+def test_a_dry_run_asks_no_server(tmp_path, servers):
+    for server in servers:
+        server.asked()
+    file = config(tmp_path / "small.yaml", servers)
+    plan = ablate(file, "--dry-run", "--output", tmp_path / "out").stdout
+    assert "4 settings, 4 prompts, 16 units of at most 1 prompts; nothing was run" in plan
+    assert not any(server.asked() for server in servers)
