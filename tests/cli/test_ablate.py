@@ -100,7 +100,9 @@ def test_a_search_is_the_one_of_search(done, tmp_path, name):
         assert line["log_prob"] == pytest.approx(best["log_prob"], abs=1e-4)
         assert line["ended"] == best["ended"]
         del theirs["cost"]["seconds"]
+        prompt = line["cost"].pop("prompt_tokens")
         assert line["cost"] == theirs["cost"]
+        assert prompt in range(18, 24)
 
 
 def test_what_a_method_is_from_the_policy_is_known_or_bounded(done):
@@ -146,7 +148,10 @@ def test_figures_are_those_of_the_responses(done):
         assert row["quality_low"] == pytest.approx(interval.low, abs=1e-6)
         assert row["quality_high"] == pytest.approx(interval.high, abs=1e-6)
         costs = [line["cost"]["policy_tokens"] + line["cost"]["scorer_tokens"] for line in own]
-        assert row["total_tokens"] == pytest.approx(fmean(costs), abs=1e-5)
+        assert row["forwarded_tokens"] == pytest.approx(fmean(costs), abs=1e-5)
+        drawn = [line["cost"]["prompt_tokens"] + line["cost"]["generated_tokens"]
+                 + line["cost"]["scorer_tokens"] for line in own]  # fmt: skip
+        assert row["drawn_tokens"] == pytest.approx(fmean(drawn), abs=1e-5)
         if row["name"] == "plain":
             assert row["over_plain"] is None
             continue

@@ -42,6 +42,7 @@ policies:
 scorers:
   critic: tiny-tulu-value
 colour: green
+counting: all
 methods:
   - method: guide
     beta: [1, many]
@@ -58,9 +59,10 @@ methods:
         "9: sft: tiny-tulu-stf: unknown model (did you mean tiny-tulu-sft?)",
         "11: ppo: dtype float12: expected one of auto, float32",
         "16: colour: no such key",
-        "19: beta: 'many': expected a number",
-        "21: m: no such setting of best-of-n",
-        "22: best-of-m: no such method (did you mean best-of-n?)",
+        "17: all: no such counting; expected one of forwarded, drawn",
+        "20: beta: 'many': expected a number",
+        "22: m: no such setting of best-of-n",
+        "23: best-of-m: no such method (did you mean best-of-n?)",
     ]
     assert len(said) == len(expected), said
     for one, start in zip(said, expected, strict=True):
@@ -170,6 +172,18 @@ PAIRS = {
     "what is no key of a scorer": (
         {"scorers": {"critic": {"model": "tiny-tulu-value", "kindd": "ppo-critic"}}},
         "kindd: no such key of scorer (did you mean kind?)",
+    ),
+    "a kind that there is not": (
+        {"scorers": {"critic": {"model": "tiny-tulu-value", "kind": "ppo"}}},
+        "critic: kind 'ppo': expected one of ppo-critic",
+    ),
+    "a transform that there is not": (
+        {"scorers": {"critic": {"model": "tiny-tulu-value", "transform": "softmin"}}},
+        "critic: transform 'softmin': expected one of identity",
+    ),
+    "an implicit reward without a reference": (
+        {"scorers": {"critic": {"model": "tiny-tulu-sft", "kind": "implicit"}}},
+        "critic: kind implicit needs reference, the model that the scorer was tuned from",
     ),
     "an option of servers": (
         {"policies": {"sft": {"model": "tiny-tulu-sft", "served_model": "x"}}},

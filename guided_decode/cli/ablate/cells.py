@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -293,9 +294,9 @@ def _draws(plan: Plan | TokenPlan) -> bool:
 
 def _line_of(entry: MethodEntry, said: str) -> int:
     """The line of the setting that an error speaks of, else the entry's."""
-    at = {name: said.find(f"{name}") for name in entry.values}
-    spoken = [(place, -len(name), name) for name, place in at.items() if place >= 0]
-    return entry.values[min(spoken)[2]].line if spoken else entry.line
+    found = {name: re.search(rf"(?<![\w-]){name}(?![\w-])", said) for name in entry.values}
+    spoken = [(match.start(), name) for name, match in found.items() if match is not None]
+    return entry.values[min(spoken)[1]].line if spoken else entry.line
 
 
 def in_keys(message: str) -> str:

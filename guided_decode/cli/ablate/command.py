@@ -154,11 +154,11 @@ def _run(run: Run, config: Path, plots: bool) -> None:
         for group in run.groups:
             group.connect()
         run.find()
-        bar, finished = progress(run)
+        bar, finished, rewarded = progress(run)
         with bar:
             try:
                 run.decode(finished)
-                run.judge(lambda task: None)
+                run.judge(rewarded)
             except KeyboardInterrupt:
                 bar.stop()
                 _say_interrupted(run)

@@ -61,6 +61,10 @@ methods:
     n: [2, 4]
     # max_policy_tokens: [200, 400]   # budgets of one prompt, and max_scorer_tokens, max_seconds
 
+# Tokens that equal cost and the plot of tokens count: forwarded, where draws share what they have
+# in common, as in this package's generator; or drawn, where they share their prompt alone.
+counting: forwarded
+
 # Methods at the same tokens of policy and scorer, in multiples of plain's; each method's settings
 # are chosen on one half of the prompts and counted on the other.
 equal_cost:

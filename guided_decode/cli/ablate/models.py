@@ -212,6 +212,7 @@ class TokenAnswers:
                 "policy_tokens": len(prompt) + len(each.tokens),
                 "scorer_tokens": share,
                 "generated_tokens": len(each.tokens),
+                "prompt_tokens": len(prompt),
                 "calls": None,
             }
             for text, each, prompt in zip(texts, block.responses, prompts, strict=True)
@@ -244,9 +245,12 @@ class SearchAnswers:
         begun = time.perf_counter()
         lines = [line for part in job.lines(list(rows)) for line in part]
         seconds = time.perf_counter() - begun
-        return {"seconds": seconds, "answers": [self._answer(cell, line) for line in lines]}
+        lengths = [len(job.ids_of(row.messages)) for row in rows]
+        return {"seconds": seconds, "answers": [
+            self._answer(cell, line, length) for line, length in zip(lines, lengths, strict=True)
+        ]}  # fmt: skip
 
-    def _answer(self, cell: Cell, line: dict[str, Any]) -> dict[str, Any]:
+    def _answer(self, cell: Cell, line: dict[str, Any], prompt_tokens: int) -> dict[str, Any]:
         assert isinstance(cell.plan, Plan)
         chosen = line["chosen"]
         best = {} if chosen is None else line["candidates"][chosen]
@@ -269,6 +273,7 @@ class SearchAnswers:
             "policy_tokens": line["cost"]["policy_tokens"],
             "scorer_tokens": line["cost"]["scorer_tokens"],
             "generated_tokens": line["cost"]["generated_tokens"],
+            "prompt_tokens": prompt_tokens,
             "calls": line["cost"]["calls"],
         }
 

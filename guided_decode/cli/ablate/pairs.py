@@ -47,6 +47,23 @@ def check_scorer(scorer: Model) -> None:
     for name in (reading.reward, reading.reference, reading.head):
         if name is not None and not on_a_server(name):
             _exists(name)
+    _check_reading(scorer, reading)
+
+
+def _check_reading(scorer: Model, reading: ScorerOptions) -> None:
+    """Raises ValueError or Refusal: what needs no weights to be refused."""
+    from guided_decode.checkpoints.families import find_family
+    from guided_decode.scoring.transforms import parse_transform
+
+    kind = reading.given().get("kind")
+    if kind is not None and not on_a_server(scorer.model):
+        find_family(kind)
+    if reading.transform is not None:
+        parse_transform(reading.transform)
+    record = None if on_a_server(scorer.model) else find(scorer.model)
+    known = None if record is None else record.reference
+    if kind == "implicit" and reading.reference is None and known is None:
+        raise Refusal("kind implicit needs reference, the model that the scorer was tuned from")
 
 
 def check_searched(policy: Model, scorer: Model, plan: Plan) -> None:

@@ -18,6 +18,7 @@ from guided_decode.cli.ablate.schema import (
 from guided_decode.cli.ablate.values import typed
 from guided_decode.cli.config_file import Setting, unknown
 from guided_decode.cli.yaml_lines import Problems, items_of, kind_of, read_mapping, value_of
+from guided_decode.lab.ablate.outcomes import COUNTINGS
 
 _EXPECTED = f"an ablation, with {', '.join(schema.TOP)} (guided-decode ablate --init shows one)"
 
@@ -62,13 +63,15 @@ class _Reader:
         self.problems.append((line, problem))
 
     def _plain(self, found: Ablation, name: str, node: Any, line: int) -> None:
-        hints = {"output": str, "seeds": list[int], "block": int, "parallel": int,
+        hints = {"output": str, "counting": str, "seeds": list[int], "block": int, "parallel": int,
                  "max_new_tokens": int}  # fmt: skip
         value, problem = typed(name, value_of(node), hints[name])
         if not problem and name == "seeds":
             problem = "" if value and len(set(value)) == len(value) else (
                 f"seeds: {value}: expected different integers, at least one"
             )  # fmt: skip
+        elif not problem and name == "counting":
+            problem = "" if value in COUNTINGS else unknown(str(value), COUNTINGS, "counting")
         elif not problem and name != "output" and not (value is not None and value >= 1):
             problem = f"{name}: {value}: expected an integer of at least 1"
         if problem:

@@ -29,9 +29,11 @@ def write_report(run: Run, config: Path, *, plots: bool) -> None:
     """Writes the files, each whole or not at all, and prints the table. Raises OSError."""
     outcomes, folder = run.outcomes(), run.store.folder
     figures = summarise(outcomes)
-    at_cost = at_equal_cost(outcomes, run.ablation.budgets, run.ablation.against)
+    at_cost = at_equal_cost(
+        outcomes, run.ablation.budgets, run.ablation.against, run.ablation.counting
+    )
     seconds = [each.seconds_per_answer for each in outcomes]
-    pictures = _pictures(figures, seconds, _quality(run)) if plots else {}
+    pictures = _pictures(figures, seconds, run) if plots else {}
     prompts = [_prompt(row) for row in run.rows]
     rows = tables.rows_of(figures)
     about = _about(run)
@@ -49,7 +51,7 @@ def write_report(run: Run, config: Path, *, plots: bool) -> None:
     for name, content in files.items():
         write_whole(folder / name, content)
     out = console(at_least=_COLUMNS)
-    out.print(_table(figures, seconds))
+    out.print(_table(figures, seconds, run.ablation.counting))
 
 
 def _prompt(row: Any) -> dict[str, Any]:
@@ -70,6 +72,7 @@ def _about(run: Run) -> dict[str, Any]:
         "prompts": len(run.rows),
         "seeds": list(run.ablation.seeds),
         "max_new_tokens": run.ablation.max_new_tokens,
+        "counting": run.ablation.counting,
         "reward": {"kind": reward.kind, **reward.given},
         "policies": {label: model.model for label, model in run.ablation.policies.items()},
         "scorers": {label: model.model for label, model in run.ablation.scorers.items()},
@@ -87,7 +90,7 @@ def _page(
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     said = [
         f"`guided-decode ablate {config.name}` · {about['prompts']} prompts · seeds {seeds} · "
-        f"reward {about['reward']['kind']} · {versions}",
+        f"reward {about['reward']['kind']} · tokens {about['counting']} · {versions}",
         "",
         "Every response with its costs is in responses.jsonl, every figure in summary.json and "
         "settings.csv. Seconds are the clock's: clock.csv and the plot of seconds alone have them.",
@@ -96,13 +99,15 @@ def _page(
     return tables.page(f"Ablation {config.stem}", said, figures, at_cost, shown)
 
 
-def _pictures(
-    figures: Sequence[Figures], seconds: Sequence[float], quality: str
-) -> dict[str, bytes]:
+def _pictures(figures: Sequence[Figures], seconds: Sequence[float], run: Run) -> dict[str, bytes]:
+    counting, quality = run.ablation.counting, _quality(run)
     clock = {id(row): each for row, each in zip(figures, seconds, strict=True)}
     axes: dict[str, tuple[Callable[[Figures], float | None], str]] = {
         "kl": (lambda row: row.kl, "KL of a response from the policy, nats"),
-        "tokens": (lambda row: row.total_tokens, "tokens of policy and scorer for an answer"),
+        "tokens": (
+            lambda row: row.total_tokens(counting),
+            f"tokens of policy and scorer for an answer, {counting}",
+        ),
         "seconds": (lambda row: clock[id(row)], "seconds for an answer"),
     }
     return {
@@ -128,7 +133,7 @@ def _clock(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     ]
 
 
-def _table(figures: Sequence[Figures], seconds: Sequence[float]) -> Table:
+def _table(figures: Sequence[Figures], seconds: Sequence[float], counting: str) -> Table:
     result = Table(
         box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0), header_style="bold"
     )
@@ -139,11 +144,11 @@ def _table(figures: Sequence[Figures], seconds: Sequence[float]) -> Table:
         result.add_row(Text(policy, style="bold"))
         for row, clock in zip(figures, seconds, strict=True):
             if row.setting.policy == policy:
-                result.add_row(*_cells(row, clock))
+                result.add_row(*_cells(row, clock, counting))
     return result
 
 
-def _cells(row: Figures, seconds: float) -> list[str | Text]:
+def _cells(row: Figures, seconds: float, counting: str) -> list[str | Text]:
     over = row.over_plain
     gained, p = ("", "") if over is None else (
         f"{over.difference.mean:+.3f}",
@@ -156,6 +161,6 @@ def _cells(row: Figures, seconds: float) -> list[str | Text]:
         gained,
         p,
         tables.divergence(row),
-        f"{row.total_tokens:.0f}",
+        f"{row.total_tokens(counting):.0f}",
         f"{seconds:.3f}",
     ]

@@ -190,8 +190,9 @@ def cell_cost(cell: Cell, prompt_tokens: float) -> tuple[float, float]:
     )  # fmt: skip
 
 
-def progress(run: Run) -> tuple[Progress, Callable[[Task], None]]:
-    """A bar on stderr with the time that is left, and what tells it of a finished unit."""
+def progress(run: Run) -> tuple[Progress, Callable[[Task], None], Callable[[Task], None]]:
+    """A bar on stderr with the time that is left, and what tells it of a unit that was decoded, and
+    of one that was judged."""
     console = Console(stderr=True)
     columns = (TextColumn("ablating"), BarColumn(), TextColumn("{task.description}"),
                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())  # fmt: skip
@@ -212,4 +213,10 @@ def progress(run: Run) -> tuple[Progress, Callable[[Task], None]]:
             line, advance=run.cost(task), description=f"{said()} · {task.cell.setting.label}"
         )
 
-    return bar, finished
+    judged = [0]
+
+    def rewarded(task: Task) -> None:
+        judged[0] += 1
+        bar.update(line, description=f"{judged[0]} of {len(every)} units judged")
+
+    return bar, finished, rewarded

@@ -15,6 +15,7 @@ from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.remote_options import RemoteOptions
 from guided_decode.cli.search_options import BudgetOptions, MethodOptions
 from guided_decode.lab.ablate.grid import GUIDE, PLAIN
+from guided_decode.lab.ablate.outcomes import COUNTINGS
 from guided_decode.search.method_table import METHODS
 
 REWARDS = ("exact", "regex", "numeric", "math-verify", "function", "model")
@@ -74,7 +75,7 @@ _GUIDED: Hints = {
     "reference": str,
 }
 TOP = ("prompts", "output", "seeds", "block", "parallel", "max_new_tokens", "reward", "policies",
-       "scorers", "methods", "equal_cost")  # fmt: skip
+       "scorers", "methods", "equal_cost", "counting")  # fmt: skip
 NAMES = (PLAIN, GUIDE, *METHODS)
 
 
@@ -160,3 +161,4 @@ class Ablation:
     methods: list[MethodEntry] = field(default_factory=list)
     budgets: tuple[float, ...] = ()
     against: str = "best-of-n"
+    counting: str = COUNTINGS[0]

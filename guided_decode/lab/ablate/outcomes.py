@@ -13,6 +13,8 @@ import numpy.typing as npt
 from guided_decode.lab.ablate.grid import Setting
 
 Floats = npt.NDArray[np.float64]
+# Which of the policy's tokens are counted: see `Answer`.
+COUNTINGS = ("forwarded", "drawn")
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,13 +38,19 @@ class Answer:
     policy_tokens: int
     scorer_tokens: float
     generated_tokens: int
+    prompt_tokens: int
     calls: int | None
     reward: float = 0.0
 
     @property
-    def total_tokens(self) -> float:
-        """Of policy and scorer."""
+    def forwarded_tokens(self) -> float:
+        """Of policy and scorer, where what draws have in common is forwarded once."""
         return self.policy_tokens + self.scorer_tokens
+
+    @property
+    def drawn_tokens(self) -> float:
+        """Of policy and scorer, where draws share their prompt alone, as in most engines."""
+        return self.prompt_tokens + self.generated_tokens + self.scorer_tokens
 
     @property
     def finished(self) -> bool:
@@ -68,11 +76,14 @@ class Outcome:
         """Of each prompt, the mean over the seeds, float64 [prompts]."""
         return self._by_prompt([[each.reward for each in own] for own in self.by_seed.values()])
 
-    @property
-    def total_tokens(self) -> Floats:
-        """Of policy and scorer, of each prompt, the mean over the seeds, float64 [prompts]."""
+    def total_tokens(self, counting: str) -> Floats:
+        """Of policy and scorer, of each prompt, the mean over the seeds, float64 [prompts].
+
+        counting: of `COUNTINGS`.
+        """
+        name = f"{counting}_tokens"
         return self._by_prompt([
-            [each.total_tokens for each in own] for own in self.by_seed.values()
+            [getattr(each, name) for each in own] for own in self.by_seed.values()
         ])  # fmt: skip
 
     def mean(self, name: str) -> float:

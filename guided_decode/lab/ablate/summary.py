@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -45,14 +46,15 @@ class Figures:
     policy_tokens: float
     scorer_tokens: float
     generated_tokens: float
+    forwarded_tokens: float
+    drawn_tokens: float
     length: float
     finished: float
     over_plain: Comparison | None
 
-    @property
-    def total_tokens(self) -> float:
-        """Of policy and scorer."""
-        return self.policy_tokens + self.scorer_tokens
+    def total_tokens(self, counting: str) -> float:
+        """Of policy and scorer, as of `outcomes.COUNTINGS`."""
+        return self.drawn_tokens if counting == "drawn" else self.forwarded_tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +93,8 @@ def _figures(outcome: Outcome, plain: Outcome) -> Figures:
         policy_tokens=outcome.mean("policy_tokens"),
         scorer_tokens=outcome.mean("scorer_tokens"),
         generated_tokens=outcome.mean("generated_tokens"),
+        forwarded_tokens=outcome.mean("forwarded_tokens"),
+        drawn_tokens=outcome.mean("drawn_tokens"),
         length=outcome.mean("tokens"),
         finished=outcome.mean("finished"),
         over_plain=None if outcome is plain else _compared(outcome.rewards, plain.rewards),
@@ -114,7 +118,7 @@ def _corrected(rows: list[Figures]) -> list[Figures]:
 
 
 def at_equal_cost(
-    outcomes: Sequence[Outcome], budgets: Sequence[float], against: str
+    outcomes: Sequence[Outcome], budgets: Sequence[float], against: str, counting: str
 ) -> list[AtCost]:
     """Every method at every budget, with the best of its settings that fit.
 
@@ -123,13 +127,14 @@ def at_equal_cost(
     multiple of the plain policy's total tokens; 5% more fit.
 
     against: the method that others are compared with; plain where it has no setting that fits.
+    counting: of `outcomes.COUNTINGS`.
     """
     rows: list[AtCost] = []
     for policy in dict.fromkeys(each.setting.policy for each in outcomes):
         own = [each for each in outcomes if each.setting.policy == policy]
         if len(own[0].rewards) >= 2:
             for budget in budgets:
-                rows += _at_budget(own, policy, budget, against)
+                rows += _at_budget(own, policy, budget, against, counting)
     p_holm = iter(holm([each.over.p for each in rows if each.over is not None]))
     return [
         row if row.over is None else replace(row, over=replace(row.over, p_holm=next(p_holm)))
@@ -137,17 +142,20 @@ def at_equal_cost(
     ]
 
 
-def _at_budget(own: list[Outcome], policy: str, budget: float, against: str) -> list[AtCost]:
+def _at_budget(
+    own: list[Outcome], policy: str, budget: float, against: str, counting: str
+) -> list[AtCost]:
     plain = next(each for each in own if each.setting.is_plain)
-    limit = budget * (1 + TOLERANCE) * float(plain.total_tokens.mean())
+    limit = budget * (1 + TOLERANCE) * float(plain.total_tokens(counting).mean())
     halves = np.arange(len(plain.rewards)) % 2 == 0
     chosen: dict[str, list[Outcome]] = {}
     for curve in dict.fromkeys(each.setting.curve for each in own):
         siblings = [each for each in own if each.setting.curve == curve]
         # Chosen on one half, for the other.
-        best = [_best(siblings, part, limit) for part in (~halves, halves)]
+        best = [_best(siblings, part, limit, counting) for part in (~halves, halves)]
         if None not in best:
             chosen[curve] = [each for each in best if each is not None]
+    tokens = partial(Outcome.total_tokens, counting=counting)
     rewards = {curve: _joined(pair, halves, _rewards) for curve, pair in chosen.items()}
     name = next((c for c in chosen if c == against or c.startswith(f"{against}, ")), None)
     name = plain.setting.curve if name is None else name
@@ -155,7 +163,7 @@ def _at_budget(own: list[Outcome], policy: str, budget: float, against: str) -> 
     return [
         AtCost(
             policy, budget, curve, tuple(dict.fromkeys(each.setting.values for each in pair)),
-            bootstrap_of_rewards(rewards[curve]), float(_joined(pair, halves, _tokens).mean()),
+            bootstrap_of_rewards(rewards[curve]), float(_joined(pair, halves, tokens).mean()),
             name, None if curve == name else _compared(rewards[curve], reference),
         )
         for curve, pair in chosen.items()
@@ -166,15 +174,14 @@ def _rewards(outcome: Outcome) -> Floats:
     return outcome.rewards
 
 
-def _tokens(outcome: Outcome) -> Floats:
-    return outcome.total_tokens
-
-
-def _best(siblings: list[Outcome], part: Floats, limit: float) -> Outcome | None:
+def _best(siblings: list[Outcome], part: Floats, limit: float, counting: str) -> Outcome | None:
     """The best of those that fit, on a part of the prompts; of equals the cheapest."""
-    fitting = [each for each in siblings if each.total_tokens[part].mean() <= limit]
-    merit = lambda each: (each.rewards[part].mean(), -each.total_tokens[part].mean())  # noqa: E731
-    return max(fitting, key=merit, default=None)
+    merits = [
+        (float(each.rewards[part].mean()), -float(each.total_tokens(counting)[part].mean()), i)
+        for i, each in enumerate(siblings)
+    ]
+    fitting = [each for each in merits if -each[1] <= limit]
+    return siblings[max(fitting, key=lambda merit: merit[:2])[2]] if fitting else None
 
 
 def _joined(pair: list[Outcome], halves: Floats, read: Callable[[Outcome], Floats]) -> Floats:

@@ -68,6 +68,7 @@ def _of(answer: Answer) -> dict[str, Any]:
             "policy_tokens": answer.policy_tokens,
             "scorer_tokens": answer.scorer_tokens,
             "generated_tokens": answer.generated_tokens,
+            "prompt_tokens": answer.prompt_tokens,
             "calls": answer.calls,
         },
     }
@@ -95,7 +96,8 @@ def _row(each: Figures) -> dict[str, Any]:
         "kl_is": None if each.kl is None else "exact" if each.kl_exact else "at most",
         "policy_tokens": each.policy_tokens,
         "scorer_tokens": each.scorer_tokens,
-        "total_tokens": each.total_tokens,
+        "forwarded_tokens": each.forwarded_tokens,
+        "drawn_tokens": each.drawn_tokens,
         "generated_tokens": each.generated_tokens,
         "length": each.length,
         "finished": each.finished,

@@ -16,7 +16,7 @@ from guided_decode.search import METHODS
 
 
 def answer(reward, tokens=100, kl=None, bound=None, log_prob=None):
-    return Answer("text", 10, "eos", None, log_prob, kl, bound, tokens, 0.0, 10, None, reward)
+    return Answer("text", 10, "eos", None, log_prob, kl, bound, tokens, 0.0, 40, 5, None, reward)
 
 
 def outcome(name, by_seed, **given):
@@ -66,7 +66,7 @@ def test_settings_are_chosen_on_the_other_half():
     dear = outcome("best-of-n", [[(0, 180), (0.9, 180), (0, 180), (0.9, 180)]], n=4)
     huge = outcome("best-of-n", [[(1, 900)] * 4], n=64)
     plain = outcome("plain", [[(0, 100), (1, 100), (0, 100), (0, 100)]])
-    rows = at_equal_cost([plain, cheap, dear, huge], [2, 10], "best-of-n")
+    rows = at_equal_cost([plain, cheap, dear, huge], [2, 10], "best-of-n", "forwarded")
     assert [(row.budget, row.curve, row.quality.mean) for row in rows] == [
         (2, "plain", 0.25), (2, "best-of-n, v", 0.0), (10, "plain", 0.25), (10, "best-of-n, v", 1.0)
     ]  # fmt: skip
@@ -78,8 +78,17 @@ def test_settings_are_chosen_on_the_other_half():
 
 def test_a_budget_that_nothing_fits_has_plain_alone():
     dear = outcome("best-of-n", [[(1, 300)] * 6], n=4)
-    (row,) = at_equal_cost([PLAIN_ONE, dear], [2], "best-of-n")
+    (row,) = at_equal_cost([PLAIN_ONE, dear], [2], "best-of-n", "forwarded")
     assert (row.curve, row.against, row.over) == ("plain", "plain", None)
+
+
+def test_drawn_tokens_are_the_prompt_and_each_draw():
+    # Forwarded three times plain's, drawn as many: 40 and a prompt of 5.
+    dear = outcome("best-of-n", [[(1, 300)] * 6], n=4)
+    rows = at_equal_cost([PLAIN_ONE, dear], [2], "best-of-n", "drawn")
+    assert [(row.curve, row.total_tokens) for row in rows] == [("plain", 45), ("best-of-n, v", 45)]
+    (figures,) = summarise([outcome("plain", [[(1, 300)]])])
+    assert (figures.total_tokens("forwarded"), figures.total_tokens("drawn")) == (300, 45)
 
 
 def test_the_front_has_what_nothing_beats():
