@@ -2,12 +2,13 @@
 
 import pytest
 
-from guided_decode import tiny_tulu
+from guided_decode import load_scorer, tiny_tulu
 from guided_decode.search import load_generator
 from tests import PATIENCE
 from tests.cli.ablations import ablate, ablation, final_files, lines, of, refused, units, write
 from tests.search.recordings import Live
 from tests.search.servers.completion_server import Bad, CompletionServer
+from tests.serving.served import served
 
 METHODS = [{"method": "best-of-n", "n": [1, 2]}, {"method": "plain", "temperature": 0, "name": "g"}]
 
@@ -68,3 +69,23 @@ def test_a_dry_run_asks_no_server(tmp_path, servers):
     plan = ablate(file, "--dry-run", "--output", tmp_path / "out").stdout
     assert "4 settings, 4 prompts, 16 units of at most 1 prompts; nothing was run" in plan
     assert not any(server.asked() for server in servers)
+
+
+def test_a_scorer_server_guides_to_the_same_responses(tmp_path):
+    critic = load_scorer("tiny-tulu-value", policy_tokenizer=tiny_tulu.model_path("sft"))
+    with served(critic) as server:
+        methods = [{"method": "guide", "beta": 10, "top_k": 4}, {"method": "best-of-n", "n": 2}]
+        both = {"here": "tiny-tulu-value", "there": {"model": server.address}}
+        given = ablation(methods=methods, scorers=both, seeds=[0], max_new_tokens=20)
+        file = write(tmp_path / "small.yaml", given)
+        ablate(file, "--output", tmp_path / "out", "--no-plots")
+    found = lines(tmp_path / "out")
+    for name in ("guide", "best-of-n"):
+        here, there = (
+            [line for line in found if line["name"] == name and line["scorer"] == scorer]
+            for scorer in ("here", "there")
+        )
+        assert [line["response"] for line in here] == [line["response"] for line in there]
+        assert len(here) == 4
+        # What was sent counts, where the server may have had it.
+        assert all(line["cost"]["scorer_tokens"] > 0 for line in there)
