@@ -315,3 +315,11 @@ def test_a_calibrations_beta_is_taken_where_the_file_says_none(tmp_path):
     # Four candidates of each of 56 tokens, on 4 prompts with 2 seeds, after prompts of about 20.
     read = int(plan.split("gate 0.8)")[1].split()[2].replace(",", ""))
     assert read // 8 in range(56 * 4 + 18, 56 * 4 + 24)
+
+
+def test_a_policy_that_ends_at_strings_is_guided_by_searches_alone(tmp_path):
+    orz = "Open-Reasoner-Zero/Open-Reasoner-Zero-7B"
+    given = ablation(policies={"orz": orz}, methods=[{"method": "guide"}, {"method": "vote"}])
+    (said,) = said_of(tmp_path, yaml.safe_dump(given, sort_keys=False))
+    assert "guide: orz ends its responses at 'User:' or" in said
+    assert "which guide does not see: give this method other policies" in said

@@ -224,9 +224,10 @@ class _Maker:
         Sampling(temperature, 1, longest)
         engine = policy.group(EngineOptions)
         if entry.method == PLAIN:
-            if engine.on_servers or engine.on_vllm:
-                return self._plain_elsewhere(temperature, longest), reading
-            pairs.refuse_stop_strings(policy)
+            record = find(policy.model)
+            at_strings = record is not None and bool(record.stop)
+            if engine.on_servers or engine.on_vllm or at_strings:
+                return self._one_draw(temperature, longest).ending(record), reading
             return TokenPlan(None, temperature, longest), reading
         options = _guidance(given)
         reading = options.reading(reading)
@@ -235,8 +236,8 @@ class _Maker:
         pairs.check_guided(policy, scorer, reading, config)
         return TokenPlan(config, temperature, longest), reading
 
-    def _plain_elsewhere(self, temperature: float, longest: int) -> Plan:
-        """Plain decoding as a search that draws one response, which every engine has."""
+    def _one_draw(self, temperature: float, longest: int) -> Plan:
+        """Plain decoding as a search, which every engine has, and which sees strings."""
         one = MethodOptions(n=1, temperature=temperature)
         return read_plan("vote", one, None, longest, BudgetOptions(), 0)
 

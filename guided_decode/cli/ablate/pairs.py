@@ -100,17 +100,16 @@ def check_guided(
     if config.kl_coef and reading.reference is None:
         raise Refusal(f"kl_coef {config.kl_coef:g} needs reference, the model that the policy was "
                       "tuned from")  # fmt: skip
-    refuse_stop_strings(policy)
+    _refuse_stop_strings(policy)
     check_token_ids(policy, scorer)
 
 
-def refuse_stop_strings(policy: Model) -> None:
+def _refuse_stop_strings(policy: Model) -> None:
     """Raises Refusal: the policy's responses end at strings, which single tokens do not show."""
     record = find(policy.model)
     if record is not None and record.stop:
         raise Refusal(f"{policy.label} ends its responses at {' or '.join(map(repr, record.stop))},"
-                      " which plain and guide in this process do not see: decode it on servers, or "
-                      "by searches alone")  # fmt: skip
+                      " which guide does not see: give this method other policies")  # fmt: skip
 
 
 def check_token_ids(policy: Model, scorer: Model) -> None:
