@@ -103,8 +103,9 @@ def _draw_curve(
 ) -> None:  # fmt: skip
     colour, marker = style
     x, y = [at for _, at in points], [row.quality.mean for row, _ in points]
-    below = [row.quality.mean - row.quality.low for row, _ in points]
-    above = [row.quality.high - row.quality.mean for row, _ in points]
+    # Where nearly all is right, an end may be the mean itself, up to its last digit.
+    below = [max(0.0, row.quality.mean - row.quality.low) for row, _ in points]
+    above = [max(0.0, row.quality.high - row.quality.mean) for row, _ in points]
     hollow = bounds and not all(row.kl_exact for row, _ in points)
     name = f"{curve} (at most)" if hollow else curve
     # A line between points that differ in several ways says nothing.
