@@ -4,28 +4,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from guided_decode.checkpoints.registry import find
 from guided_decode.cli.ablate import pairs
+from guided_decode.cli.ablate.cell import Cell, TokenPlan
 from guided_decode.cli.ablate.schema import (
-    COMMON,
-    NAMES,
-    POLICY,
-    SCORER,
     Ablation,
     MethodEntry,
     Model,
-    settings_of,
 )
+from guided_decode.cli.ablate.words import in_keys
 from guided_decode.cli.chats import format_of
 from guided_decode.cli.config_file import GUIDANCE, read_config
 from guided_decode.cli.decoding import Sampling
 from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal, one_line
-from guided_decode.cli.flags import in_flags
 from guided_decode.cli.guidance_options import GuidanceOptions
 from guided_decode.cli.model_options import ScorerOptions
 from guided_decode.cli.search_models import named
@@ -37,65 +33,6 @@ from guided_decode.lab.ablate.grid import GUIDE, PLAIN, Setting, products
 from guided_decode.search.method_table import METHODS
 
 _DEFAULT = GuidanceConfig()
-_KEYS = {
-    name: name for hints in (POLICY, SCORER, *map(settings_of, NAMES)) for name in (*hints, *COMMON)
-}
-
-
-@dataclass(frozen=True, slots=True)
-class TokenPlan:
-    """Decoding of single tokens: by itself (no config), or guided."""
-
-    config: GuidanceConfig | None
-    temperature: float
-    max_tokens: int
-    seed: int = 0
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """Of a search, which it is not: its KL term, if it has one, is the scorer's."""
-        return {}
-
-    def identity(self) -> dict[str, Any]:
-        """From what a response follows, by name."""
-        return {
-            "method": PLAIN if self.config is None else GUIDE,
-            "guidance": None
-            if self.config is None
-            else sorted(asdict(self.config).items(), key=str),
-            "temperature": self.temperature,
-            "max_tokens": self.max_tokens,
-            "seed": self.seed,
-        }
-
-
-@dataclass(frozen=True, slots=True)
-class Cell:
-    """A setting with what answers it. reading: of the scorer, as this method needs it.
-
-    text_format: of prompts, as `chats.prompt_ids`.
-    """
-
-    setting: Setting
-    plan: Plan | TokenPlan
-    policy: Model
-    scorer: Model | None
-    reading: ScorerOptions
-    text_format: str | None
-
-    @property
-    def group(self) -> tuple[Any, ...]:
-        """Cells with an equal one share loaded models."""
-        label = None if self.scorer is None else self.scorer.label
-        return (self.policy.label, label, self.reading, isinstance(self.plan, TokenPlan))
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        """All settings that matter for what it costs and how far it goes."""
-        if isinstance(self.plan, TokenPlan):
-            return {} if self.plan.config is None else asdict(self.plan.config)
-        budget = {f"max_{name}": value for name, value in asdict(self.plan.budget).items()}
-        return {**self.plan.method.checked(self.plan.settings), **budget}
 
 
 def cells_of(ablation: Ablation, problems: Problems) -> list[Cell]:
@@ -298,12 +235,3 @@ def _line_of(entry: MethodEntry, said: str) -> int:
     found = {name: re.search(rf"(?<![\w-]){name}(?![\w-])", said) for name in entry.values}
     spoken = [(match.start(), name) for name, match in found.items() if match is not None]
     return entry.values[min(spoken)[1]].line if spoken else entry.line
-
-
-def in_keys(message: str) -> str:
-    """An error of the command line, or of the library, in the words of the file: `top_k 0`."""
-    words = []
-    for word in message.split(" "):
-        mark = word.startswith("--") and word[2:3].isalpha()
-        words.append(word[2:].replace("-", "_") if mark else word)
-    return in_flags(" ".join(words), _KEYS)

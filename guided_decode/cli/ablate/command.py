@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from guided_decode.cli.ablate.cells import Cell, cells_of, in_keys
+from guided_decode.cli.ablate.cell import Cell
+from guided_decode.cli.ablate.cells import cells_of
 from guided_decode.cli.ablate.example import EXAMPLE
 from guided_decode.cli.ablate.models import Group, grouped
 from guided_decode.cli.ablate.plan import print_plan
@@ -18,6 +19,7 @@ from guided_decode.cli.ablate.reading import read_ablation
 from guided_decode.cli.ablate.rewards import check_reward
 from guided_decode.cli.ablate.run import Run, progress
 from guided_decode.cli.ablate.schema import Ablation
+from guided_decode.cli.ablate.words import in_keys
 from guided_decode.cli.checkpoints import load_tokenizer
 from guided_decode.cli.config_file import refuse
 from guided_decode.cli.errors import INTERRUPTED, Refusal, one_line
@@ -60,14 +62,16 @@ def ablate(
 ) -> None:
     """Compare decoding methods over a grid of settings, as a file asks.
 
-    Policies, scorers, methods, betas, ks, budgets and seeds, over a file of prompts, with rewards
-    that are verified or a reward model's. What is finished is kept: killed at any moment, the same
-    command goes on, and computes nothing twice. It writes every response with its costs (JSONL), a
-    table (CSV, Markdown) with bootstrap intervals and paired tests against plain decoding, and
-    plots of quality against KL, tokens and seconds.
+    Policies, scorers, methods, betas, ks, budgets and seeds, over a file of
+    prompts, with rewards that are verified or a reward model's. What is
+    finished is kept: killed at any moment, the same command goes on, and
+    computes nothing twice. It writes every response with its costs (JSONL), a
+    table (CSV, Markdown) with bootstrap intervals and paired tests against
+    plain decoding, and plots of quality against KL, tokens and seconds.
 
-    The file's keys: prompts, reward, policies, scorers, methods, seeds, max_new_tokens, block,
-    parallel, equal_cost, output. `--init` prints an example with a comment on each.
+    The file's keys: prompts, reward, policies, scorers, methods, seeds,
+    max_new_tokens, block, parallel, equal_cost, counting, output. An example
+    with a comment on each: --init.
     """
     if init:
         print(EXAMPLE, end="")

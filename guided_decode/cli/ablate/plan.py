@@ -8,7 +8,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from guided_decode.cli.ablate.cells import Cell
+from guided_decode.cli.ablate.cell import Cell
 from guided_decode.cli.ablate.run import cell_cost
 from guided_decode.cli.ablate.schema import Ablation
 from guided_decode.cli.terminal import console

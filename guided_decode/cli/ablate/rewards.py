@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from guided_decode.cli.ablate.cells import in_keys
 from guided_decode.cli.ablate.pairs import check_scorer
 from guided_decode.cli.ablate.schema import Model, Reward
+from guided_decode.cli.ablate.words import in_keys
 from guided_decode.cli.answer_option import AnswerFunction, read_answer
 from guided_decode.cli.errors import Refusal, one_line
 from guided_decode.cli.judge_options import JudgeOptions

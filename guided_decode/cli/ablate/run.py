@@ -9,10 +9,11 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from guided_decode.cli.ablate.cells import Cell, in_keys
+from guided_decode.cli.ablate.cell import Cell
 from guided_decode.cli.ablate.models import Group
 from guided_decode.cli.ablate.rewards import open_reward, reward_identity, rollout_row
 from guided_decode.cli.ablate.schema import Ablation
+from guided_decode.cli.ablate.words import in_keys
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.run_identity import digest
 from guided_decode.cli.search_rows import SearchRow
