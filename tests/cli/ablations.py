@@ -11,13 +11,12 @@ from typer.testing import CliRunner
 from guided_decode.cli.ablate.report import CLOCKED
 from guided_decode.cli.app import app
 
-# Of every kind: single tokens, draws that share a prompt, blocks, a tree, votes.
+# Of every kind: single tokens, draws that share a prompt, blocks, a tree.
 METHODS = [
     {"method": "plain"},
     {"method": "plain", "name": "greedy", "temperature": 0},
     {"method": "guide", "beta": [3, 10], "top_k": 4},
-    {"method": "best-of-n", "n": [1, 3]},
-    {"method": "vote", "n": 3},
+    {"method": "best-of-n", "n": 3},
     {"method": "cd", "branches": 2, "block": 16},
     {"method": "ppo-mcts", "simulations": 3, "k": 2, "c_puct": 1.0},
 ]

@@ -10,7 +10,7 @@ from tests.search.recordings import Live
 from tests.search.servers.completion_server import Bad, CompletionServer
 from tests.serving.served import served
 
-METHODS = [{"method": "best-of-n", "n": [1, 2]}, {"method": "plain", "temperature": 0, "name": "g"}]
+METHODS = [{"method": "best-of-n", "n": 2}, {"method": "plain", "temperature": 0, "name": "g"}]
 
 
 @pytest.fixture(scope="module")
@@ -26,8 +26,9 @@ def servers():
 def config(path, servers, **changed):
     policy = {"model": "tiny-tulu-sft", "endpoint": [server.url for server in servers],
               "endpoint_retries": 0, "endpoint_timeout": PATIENCE}  # fmt: skip
-    given = {"methods": METHODS, "block": 1, "max_new_tokens": 24, "seeds": [0], **changed}
-    return write(path, ablation(policies={"served": policy}, **given))
+    given = {"methods": METHODS, "block": 1, "max_new_tokens": 12, "seeds": [0], **changed}
+    few = {"embedded": "tiny-tulu", "limit": 3}
+    return write(path, ablation(policies={"served": policy}, prompts=few, **given))
 
 
 def test_units_under_way_at_once_are_the_same_units(servers, tmp_path):
@@ -35,15 +36,16 @@ def test_units_under_way_at_once_are_the_same_units(servers, tmp_path):
     ablate(file, "--output", tmp_path / "one", "--no-plots")
     ablate(file, "--output", tmp_path / "many", "--parallel", 4, "--no-plots")
     assert final_files(tmp_path / "one") == final_files(tmp_path / "many")
-    assert min(len(server.asked()) for server in servers) > 4
+    assert min(len(server.asked()) for server in servers) > 2
     for line in of(tmp_path / "many", "plain"):
         # One draw at temperature 1 is the policy itself.
         assert (line["kl"], line["scorer"]) == (0.0, None)
     for line in of(tmp_path / "many", "g"):
         assert line["kl"] == -line["log_prob"]
-    assert len(lines(tmp_path / "many")) == 4 * 4
+    assert len(lines(tmp_path / "many")) == 3 * 3
 
 
+@pytest.mark.slow
 def test_what_was_finished_stays_when_a_server_dies(servers, tmp_path):
     file = config(tmp_path / "small.yaml", servers, methods=METHODS[:1], parallel=2)
     first, second = servers
@@ -59,7 +61,7 @@ def test_what_was_finished_stays_when_a_server_dies(servers, tmp_path):
     first.behave = second.behave = lambda number, body: None
     ablate(file, "--output", tmp_path / "out", "--no-plots")
     assert before.items() <= units(tmp_path / "out").items()
-    assert len(lines(tmp_path / "out")) == 4 * 3
+    assert len(lines(tmp_path / "out")) == 3 * 2
 
 
 def test_a_dry_run_asks_no_server(tmp_path, servers):
@@ -67,10 +69,11 @@ def test_a_dry_run_asks_no_server(tmp_path, servers):
         server.asked()
     file = config(tmp_path / "small.yaml", servers)
     plan = ablate(file, "--dry-run", "--output", tmp_path / "out").stdout
-    assert "4 settings, 4 prompts, 16 units of at most 1 prompts; nothing was run" in plan
+    assert "3 settings, 3 prompts, 9 units of at most 1 prompts; nothing was run" in plan
     assert not any(server.asked() for server in servers)
 
 
+@pytest.mark.slow
 def test_a_scorer_server_guides_to_the_same_responses(tmp_path):
     critic = load_scorer("tiny-tulu-value", policy_tokenizer=tiny_tulu.model_path("sft"))
     with served(critic) as server:

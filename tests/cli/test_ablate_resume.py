@@ -24,7 +24,7 @@ FEW = [{"method": "guide", "beta": 10, "top_k": 4}, {"method": "best-of-n", "n":
 
 @pytest.fixture
 def config(tmp_path):
-    given = ablation(methods=FEW[1:], block=1, max_new_tokens=20)
+    given = ablation(methods=FEW[1:], block=1, max_new_tokens=12)
     return write(tmp_path / "small.yaml", given)
 
 
@@ -102,7 +102,7 @@ def test_an_interrupted_run_says_how_far_it_is(config, tmp_path):
 
 
 def test_a_damaged_unit_is_computed_again(tmp_path):
-    config = write(tmp_path / "small.yaml", ablation(methods=FEW[1:], max_new_tokens=20))
+    config = write(tmp_path / "small.yaml", ablation(methods=FEW[1:], max_new_tokens=8))
     folder = tmp_path / "out"
     ablate(config, "--output", folder, "--no-plots")
     files = final_files(folder)
@@ -113,6 +113,7 @@ def test_a_damaged_unit_is_computed_again(tmp_path):
     assert damaged.stat().st_size > 40
 
 
+@pytest.mark.slow
 def test_what_fails_keeps_what_was_finished(tmp_path):
     methods = [{"method": "best-of-n", "n": [1, 2]}]
     text = 'def odd(prompt, response):\n    raise RuntimeError("no more")\n'
