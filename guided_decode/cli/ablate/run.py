@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from guided_decode.cli.ablate.answers import empty
 from guided_decode.cli.ablate.cell import Cell
 from guided_decode.cli.ablate.models import Group
 from guided_decode.cli.ablate.rewards import open_reward, reward_identity, rollout_row
@@ -17,6 +18,7 @@ from guided_decode.cli.ablate.words import in_keys
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.run_identity import digest
 from guided_decode.cli.search_rows import SearchRow
+from guided_decode.cli.token_values import rounded
 from guided_decode.lab.ablate.estimate import most_tokens
 from guided_decode.lab.ablate.grid import Unit, blocks
 from guided_decode.lab.ablate.outcomes import Outcome, answer_of
@@ -128,7 +130,9 @@ class Run:
             for i, answer in zip(task.unit.rows, found["answers"], strict=True)
         ]
         try:
-            return [float(each) for each in judge.rewards(rows)]
+            # What it remembers of other units changes a score's last digits.
+            empty(getattr(getattr(judge, "judge", None), "scorer", None))
+            return [rounded(float(each)) or 0.0 for each in judge.rewards(rows)]
         except (Refusal, ValueError) as error:
             said = str(error).replace("--judge", "function")
             raise Refusal(f"the reward of {task.cell.setting.label} on {task.cell.policy.label}: "

@@ -58,7 +58,9 @@ class Measured:
         self._take(last)
         live = torch.arange(len(self._kl)) < torch.tensor(list(lengths))[:, None]
         kl, log_probs = (torch.stack(each, 1) for each in (self._kl, self._log_probs))
-        return (kl * live).sum(-1).tolist(), torch.where(live, log_probs, 0.0).sum(-1).tolist()
+        # Finished rows go on with padding, of which nothing is asked.
+        own = [torch.where(live, each, 0.0).sum(-1).tolist() for each in (kl, log_probs)]
+        return own[0], own[1]
 
 
 def most_divergence(method: str, settings: Mapping[str, Any], tokens: int) -> float | None:

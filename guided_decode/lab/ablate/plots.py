@@ -95,6 +95,16 @@ def _draw_panel(
     costs = [at for _, at in known]
     if costs and min(costs) > 0 and max(costs) > 8 * min(costs):
         panel.set_xscale("log")
+        _number_ticks(panel)
+
+
+def _number_ticks(panel: Any) -> None:
+    """Tokens and seconds as they are, and not as powers of ten."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    panel.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    panel.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    panel.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_curve(
