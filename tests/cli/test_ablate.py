@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import re
 from statistics import fmean
 
 import numpy as np
@@ -193,7 +194,7 @@ def test_a_second_run_computes_nothing_and_writes_the_same(again):
     assert {name: after[name] for name in files} == files
 
 
-def test_a_larger_grid_computes_what_is_new_alone(config, again, tmp_path):
+def test_a_larger_grid_computes_what_is_new_alone(config, again, tmp_path, monkeypatch):
     done = again[0]
     given = yaml.safe_load(config.read_text())
     given["methods"] = [{"method": "guide", "beta": [3, 7], "top_k": 4}]
@@ -202,7 +203,12 @@ def test_a_larger_grid_computes_what_is_new_alone(config, again, tmp_path):
     plan = ablate(ablations.write(tmp_path / "more.yaml", given), "--dry-run", "--output", done)
     # Plain and beta 3 are there: two settings of three, in two blocks, with two seeds.
     assert "12 units of at most 2 prompts, 8 of them done already" in plan.stdout
-    ablate(tmp_path / "more.yaml", "--output", done, "--no-plots")
+    # To rich a terminal, where somebody looks.
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    bar = re.sub(r"\x1b\[[\d;?]*\w", "", ablate(
+        tmp_path / "more.yaml", "--output", done, "--no-plots").stderr)  # fmt: skip
+    assert "12 of 12 units judged" in bar
+    assert re.search(r"left \d:\d\d:\d\d", bar)
     after = units(done)
     assert len(after) == len(before) + 4
     assert before.items() <= after.items()

@@ -35,7 +35,6 @@ def test_the_same_figures_are_the_same_bytes():
     assert first["png"].startswith(b"\x89PNG")
     assert b"<dc:date>" not in first["svg"]
     assert first != picture(ROWS[:3])
-    assert first == picture(ROWS[:4]), "a row without a cost is drawn"
 
 
 def test_a_cost_that_nobody_knows_leaves_an_empty_picture():
