@@ -127,7 +127,12 @@ class Oracle:
     implicit: tuple[LogProbs, LogProbs] | None = None
 
     def row(
-        self, prefix: Ids, logits: Tensor | Sequence[float], config, terminals: Ids = ()
+        self,
+        prefix: Ids,
+        logits: Tensor | Sequence[float],
+        config,
+        terminals: Ids = (),
+        prompt_length: int | None = None,
     ) -> Row:
         """l' of one row, from the definition; `config` has the fields of GuidanceConfig."""
         l = logits.tolist() if isinstance(logits, Tensor) else list(logits)
@@ -137,7 +142,8 @@ class Oracle:
         free = set(terminals) if self.terminal == "baseline" and not self.implicit else set()
         scored = [a for a in chosen if a not in free]
         logp = log_softmax(l)
-        if config.gate is not None and math.exp(max(logp)) >= config.gate:
+        gated = config.gate is not None and math.exp(max(logp)) >= config.gate
+        if gated or not self.is_open(prefix, config, prompt_length):
             advantage = dict.fromkeys(scored, 0.0)
         else:
             advantage = self.advantages(prefix, scored, logp, config, terminals)
@@ -157,6 +163,17 @@ class Oracle:
                     undecided.add(a)
         outside = l if config.tail == "keep" else [-math.inf] * len(l)
         return Row([guided.get(a, outside[a]) for a in range(len(l))], undecided, chosen)
+
+    def is_open(self, prefix: Ids, config, prompt_length: int | None) -> bool:
+        """Whether the value of the prefix, or its fall by the last token, calls for guidance."""
+        if config.value_gate is None and config.value_gate_fall is None:
+            return True
+        value = self.values([prefix])[0]
+        if config.value_gate is not None and value < config.value_gate:
+            return True
+        if config.value_gate_fall is None or len(prefix) == prompt_length:
+            return False
+        return self.values([prefix[:-1]])[0] - value > config.value_gate_fall
 
     def advantages(
         self, prefix: Ids, scored: list[int], logp: list[float], config, terminals: Ids
@@ -187,8 +204,11 @@ class Oracle:
     ) -> tuple[list[int], list[float]]:
         """The brute-force loop: the tokens it takes, and each decision's gap."""
         sequence, gaps = list(prompt), []
-        for _ in range(max_new_tokens):
-            row = self.row(sequence, policy.logits(sequence), config, terminals)
+        for t in range(max_new_tokens):
+            due = config.abstain is not None and t >= (config.abstain_after or 1)
+            if due and self.values([sequence])[0] < config.abstain:
+                break
+            row = self.row(sequence, policy.logits(sequence), config, terminals, len(prompt))
             token, gap = row.decision()
             sequence.append(token)
             gaps.append(gap)

@@ -68,8 +68,9 @@ class Setup:
 class Decoded:
     """The samples of one prompt.
 
-    responses: token ids, the terminal included. policy_tokens, scorer_tokens: tokens that went
-    through the models for them, the prompt counted once. seconds: on the clock.
+    responses: token ids, the terminal included. abstained: those that were ended because their
+    value fell too low; None where nobody asked for that. policy_tokens, scorer_tokens: tokens that
+    went through the models for them, the prompt counted once. seconds: on the clock.
     """
 
     responses: list[list[int]]
@@ -78,6 +79,7 @@ class Decoded:
     policy_tokens: int
     scorer_tokens: int
     seconds: float
+    abstained: list[bool] | None = None
 
     def cost(self) -> dict[str, float]:
         """What it cost, by name, for JSON."""
@@ -118,6 +120,7 @@ def decode(
         from guided_decode.integrations.transformers import GuidedDecoding
 
         options["custom_generate"] = GuidedDecoding(scorer, config, streamer=streamer)
+        options["return_dict_in_generate"] = config.abstain is not None
     elif streamer is not None:
         options["streamer"] = streamer
     inputs = torch.tensor([prompt], device=model.device)
@@ -125,7 +128,7 @@ def decode(
     scored = scorer.stats.tokens if scorer is not None else 0
     begun = time.perf_counter()
     output = model.generate(input_ids=inputs, attention_mask=torch.ones_like(inputs), **options)
-    rows = output[:, len(prompt) :].tolist()
+    rows, abstained = _rows(output, len(prompt))
     seconds = time.perf_counter() - begun
     ends = terminal_ids(model)
     responses = [until_terminal(row, ends) for row in rows]
@@ -137,7 +140,19 @@ def decode(
         policy_tokens=len(prompt) + sum(len(row) - 1 for row in responses),
         scorer_tokens=scorer.stats.tokens - scored if scorer is not None else 0,
         seconds=seconds,
+        abstained=abstained,
     )
+
+
+def _rows(output: Any, width: int) -> tuple[list[list[int]], list[bool] | None]:
+    """New tokens of each row up to where its value ended it, and which rows that was."""
+    ended_at = getattr(output, "abstained_at", None)
+    if ended_at is None:
+        return output[:, width:].tolist(), None
+    rows = output.sequences[:, width:].tolist()
+    lengths = ended_at.tolist()
+    kept = [row if n < 0 else row[:n] for row, n in zip(rows, lengths, strict=True)]
+    return kept, [n >= 0 for n in lengths]
 
 
 def terminal_ids(model: Any) -> list[int]:

@@ -26,7 +26,7 @@ from guided_decode.cli.checkpoints import (
 from guided_decode.cli.compare import compare
 from guided_decode.cli.config_option import Config
 from guided_decode.cli.decoding import Decoded, Sampling, Setup, decode, ids_of
-from guided_decode.cli.errors import Refusal, report, typed
+from guided_decode.cli.errors import Refusal, report, typed, warn
 from guided_decode.cli.guidance_options import GuidanceOptions, chosen_for
 from guided_decode.cli.prompt_formats import warn_of_another_format
 from guided_decode.cli.prompts_in import Prompt, read_prompts
@@ -165,6 +165,9 @@ def _answer(setup: Setup, prompt: Prompt, *, as_json: bool, stream: bool) -> Non
             print(f"--- {i + 1} of {len(decoded.texts)}")
         if not stream:
             print(text)
+        if decoded.abstained is not None and decoded.abstained[i]:
+            warn(f"the answer was ended after {len(decoded.responses[i])} tokens: its value is "
+                 f"below --abstain {setup.config.abstain:g}")  # fmt: skip
     _print_cost(decoded)
 
 
@@ -177,6 +180,8 @@ def _print_json(prompt: Prompt, decoded: Decoded) -> None:
             "tokens": len(decoded.responses[i]),
             "finished": decoded.finished[i],
         }
+        if decoded.abstained is not None:
+            line["abstained"] = decoded.abstained[i]
         # All samples of a prompt are decoded together, so this is what they cost together.
         print(json.dumps(line | {"cost": decoded.cost()}, ensure_ascii=False), flush=True)
 

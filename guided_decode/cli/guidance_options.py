@@ -44,22 +44,34 @@ Gate = Annotated[
 
 Baseline = Annotated[str | None, _option("what is subtracted from Q", metavar="prefix|mean")]
 KlCoef = Annotated[float | None, _option("weight of the KL term; needs --reference")]
+ValueGate = Annotated[
+    float | None, _option("score candidates only where the prefix's value is below this")
+]
+ValueGateFall = Annotated[
+    float | None,
+    _option("score candidates only where the value fell by more than this since the last token"),
+]
+Abstain = Annotated[
+    float | None, _option("end an answer whose value falls below this (calibrate --abstain)")
+]
+AbstainAfter = Annotated[int | None, _option("tokens that an answer has before that \\[1]")]
 
 
 @dataclass(frozen=True, slots=True)
-class GuidanceOptions:
-    """A preset, and the fields of GuidanceConfig; None was not given."""
+class CalibratedOptions:
+    """A preset, and the fields of GuidanceConfig that `calibrate` is told; None was not given."""
 
     preset: Preset = None
     beta: Beta = None
     top_k: TopK = None
     top_p: TopP = None
     rule: Rule = None
-    margin: Margin = None
     tail: Tail = None
     gate: Gate = None
     baseline: Baseline = None
     kl_coef: KlCoef = None
+    value_gate: ValueGate = None
+    value_gate_fall: ValueGateFall = None
 
     def over(self, default: GuidanceConfig) -> GuidanceConfig:
         """The preset, else the default, with what was given in its place.
@@ -74,6 +86,15 @@ class GuidanceOptions:
         """How the scorer is read: by the preset's transform, where none was given."""
         transform = None if self.preset is None else find_preset(self.preset).transform
         return replace(scorer, transform=scorer.transform or transform)
+
+
+@dataclass(frozen=True, slots=True)
+class GuidanceOptions(CalibratedOptions):
+    """A preset, and the fields of GuidanceConfig; None was not given."""
+
+    margin: Margin = None
+    abstain: Abstain = None
+    abstain_after: AbstainAfter = None
 
 
 def guidance_config(default: GuidanceConfig, **given: Any) -> GuidanceConfig:

@@ -89,6 +89,10 @@ class ServerSettings:
     gate: guidance.Gate = None
     baseline: guidance.Baseline = None
     kl_coef: guidance.KlCoef = None
+    value_gate: guidance.ValueGate = None
+    value_gate_fall: guidance.ValueGateFall = None
+    abstain: guidance.Abstain = None
+    abstain_after: guidance.AbstainAfter = None
     guide_by_default: ByDefault = False
     max_top_k: MaxTopK = None
     max_beta: MaxBeta = None

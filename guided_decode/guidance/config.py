@@ -12,6 +12,10 @@ Baseline = Literal["prefix", "mean"]
 # What a scorer that fails does: end the call, or leave its rows unguided.
 OnError = Literal["raise", "passthrough"]
 
+_NUMBERS = (
+    "beta", "top_k", "top_p", "margin", "gate", "kl_coef", "value_gate", "value_gate_fall",
+    "abstain", "abstain_after",
+)  # fmt: skip
 _FLOAT32_MAX = 3.4028234e38
 _INT64_MAX = 2**63 - 1
 
@@ -32,6 +36,17 @@ class GuidanceConfig:
         rule of Value Augmented Sampling).
     gate: rows whose top token has at least this probability are not scored; None scores every row.
     kl_coef: weight of log pi - log pi_ref that is subtracted from the advantage.
+    value_gate, value_gate_fall: guidance works only in steps where the value says that something
+        is going wrong; in units of value. With s_t the prompt and t tokens of the response:
+
+            open(t) = V(s_t) < value_gate  or  V(s_t-1) - V(s_t) > value_gate_fall
+
+        A bound that is None opens nothing, and nothing has fallen before the first token; both
+        None is open always. In other steps no candidate is scored: A = 0 for all of them, and the
+        tail rule still applies, as under `gate`, which is asked first.
+    abstain, abstain_after: a row is ended at the first t >= abstain_after (None is 1) with
+        V(s_t) < abstain, after its t tokens; None ends nobody. Nothing else of guidance is needed
+        for it: with beta 0 and tail "keep" a row only abstains, and its prefix alone is scored.
 
     numpy's numbers are numbers, and are kept as Python's. Raises ValueError where a field, or a
     combination of fields, has no meaning.
@@ -46,6 +61,10 @@ class GuidanceConfig:
     baseline: Baseline = "prefix"
     gate: float | None = None
     kl_coef: float = 0.0
+    value_gate: float | None = None
+    value_gate_fall: float | None = None
+    abstain: float | None = None
+    abstain_after: int | None = None
 
     def __post_init__(self) -> None:
         _check_choice("rule", self.rule, ("reweight", "prune"))
@@ -59,8 +78,24 @@ class GuidanceConfig:
         if self.top_k is not None:
             _check_count("top_k", self.top_k)
         self._check_margin()
-        for name in ("beta", "top_k", "top_p", "margin", "gate", "kl_coef"):
+        self._check_values()
+        for name in _NUMBERS:
             object.__setattr__(self, name, _plain(getattr(self, name)))
+
+    def _check_values(self) -> None:
+        if self.value_gate is not None:
+            _check_number("value_gate", self.value_gate)
+        if self.value_gate_fall is not None:
+            _check_number("value_gate_fall", self.value_gate_fall, least=0.0)
+        if self.abstain is not None:
+            _check_number("abstain", self.abstain)
+        if self.abstain_after is not None:
+            _check_count("abstain_after", self.abstain_after)
+            if self.abstain is None:
+                raise ValueError(
+                    f"abstain_after={_shown(self.abstain_after)} was given without abstain: pass "
+                    "abstain=, the value below which a row is ended, or drop it"
+                )
 
     def _check_margin(self) -> None:
         if self.rule == "prune":
@@ -80,12 +115,39 @@ class GuidanceConfig:
         """The same with some fields changed; a margin is not taken over to the other rule."""
         if settings.get("rule", self.rule) != self.rule:
             settings.setdefault("margin", None)
+        if settings.get("abstain", self.abstain) is None:
+            settings.setdefault("abstain_after", None)
         return replace(self, **settings) if settings else self
 
     @property
     def needs_scores(self) -> bool:
         """Whether any advantage can change a logit: beta = 0 under "reweight" scores nothing."""
         return self.rule == "prune" or self.beta != 0.0
+
+    @property
+    def guides(self) -> bool:
+        """Whether guidance may change a logit at all."""
+        return self.needs_scores or self.tail != "keep"
+
+    @property
+    def has_value_gate(self) -> bool:
+        """Whether V(prefix) decides in which steps candidates are scored."""
+        bounds = (self.value_gate, self.value_gate_fall)
+        return self.needs_scores and bounds != (None, None)
+
+    def is_open(self, value: float, before: float) -> bool:
+        """Whether the value gate lets guidance work; value: V(s_t), before: V(s_t-1), or NaN."""
+        low = self.value_gate is not None and value < self.value_gate
+        fallen = self.value_gate_fall is not None and before - value > self.value_gate_fall
+        return low or fallen or not self.has_value_gate
+
+    def ends(self, value: float, tokens: int) -> bool:
+        """Whether a row is ended whose response has so many tokens, and whose V is `value`."""
+        return self.abstains_at(tokens) and value < self.abstain  # type: ignore[operator]
+
+    def abstains_at(self, tokens: int) -> bool:
+        """Whether the value of a response of so many tokens may end it."""
+        return self.abstain is not None and tokens >= (self.abstain_after or 1)
 
 
 def _check_choice(name: str, given: object, choices: tuple[str, ...]) -> None:

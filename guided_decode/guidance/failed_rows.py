@@ -1,4 +1,4 @@
-"""Rows that cannot be guided: why, and in which words."""
+"""Rows that cannot be guided: why, and in which words; and what no row survives."""
 
 from collections.abc import Collection
 
@@ -32,3 +32,9 @@ def in_words(rows: Collection[int], *, masked: Collection[int]) -> str:
         f"the scorer answered NaN or infinity for rows {list(rows)}, or so much that their "
         "logits overflow: expected finite values"
     )
+
+
+def is_device_error(error: Exception) -> bool:
+    """Whether the device itself failed, which nothing on it survives."""
+    accelerator = getattr(torch, "AcceleratorError", None)
+    return accelerator is not None and isinstance(error, accelerator)

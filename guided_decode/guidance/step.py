@@ -10,6 +10,7 @@ from torch import Tensor
 from guided_decode.guidance import failed_rows
 from guided_decode.guidance.candidates import choose_candidates, log_normaliser, rows_beyond
 from guided_decode.guidance.config import GuidanceConfig, OnError
+from guided_decode.guidance.failed_rows import is_device_error as is_device_error
 from guided_decode.guidance.rule import (
     Configs,
     apply_guidance,
@@ -19,6 +20,12 @@ from guided_decode.guidance.rule import (
     scored_candidates,
 )
 from guided_decode.guidance.terminal import score_candidates
+from guided_decode.guidance.value_trail import (
+    ValueTrail,
+    check_has_values,
+    keep_scores,
+    open_rows,
+)
 from guided_decode.kernels.top_candidates import TopCandidates
 from guided_decode.scorer import Prefix, Scorer, Scores
 
@@ -51,6 +58,7 @@ class _StepScores(NamedTuple):
     scores: Scores
     scored: Tensor
     log_ratio: Tensor | None
+    exempt: Tensor | None = None
 
 
 def guide_rows(
@@ -63,6 +71,7 @@ def guide_rows(
     on_error: OnError = "raise",
     min_keep: int = 1,
     observe: Callable[[ObservedStep], None] | None = None,
+    trails: Sequence[ValueTrail] | None = None,
 ) -> Tensor:
     """Guided next-token logits of live rows.
 
@@ -78,6 +87,7 @@ def guide_rows(
             from being scored.
         min_keep: how many candidates top_p and pruning leave at least (beam search needs some).
         observe: is told what the step read, and what came of it; one that is None costs nothing.
+        trails: what is known of each row's values, and learnt here; value_gate_fall needs them.
 
     Returns:
         New logits, [rows, vocab], of the input's dtype. Ids beyond the scorer's vocabulary are no
@@ -94,7 +104,9 @@ def guide_rows(
     _check_call(logits, prefixes, on_error)
     for each in distinct(configs):
         _check_supported(scorer, each)
-    if observe is None and not any(map(_is_guided, configs)):
+    for trail in trails or ():
+        trail.advantages = {}
+    if observe is None and not any(config.guides for config in configs):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
     # A policy's vocabulary may be padded further than the scorer's: those ids are no candidates.
@@ -103,9 +115,10 @@ def guide_rows(
     known, gated = _on_host(chosen, vocabulary=scorer.scores_vocabulary)
     active = _rows_to_score(scorer, configs, gated)
     if lost:
-        guided_and_lost = [i for i in lost if _is_guided(configs[i])]
+        guided_and_lost = [i for i in lost if configs[i].guides]
         _refuse_lost(guided_and_lost, scorer, on_error)
         active = [i for i in active if i not in guided_and_lost]
+    active = open_rows(scorer, prefixes, configs, active, trails, on_error)
     reason: object = "NaN or infinite scores"
     refused: dict[int, str] = {}
     try:
@@ -128,8 +141,12 @@ def guide_rows(
     )
     if lost:
         guided[lost] = logits[lost]
+    if trails is not None:
+        keep_scores(
+            prefixes, trails, chosen.candidates, step.scores, step.scored, step.exempt, active
+        )
     failures = failed_rows.reasons(why, known)
-    guides = [_is_guided(config) and i not in lost for i, config in enumerate(configs)]
+    guides = [config.guides and i not in lost for i, config in enumerate(configs)]
     failed = [i for i, each in enumerate(failures) if each and guides[i]]
     masked = [i for i in failed if failures[i] == failed_rows.ALL_MASKED]
     if failed and on_error == "raise":
@@ -141,11 +158,6 @@ def guide_rows(
     if observe is not None:
         observe(ObservedStep(chosen.candidates, step.scores, step.scored, step.log_ratio, guided))
     return guided
-
-
-def _is_guided(config: GuidanceConfig) -> bool:
-    """Whether guidance may change a row's logits at all."""
-    return config.needs_scores or config.tail != "keep"
 
 
 def check_on_error(given: object) -> None:
@@ -181,6 +193,7 @@ def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
             f"top_k=None was given with {type(scorer).__name__}, which forwards every candidate: "
             "pass a top_k (the whole vocabulary is for implicit rewards only)"
         )
+    check_has_values(scorer, config)
     if config.kl_coef and scorer.reference is None:
         raise ValueError(
             f"kl_coef={config.kl_coef:g} was given without a reference model: "
@@ -262,8 +275,10 @@ def _score(
         own, taken = (logits, candidates) if every else (logits[rows], candidates[rows])
         log_ratio = _log_ratio(scorer, own, taken, prefixes)
     values, baseline = (each.to(logits.device) for each in scores)
+    if exempt is not None:
+        exempt = exempt.to(logits.device, non_blocking=True)
     step = _StepScores(
-        Scores(values, baseline), scored.to(logits.device, non_blocking=True), log_ratio
+        Scores(values, baseline), scored.to(logits.device, non_blocking=True), log_ratio, exempt
     )
     return step if every else _spread(step, rows, candidates)
 
@@ -291,6 +306,9 @@ def _spread(step: _StepScores, rows: Tensor, candidates: Tensor) -> _StepScores:
     log_ratio = nothing.scores.values
     if step.log_ratio is not None:
         log_ratio = log_ratio.index_copy(0, rows, step.log_ratio)
+    exempt = step.exempt
+    if exempt is not None:
+        exempt = nothing.scored.index_copy(0, rows, exempt)
     return _StepScores(
         Scores(
             nothing.scores.values.index_copy(0, rows, step.scores.values),
@@ -298,6 +316,7 @@ def _spread(step: _StepScores, rows: Tensor, candidates: Tensor) -> _StepScores:
         ),
         nothing.scored.index_copy(0, rows, step.scored),
         log_ratio,
+        exempt,
     )
 
 
@@ -311,9 +330,3 @@ def _count_failure(scorer: Scorer, rows: int, reason: object) -> None:
     if scorer.stats.passthroughs == 0:
         logger.warning("rows go on unguided because scoring failed: %s", reason)
     scorer.stats.add(passthroughs=rows)
-
-
-def is_device_error(error: Exception) -> bool:
-    """Whether the device itself failed, which nothing on it survives."""
-    accelerator = getattr(torch, "AcceleratorError", None)
-    return accelerator is not None and isinstance(error, accelerator)

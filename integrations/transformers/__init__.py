@@ -8,16 +8,20 @@ Where the scorer is a head on the policy's own hidden states,
 
     model.generate(**inputs, custom_generate=TrunkLookahead(scorer, config))
 
-runs one forward a token, which scores the candidates and is the next step of the policy.
+runs one forward a token, which scores the candidates and is the next step of the policy. A row of
+which the scorer expects nothing more is ended by `abstain` of its config, or unguided by
+
+    model.generate(**inputs, stopping_criteria=[AbstentionCriteria(scorer, config)])
 """
 
 from typing import TYPE_CHECKING
 
 from guided_decode.public_names import handed_on
 
-__all__ = ["GuidedDecoding", "TrunkLookahead", "ValueGuidedLogitsProcessor"]
+__all__ = ["AbstentionCriteria", "GuidedDecoding", "TrunkLookahead", "ValueGuidedLogitsProcessor"]
 
 if TYPE_CHECKING:
+    from guided_decode.integrations.transformers.abstention import AbstentionCriteria
     from guided_decode.integrations.transformers.custom_generate import GuidedDecoding
     from guided_decode.integrations.transformers.logits_processor import ValueGuidedLogitsProcessor
     from guided_decode.integrations.transformers.trunk_lookahead import TrunkLookahead
@@ -25,6 +29,7 @@ else:
     __getattr__, __dir__ = handed_on(
         __name__,
         {
+            "AbstentionCriteria": "abstention",
             "GuidedDecoding": "custom_generate",
             "TrunkLookahead": "trunk_lookahead",
             "ValueGuidedLogitsProcessor": "logits_processor",

@@ -10,12 +10,16 @@ from transformers import (
     PreTrainedModel,
     StoppingCriteriaList,
 )
-from transformers.generation import logits_process
+from transformers.generation import GenerateDecoderOnlyOutput, logits_process
 from transformers.generation.configuration_utils import GenerationMode
 from transformers.generation.streamers import BaseStreamer
 
 from guided_decode.guidance.config import OnError
 from guided_decode.guidance.rule import Configs
+from guided_decode.integrations.transformers.abstention import (
+    AbstentionCriteria,
+    check_abstention,
+)
 from guided_decode.integrations.transformers.checked_arguments import (
     check_streamer,
     checked_configs,
@@ -25,8 +29,9 @@ from guided_decode.integrations.transformers.logits_processor import (
     WatchedCriteria,
 )
 from guided_decode.integrations.transformers.policy_match import check_policy, policy_ids
-from guided_decode.integrations.transformers.row_configs import row_configs
+from guided_decode.integrations.transformers.row_configs import all_configs, row_configs
 from guided_decode.integrations.transformers.token_ids import token_ids
+from guided_decode.integrations.transformers.value_record import GuidedOutput, ValueRecord
 from guided_decode.integrations.transformers.withheld import (
     chosen_streamer,
     refuse_assistant,
@@ -50,7 +55,8 @@ class GuidedDecoding:
     """`custom_generate` callable: the stock decoding loops with guidance in the right place.
 
     Greedy, sampling, several return sequences and beam search, with left padding. Guidance acts
-    after penalties and other processors, before temperature, top-k and top-p.
+    after penalties and other processors, before temperature, top-k and top-p. With `abstain` in its
+    config it ends rows as `AbstentionCriteria` does, and a `GuidedOutput` says which.
 
     `generate` hands its own `streamer`, `assistant_model` and `synced_gpus` to no custom loop; they
     are looked up in its call (`withheld`): a streamer and `synced_gpus=True` are honoured, an
@@ -66,6 +72,7 @@ class GuidedDecoding:
         *,
         on_error: OnError = "raise",
         streamer: BaseStreamer | None = None,
+        values: bool = False,
     ) -> None:
         """
         Args:
@@ -74,12 +81,23 @@ class GuidedDecoding:
                 num_return_sequences makes several rows of a prompt. Beams of a prompt share one.
             on_error: "raise" or "passthrough", as in `guide_rows`.
             streamer: gets the prompt and the tokens, as one that is given to `generate` does.
+            values: with return_dict_in_generate the output is a `GuidedOutput` with prefix_values
+                and advantages. Where guidance scores nothing, V(prefix) is then read for them.
 
         Raises:
             ValueError: an argument is not what it has to be.
         """
         self.config = checked_configs(scorer, config, on_error)
         check_streamer(streamer)
+        self.abstains = any(each.abstain is not None for each in all_configs(self.config))
+        if self.abstains:
+            check_abstention(scorer, self.config)
+        if values and scorer.terminal == "included":
+            raise ValueError(
+                f"values=True came with {type(scorer).__name__}, which values tokens or steps and "
+                "no prefixes: expected a critic or a reward model"
+            )
+        self.values = values
         self.scorer = scorer
         self.on_error: OnError = on_error
         self.streamer = streamer
@@ -109,9 +127,11 @@ class GuidedDecoding:
         # A prompt's rows stand together.
         mask = mask[:: max(beams, generation_config.num_return_sequences or 1)]
         row_configs(self.config, len(input_ids), len(mask), beams=beams)
+        self._check_output(generation_config, beams)
         own_arguments = self._loop_arguments(input_ids, beams)
         # Beam search asks its criteria about candidates, not rows.
         watched = WatchedCriteria(stopping_criteria) if beams == 1 else None
+        record = ValueRecord() if self.values else None
         processor = ValueGuidedLogitsProcessor(
             self.scorer,
             self.config,
@@ -120,8 +140,13 @@ class GuidedDecoding:
             num_beams=beams,
             on_error=self.on_error,
             stopped=watched,
+            record=record,
         )
-        return loop(
+        if watched is not None and self.abstains:
+            watched.abstention = AbstentionCriteria(
+                self.scorer, self.config, on_error=self.on_error, follower=processor
+            )
+        output = loop(
             input_ids,
             logits_processor=_with_guidance(logits_processor, processor),
             stopping_criteria=stopping_criteria if watched is None else watched,
@@ -129,6 +154,20 @@ class GuidedDecoding:
             **own_arguments,
             **model_kwargs,
         )
+        abstention = None if watched is None else watched.abstention
+        return _with_values(output, input_ids.shape[1], record, abstention)
+
+    def _check_output(self, options: GenerationConfig, beams: int) -> None:
+        if self.values and beams > 1:
+            raise ValueError(
+                f"values=True was given with {beams} beams, which are reordered on their way: drop "
+                "it, or use one beam"
+            )
+        if self.values and not options.return_dict_in_generate:
+            raise ValueError(
+                "values=True was given without return_dict_in_generate=True: a tensor of tokens "
+                "has no place for values; pass both to generate"
+            )
 
     def _loop_arguments(self, input_ids: Tensor, beams: int) -> dict[str, Any]:
         """What the stock loop gets of the arguments that `generate` withheld."""
@@ -145,6 +184,24 @@ class GuidedDecoding:
             self.streamer.put(input_ids.cpu())
         found = {"streamer": streamer, "synced_gpus": withheld.synced_gpus}
         return {name: given for name, given in found.items() if given is not None}
+
+
+def _with_values(
+    output: Any,
+    width: int,
+    record: ValueRecord | None,
+    abstention: AbstentionCriteria | None,
+) -> Any:
+    """The loop's output, with what was asked for beside it; width: of the prompts."""
+    asked = record is not None or abstention is not None
+    if not asked or not isinstance(output, GenerateDecoderOnlyOutput):
+        return output
+    guided = GuidedOutput(**output)
+    if record is not None:
+        guided.prefix_values, guided.advantages = record.of(output.sequences[:, width:])
+    if abstention is not None:
+        guided.abstained_at = abstention.ended_at.to(output.sequences.device)
+    return guided
 
 
 def _stock_loop(model: PreTrainedModel, config: GenerationConfig) -> Any:

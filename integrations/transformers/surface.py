@@ -20,6 +20,8 @@ _SHARDS = "guided_decode/checkpoints/tensor_parallel.py"
 _TRUNK = "integrations/transformers/trunk_lookahead.py"
 _TRUNK_OPTIONS = "integrations/transformers/trunk_options.py"
 _TRUNK_RUN = "integrations/transformers/trunk_run.py"
+_ABSTENTION = "integrations/transformers/abstention.py"
+_RECORD = "integrations/transformers/value_record.py"
 _WITHHELD = "integrations/transformers/withheld.py"
 
 _LLAMA = "transformers.models.llama.modeling_llama"
@@ -73,8 +75,13 @@ _LOOPS = (
         may_set=("_is_user_defined",),
         why="from 5.17 on it tells a caller's cache from its own",
     ),
+    Name("transformers.generation.GenerateDecoderOnlyOutput", _RECORD),
     Name("transformers.generation.GenerateDecoderOnlyOutput", _TRUNK_RUN,
          has=("sequences", "scores", "logits")),
+    Name("transformers.generation.GenerateDecoderOnlyOutput", _GUIDED, has=("sequences",)),
+    Name("transformers.StoppingCriteria", _ABSTENTION),
+    Name("transformers.StoppingCriteria.__call__", _ABSTENTION,
+         takes=overridden("input_ids", "scores")),
     Name("transformers.StoppingCriteriaList", _PROCESSOR),
     Name("transformers.StoppingCriteriaList.__call__", _PROCESSOR,
          takes=overridden("input_ids", "scores")),
@@ -88,7 +95,7 @@ _LOOPS = (
 
 _OPTIONS = (
     Name("transformers.GenerationConfig", _GUIDED,
-         has=("eos_token_id", "num_beams", "num_return_sequences"),
+         has=("eos_token_id", "num_beams", "num_return_sequences", "return_dict_in_generate"),
          may_have=("_eos_token_tensor",)),
     Name("transformers.GenerationConfig", _TRUNK,
          has=("num_return_sequences", "return_dict_in_generate")),

@@ -68,6 +68,7 @@ class TrunkLookahead:
         *,
         on_error: OnError = "raise",
         streamer: BaseStreamer | None = None,
+        values: bool = False,
     ) -> None:
         """
         Args:
@@ -75,6 +76,7 @@ class TrunkLookahead:
             config: the guidance rule; or a list, as of `GuidedDecoding`.
             on_error: "raise" or "passthrough", as in `guide_rows`.
             streamer: gets the prompt and the tokens, as one that is given to `generate` does.
+            values: with return_dict_in_generate the output has advantages beside its prefix_values.
 
         Raises:
             ValueError: another kind of scorer, one that does not see the policy's BOS, or another
@@ -95,6 +97,7 @@ class TrunkLookahead:
         self.scorer = scorer
         self.on_error: OnError = on_error
         self.streamer = streamer
+        self.values = values
         # What the next tokens are read with, and what that was made of.
         self._logits_of: tuple[tuple[object, ...], NextLogits] | None = None
 
@@ -139,6 +142,7 @@ class TrunkLookahead:
             generation_config,
             on_error=self.on_error,
             streamer=streamer,
+            listens=self.values,
         )
         output = run.until(stopping_criteria)
         if streamer is not None:

@@ -7,28 +7,24 @@ from functools import partial
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
-from transformers.generation import GenerateDecoderOnlyOutput
 from transformers.generation.streamers import BaseStreamer
 
 from guided_decode.guidance.candidates import gated_rows
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.rule import distinct
 from guided_decode.guidance.step import guide_rows
+from guided_decode.guidance.value_trail import ValueTrail
 from guided_decode.integrations.transformers.custom_generate import split_processors, terminal_ids
+from guided_decode.integrations.transformers.value_record import GuidedOutput, ValueRecord
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scoring.next_logits import NextLogits
 from guided_decode.scoring.trunk_scorer import TrunkScorer
 
 
 @dataclass
-class TrunkLookaheadOutput(GenerateDecoderOnlyOutput):
-    """What `generate` returns with return_dict_in_generate; there is no cache in it.
-
-    prefix_values: float32 [rows, new tokens], V of the prefix before each token; NaN behind a
-    row's end.
-    """
-
-    prefix_values: Tensor | None = None
+class TrunkLookaheadOutput(GuidedOutput):
+    """What `generate` returns with return_dict_in_generate; there is no cache in it, and always
+    prefix_values."""
 
 
 class TrunkRun:
@@ -46,10 +42,12 @@ class TrunkRun:
         *,
         on_error: OnError,
         streamer: BaseStreamer | None,
+        listens: bool = False,
     ) -> None:
         self.scorer = scorer
-        # What guides a row that is scored, and one that its gate lets pass.
-        self.scoring = _each(configs, lambda config: replace(config, gate=None))
+        self.configs = configs
+        # What guides a row that is scored, and one that a gate lets pass.
+        self.scoring = _each(configs, _without_gates)
         self.unscored = _each(configs, _without_scores)
         self.gates = [
             config.gate if config.gate is not None and config.needs_scores else torch.inf
@@ -66,6 +64,11 @@ class TrunkRun:
             PrefixHandle(row[len(row) - length :])
             for row, length in zip(input_ids.tolist(), lengths, strict=True)
         ]
+        self.width = input_ids.shape[1]
+        self.trails = [ValueTrail(len(each), listens=listens) for each in self.handles]
+        self.record = ValueRecord() if listens else None
+        self.abstains = any(config.abstain is not None for config in configs)
+        self.ended_at = torch.full((len(input_ids),), -1)
         self.live = list(range(len(input_ids)))
         # Of finished rows, the last ones that they had.
         self.logits = torch.empty(0, dtype=torch.float32)
@@ -80,6 +83,9 @@ class TrunkRun:
         pads = pad is not None and any(hasattr(each, "eos_token_id") for each in criteria)
         finished = torch.zeros(len(self.ids), dtype=torch.bool, device=self.ids.device)
         while self.live:
+            self._read()
+            if self.abstains and self._all_abstain(finished, pads=pads):
+                break
             tokens = self._step()
             if pads and pad is not None:
                 tokens = torch.where(finished, pad.to(tokens.device), tokens)
@@ -95,8 +101,32 @@ class TrunkRun:
         self.scorer.cache.drop_candidates()
         return self._output()
 
+    def _all_abstain(self, finished: Tensor, *, pads: bool) -> bool:
+        """Ends the rows whose value is too low, as `AbstentionCriteria`; whether none is left.
+
+        finished: bool [rows], who was finished before; now these too.
+        """
+        tokens = self.ids.shape[1] - self.width
+        values, done = self.values[-1].tolist(), finished.tolist()
+        ended = [i for i in self.live if not done[i] and self.configs[i].ends(values[i], tokens)]
+        if not ended:
+            return False
+        self.ended_at[ended] = tokens
+        finished[ended] = True
+        self.values[-1][ended] = torch.nan
+        if pads or bool(finished.all()):
+            self.live = [i for i in self.live if i not in ended and not done[i]]
+        if not self.live:
+            self.values.pop()
+        return not self.live
+
     def _output(self) -> TrunkLookaheadOutput:
+        advantages = None
+        if self.record is not None:
+            _, advantages = self.record.of(self.ids[:, self.width :])
         return TrunkLookaheadOutput(
+            advantages=advantages,
+            abstained_at=self.ended_at.to(self.ids.device) if self.abstains else None,
             sequences=self.ids,  # type: ignore[arg-type]
             scores=tuple(self.scores) or None,  # type: ignore[arg-type]
             logits=tuple(self.raw) or None,  # type: ignore[arg-type]
@@ -105,7 +135,6 @@ class TrunkRun:
 
     def _step(self) -> Tensor:
         """The next token of each row, int64 [rows]; any for finished ones."""
-        self._read()
         scores = self.logits
         if self.before:
             # Processors may write to what they are given.
@@ -127,6 +156,8 @@ class TrunkRun:
         else:
             processed = self._guided(scores, everyone, self.scoring)
             tokens = _choose(processed, noise)
+        if self.record is not None:
+            self.record.note(self.live, [self.trails[i] for i in self.live])
         if self.options.output_scores:
             self.scores.append(processed)
         if self.options.output_logits:
@@ -147,29 +178,37 @@ class TrunkRun:
             self.logits.index_copy_(0, at, logits)
 
     def _gated(self, scores: Tensor) -> list[int]:
-        """Live rows that the gate lets pass: their token is chosen before the forward."""
+        """Live rows that a gate lets pass: their token is chosen before the forward."""
         gates = [self.gates[i] for i in self.live]
-        if min(gates) == torch.inf:
-            return []
-        hits = gated_rows(scores[self.live], gates).tolist()
+        hits = [False] * len(gates)
+        if min(gates) < torch.inf:
+            hits = gated_rows(scores[self.live], gates).tolist()
+        if any(self.configs[i].has_value_gate for i in self.live):
+            hits = [hit or shut for hit, shut in zip(hits, self._shut(), strict=True)]
         gated = [i for i, hit in zip(self.live, hits, strict=True) if hit]
         self.scorer.stats.add(rows_gated=len(gated))
         return gated
+
+    def _shut(self) -> list[bool]:
+        """Of which live rows the value gate is shut."""
+        now = self.values[-1].tolist()
+        before = self.values[-2].tolist() if len(self.values) > 1 else [torch.nan] * len(now)
+        return [not self.configs[i].is_open(now[i], before[i]) for i in self.live]
 
     def _guided(self, scores: Tensor, rows: list[int], configs: Sequence[GuidanceConfig]) -> Tensor:
         """Guided and processed scores of some rows, [n, vocab]; finished ones are not guided."""
         alive = set(self.live)
         own = [i for i in rows if i in alive]
-        handles = [self.handles[i] for i in own]
+        handles, trails = [self.handles[i] for i in own], [self.trails[i] for i in own]
         own_configs = [configs[i] for i in own]
         guide = partial(guide_rows, self.scorer, terminals=self.terminals, on_error=self.on_error)
         if len(own) == len(scores):
-            guided, ids = guide(scores, handles, own_configs), self.ids
+            guided, ids = guide(scores, handles, own_configs, trails=trails), self.ids
         else:
             guided, ids = scores[rows], self.ids[rows]
             if own:
                 places = [place for place, i in enumerate(rows) if i in alive]
-                guided[places] = guide(scores[own], handles, own_configs)
+                guided[places] = guide(scores[own], handles, own_configs, trails=trails)
         processed: Tensor = self.after(ids, guided)  # type: ignore[arg-type]
         return processed
 
@@ -188,9 +227,16 @@ def _each(
     return [changed[config] for config in configs]
 
 
+def _without_gates(config: GuidanceConfig) -> GuidanceConfig:
+    """What the config does to a row that is scored; who is, and who is ended, is known by then."""
+    return replace(
+        config, gate=None, value_gate=None, value_gate_fall=None, abstain=None, abstain_after=None
+    )
+
+
 def _without_scores(config: GuidanceConfig) -> GuidanceConfig:
     """What the config does to a gated row: A = 0 for every candidate, and its tail rule."""
-    return replace(config, rule="reweight", margin=None, beta=0.0, kl_coef=0.0, gate=None)
+    return replace(_without_gates(config), rule="reweight", margin=None, beta=0.0, kl_coef=0.0)
 
 
 def _choose(scores: Tensor, noise: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from guided_decode.checkpoints.loading import load_scorer
+from guided_decode.guidance.value_trail import check_has_values
 from guided_decode.integrations.vllm import warm_up
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
@@ -44,15 +45,16 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
             warm_up.steps(nought, config, trunk.vocab_size, device)
     elif leads:
         scorer = _load(config, vllm_config, device)
+    # An implicit reward has no value of a prefix. All ranks must admit the same requests.
+    values = agreed(scorer is None or scorer.terminal != "included")
     return GuidedEngine(
         config,
         scorer,
         tap=tap if leads else None,
         trunk=trunk,
         end_ids=_end_ids(vllm_config.model_config),
-        # An implicit reward has no value of a prefix. All ranks must admit the same requests.
-        groups=agreed(scorer is None or scorer.terminal != "included")
-        and not _is_one_of_many(parallel),
+        groups=values and not _is_one_of_many(parallel),
+        values=values,
         broadcast=broadcast,
     )
 
@@ -147,6 +149,7 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
             f"top_k=null was given with {type(scorer).__name__}, which forwards every candidate: "
             "set top_k (the whole vocabulary is for implicit rewards only)"
         )
+    check_has_values(scorer, config.guidance)
     if scorer.vocab_size < config.max_top_k:
         raise ValueError(
             f"max_top_k={config.max_top_k} is larger than the scorer's vocabulary of "

@@ -4,6 +4,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,7 +13,7 @@ from guided_decode.guidance.candidates import rows_beyond
 from guided_decode.guidance.step import guide_rows, is_device_error
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
 from guided_decode.integrations.vllm.own_trunk import OwnTrunk
-from guided_decode.integrations.vllm.request import Pruning, Request, SamplingParams, admit
+from guided_decode.integrations.vllm.request import Request, SamplingParams, admit
 from guided_decode.integrations.vllm.rows import LiveRow, Placed
 from guided_decode.integrations.vllm.server_config import ServerConfig
 from guided_decode.integrations.vllm.siblings import Arrival, SiblingGroups
@@ -38,6 +39,7 @@ class GuidedEngine:
         trunk: OwnTrunk | None = None,
         end_ids: Collection[int] = (),
         groups: bool = True,
+        values: bool = True,
         broadcast: Broadcast | None = None,
     ) -> None:
         """
@@ -49,6 +51,7 @@ class GuidedEngine:
             end_ids: what ends any request of this policy, besides its EOS.
             groups: whether siblings can be compared, the same on all ranks; not where they may be
                 on several engines, and not by an implicit reward, which has no value of a prefix.
+            values: whether prefixes have values, the same on all ranks.
             broadcast: hands a tensor of the leading rank to all; None with one rank.
         """
         self.config = config
@@ -59,6 +62,7 @@ class GuidedEngine:
         self._trunk = trunk
         self._end_ids = frozenset(end_ids)
         self._compares = groups
+        self._values_prefixes = values
         self._broadcast = broadcast
         self._members: list[LiveRow] = []
         source = tap if scorer is None else scorer
@@ -83,6 +87,7 @@ class GuidedEngine:
             self._end_ids,
             groups=self._compares,
             guides=self._trunk is not None or self.config.kind != "trunk-head",
+            values=self._values_prefixes,
         )
         if clamps:
             if not self.counts.clamps:
@@ -165,16 +170,16 @@ class GuidedEngine:
             self._trunk.begin([rows[i] for i in known], batch)
         self._read_values([rows[i] for i in known], batch, own.shape[-1])
         live = [row for _, row in rows]
-        pruned = {i: p.token for i in known if (p := _ends_now(live[i])) is not None}
-        chosen = [i for i in known if i not in pruned and live[i].request.is_guided]
+        ended = {i: token for i in known if (token := _ends_now(live[i])) is not None}
+        chosen = [i for i in known if i not in ended and live[i].request.is_guided]
         if self._trunk is not None:
             chosen = [i for i in chosen if self._trunk.stands(live[i])]
         if chosen and self.config.on_error == "raise":
             chosen = self._not_masked(self._not_refused(chosen, live, own), own)
         guided = self._guide(own, live, chosen)
-        if pruned:
-            guided[list(pruned)] = -torch.inf
-            guided[list(pruned), list(pruned.values())] = 0.0
+        if ended:
+            guided[list(ended)] = -torch.inf
+            guided[list(ended), list(ended.values())] = 0.0
         for i in known:
             live[i].seen = len(live[i].history)
         return guided
@@ -217,18 +222,20 @@ class GuidedEngine:
             [row.request.config for row in live],
             terminals=[row.request.terminals for row in live],
             on_error=self.config.on_error,
+            trails=[row.trail for row in live],
         )
         return guided if index is None else own.index_copy(0, index, guided)
 
     def _read_values(self, rows: Sequence[Placed], batch: int, vocab: int) -> None:
-        """V(prefix) where it is due: siblings record it, and are pruned by it; the log has it."""
+        """V(prefix) where it is due: siblings record it, and are pruned by it; the log has it; rows
+        that abstain are ended by it."""
+        for _, row in rows:
+            row.trail.prompt_length = row.prompt_length
         self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
         siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}
-        due = [p for p in rows if id(p.row) in siblings or self._is_logged(p.row)]
+        due = [p for p in rows if id(p.row) in siblings or self._is_read(p.row, vocab)]
         if self._tap is not None:
-            # V1 also calls for prompts that it prefills in chunks: only a row that grew by the
-            # token of its last step stands at its end for sure.
-            due = [p for p in due if p.row.seen == len(p.row.history) - 1]
+            due = [p for p in due if self._stands(p.row)]
         if not due:
             return
         try:
@@ -244,8 +251,36 @@ class GuidedEngine:
             if id(p.row) in values and id(p.row) in siblings and p.row.sibling is not None
         ]
         self.counts.pruned_siblings += self.groups.record(arrivals)
+        self._abstain([(p.row, values[id(p.row)]) for p in due if id(p.row) in values])
         if self._log is not None:
-            self._log.write([(p.row, values[id(p.row)]) for p in due if id(p.row) in values])
+            logged = [p.row for p in due if id(p.row) in values and self._is_logged(p.row)]
+            self._log.write([(row, values[id(row)]) for row in logged])
+
+    def _abstain(self, values: Sequence[tuple[LiveRow, float]]) -> None:
+        """Ends the rows whose value has fallen too low; they are counted once."""
+        for row, value in values:
+            row.trail.add(row.history, len(row.history), value)
+            tokens = len(row.response)
+            if row.request.abstains_at(tokens) and row.request.config.ends(value, tokens):
+                self.counts.abstained_rows += not row.abstains
+                row.abstains = True
+
+    def _stands(self, row: LiveRow) -> bool:
+        """Whether the hidden states that the tap saw are those of the row's whole history."""
+        if self._trunk is not None and self._trunk.stands(row):
+            return True
+        # V1 also calls for prompts that it prefills in chunks: only a row that grew by the token of
+        # its last step stands at its end for sure.
+        return row.seen == len(row.history) - 1
+
+    def _is_read(self, row: LiveRow, vocab: int) -> bool:
+        """Whether the value is wanted for anything but siblings."""
+        request, tokens = row.request, len(row.response)
+        if request.abstains_at(tokens) and request.end_token < vocab:  # type: ignore[operator]
+            return not row.abstains
+        # Of the policy's own hidden states it is there for the asking; of the last step it is not.
+        falls = self._tap is not None and request.config.value_gate_fall is not None
+        return falls or self._is_logged(row)
 
     def _is_due(self, row: LiveRow, vocab: int) -> bool:
         """Whether a sibling is at a boundary."""
@@ -266,7 +301,7 @@ class GuidedEngine:
                 row.sibling = self.groups.join(pruning, row.prompt, row.response)
             if row.sibling is None:
                 self.counts.clamps += 1
-                row.request = Request(row.request.config, row.request.terminals)
+                row.request = replace(row.request, pruning=None)
                 return False
             self._members.append(row)
         return True
@@ -312,6 +347,10 @@ def _on(rows: list[int], device: torch.device) -> Tensor:
     return torch.tensor(rows).to(device, non_blocking=True)
 
 
-def _ends_now(row: LiveRow) -> Pruning | None:
-    """The pruning that ends this row, or None."""
-    return row.request.pruning if row.sibling is not None and row.sibling.is_pruned else None
+def _ends_now(row: LiveRow) -> int | None:
+    """The token that ends this row now, or None."""
+    if row.abstains:
+        return row.request.end_token
+    pruning = row.request.pruning
+    is_pruned = row.sibling is not None and row.sibling.is_pruned
+    return pruning.token if is_pruned and pruning is not None else None

@@ -20,6 +20,7 @@ _HELP = {
     "unguided_rows": "rows that asked but whose tokens vLLM did not hand over",
     "clamps": "wishes of requests that were not granted in full",
     "pruned_siblings": "samples ended by their siblings",
+    "abstained_rows": "requests ended because their value fell too low",
     "seconds": "seconds in the processor",
     "rows_scored": "rows whose candidates were scored",
     "rows_gated": "rows that the gate let pass",
@@ -47,6 +48,7 @@ class StepCounts:
     unguided_rows: int = 0
     clamps: int = 0
     pruned_siblings: int = 0
+    abstained_rows: int = 0
     seconds: float = 0.0
 
 
@@ -82,17 +84,17 @@ class Metrics:
     def _log(self, now: dict[str, float]) -> None:
         new = {name: now[name] - self._logged[name] for name in now}
         self._logged, self._logged_at = now, time.monotonic()
-        if not new["guided_rows"] and not new["pruned_siblings"]:
+        if not any(new[name] for name in ("guided_rows", "pruned_siblings", "abstained_rows")):
             return
         forwarded = new["prefix_tokens"] + new["candidate_tokens"]
         logger.info(
             "guided rows: %d (%d gated, %d wasted, %d passed through), scorer tokens: %d, cache "
-            "hit rate: %.1f%%, evicted: %d, clamps: %d, pruned siblings: %d, seconds: %.2f (%.2f "
-            "in the scorer)",
+            "hit rate: %.1f%%, evicted: %d, clamps: %d, pruned siblings: %d, abstained: %d, "
+            "seconds: %.2f (%.2f in the scorer)",
             new["guided_rows"], new["rows_gated"], new["wasted_rows"],
             new["passthroughs"] + new["unguided_rows"], forwarded,
             100 * new["cache_hits"] / max(1.0, new["cache_hits"] + forwarded),
-            new["evictions"], new["clamps"], new["pruned_siblings"],
+            new["evictions"], new["clamps"], new["pruned_siblings"], new["abstained_rows"],
             new["seconds"], new["scorer_seconds"],
         )  # fmt: skip
 

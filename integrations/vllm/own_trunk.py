@@ -84,6 +84,8 @@ class OwnTrunk:
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:
         """As of `Scorer`."""
+        if not isinstance(prefix, PrefixHandle):
+            return "a prefix came that is no row of this step: expected its row's handle"
         if candidates and self._forward.unfit is not None:
             return self._forward.unfit
         if candidates and len(prefix) >= self._max_length:

@@ -15,8 +15,10 @@ from guided_decode.integrations.vllm.server_config import (
 )
 
 # The keys that change a setting of GuidanceConfig; each of them asks for guidance.
-_SETTINGS = ("beta", "top_k", "top_p", "rule", "margin", "tail", "gate")
-_GROUP = ("group", "group_size", "keep", "every", "prune_token")
+_SETTINGS = (
+    "beta", "top_k", "top_p", "rule", "margin", "tail", "gate", "value_gate", "value_gate_fall",
+)  # fmt: skip
+_GROUP = ("group", "group_size", "keep", "every")
 # True and false are as good as 1 and 0.
 _Flag = Annotated[int, BeforeValidator(lambda v: int(v) if isinstance(v, bool) else v)]
 # stop_token_ids of a guided request; each is looked for among its candidates at every step. What
@@ -52,27 +54,38 @@ class Pruning:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """What one request gets: its guidance, what ends it, and its group."""
+    """What one request gets: its guidance, what ends it, and its group.
+
+    end_token: ends it where its config abstains; one of its stop_token_ids. None: it does not.
+    """
 
     config: GuidanceConfig
     terminals: tuple[int, ...]
     pruning: Pruning | None = None
+    end_token: int | None = None
 
     @property
     def is_guided(self) -> bool:
         """Whether guidance can change a logit; a request may only be in a group."""
-        return self.config.needs_scores or self.config.tail != "keep"
+        return self.config.guides
+
+    def abstains_at(self, tokens: int) -> bool:
+        """Whether the value of a response of so many tokens may end it."""
+        return self.end_token is not None and self.config.abstains_at(tokens)
 
 
 class Keys(BaseModel):
     """The keys of `vllm_xargs` that begin with `guide`, without that prefix; types and ranges.
 
     guide: 1 asks for guidance, 0 refuses it.
-    beta, top_k, top_p, rule, margin, tail, gate: as in `GuidanceConfig`; each asks for guidance.
+    beta, top_k, top_p, rule, margin, tail, gate, value_gate, value_gate_fall: as in
+        `GuidanceConfig`; each asks for guidance.
+    abstain, abstain_after: as there; by themselves they guide nothing.
     group: an unguessable value that the samples of one prompt share; these are then compared.
     group_size, keep, every: how many siblings there are, how many survive, and after how many
         tokens they are compared, again and again.
-    prune_token: which of stop_token_ids ends a pruned sibling; needed where there are several.
+    prune_token: which of stop_token_ids ends a pruned sibling, or a response that abstains; needed
+        where there are several.
     """
 
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid")
@@ -85,6 +98,10 @@ class Keys(BaseModel):
     margin: FiniteFloat | None = Field(default=None, ge=0, alias="guide_margin")
     tail: Tail | None = Field(default=None, alias="guide_tail")
     gate: FiniteFloat | None = Field(default=None, gt=0, le=1, alias="guide_gate")
+    value_gate: FiniteFloat | None = Field(default=None, alias="guide_value_gate")
+    value_gate_fall: FiniteFloat | None = Field(default=None, ge=0, alias="guide_value_gate_fall")
+    abstain: FiniteFloat | None = Field(default=None, alias="guide_abstain")
+    abstain_after: int | None = Field(default=None, ge=1, alias="guide_abstain_after")
     group: str | None = Field(default=None, min_length=8, max_length=128, alias="guide_group")
     group_size: int | None = Field(default=None, ge=2, alias="guide_group_size")
     keep: int | None = Field(default=None, ge=1, alias="guide_keep")
@@ -96,6 +113,19 @@ class Keys(BaseModel):
         """The settings of GuidanceConfig that the request names."""
         given = {name: getattr(self, name) for name in _SETTINGS}
         return {name: value for name, value in given.items() if value is not None}
+
+    @property
+    def abstention(self) -> dict[str, Any]:
+        """What the request says of abstention, as fields of GuidanceConfig; nothing: empty."""
+        if self.abstain is None:
+            return {}
+        return {"abstain": self.abstain, "abstain_after": self.abstain_after}
+
+    @property
+    def needs_values(self) -> str | None:
+        """The first key that reads values of prefixes, or None."""
+        names = ("group", "abstain", "value_gate", "value_gate_fall")
+        return next((f"guide_{n}" for n in names if getattr(self, n) is not None), None)
 
 
 _KNOWN = tuple(field.alias or name for name, field in Keys.model_fields.items())
@@ -127,14 +157,18 @@ def check_request(params: SamplingParams, config: ServerConfig | None) -> None:
         )
     if keys.group is not None:
         _pruning(keys, params, ())
-        _check_group_with(params)
+        _check_ends_with(params, "guide_group")
+    if keys.abstain is not None:
+        _end_token(keys, params, (), "guide_abstain")
+        _check_ends_with(params, "guide_abstain")
     if config is not None:
         _check_with_defaults(keys, config)
         _check_limits(keys, config)
-        if config.kind == "implicit" and keys.group is not None:
+        if config.kind == "implicit" and keys.needs_values is not None:
+            unasked = "no groups" if keys.group is not None else "a request without it"
             raise ValueError(
-                "guide_group was given, but the server's scorer is an implicit reward, which has "
-                "no value of a prefix: expected no groups"
+                f"{keys.needs_values} was given, but the server's scorer is an implicit reward, "
+                f"which has no value of a prefix: expected {unasked}"
             )
 
 
@@ -145,6 +179,7 @@ def admit(
     *,
     groups: bool,
     guides: bool = True,
+    values: bool = True,
 ) -> Admitted:
     """What the worker does for a request: within the limits, and never an error.
 
@@ -154,12 +189,15 @@ def admit(
         end_ids: what ends any request of this policy, besides its EOS.
         groups: whether this engine can compare siblings.
         guides: whether it can look ahead.
+        values: whether its scorer has values of prefixes.
     """
     clamps: list[str] = []
     try:
         keys = _keys(params.extra_args) or Keys.model_validate({})
         _check_combination(keys)
         keys = _clamped(keys, config, clamps)
+        if not values:
+            keys = _without_values(keys, clamps)
     except ValueError as error:
         return Admitted(None, [str(error)])
     guidance = pruning = None
@@ -177,13 +215,15 @@ def admit(
         clamps.append(str(error))
     if keys.group is not None:
         pruning = _granted_group(keys, params, config, end_ids, clamps, groups=groups)
-    if guidance is None and pruning is None:
+    asked = guidance or UNGUIDED
+    asked, end_token = _granted_abstention(keys, params, asked, end_ids, clamps)
+    if guidance is None and pruning is None and end_token is None:
         return Admitted(None, clamps)
     terminals = _terminals(params)
     if len(set(params.stop_token_ids or ()).difference(end_ids)) > MOST_STOP_IDS:
         clamps.append(f"{len(terminals)} stop tokens became {MOST_STOP_IDS}")
         terminals = terminals[:MOST_STOP_IDS]
-    return Admitted(Request(guidance or UNGUIDED, terminals, pruning), clamps)
+    return Admitted(Request(asked, terminals, pruning, end_token), clamps)
 
 
 def is_own_key(name: str) -> bool:
@@ -212,7 +252,7 @@ def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
     asked = bool(settings) if keys.guide is None else bool(keys.guide)
     if not (asked or (keys.guide is None and config.guide_by_default)):
         return None
-    return config.guidance.changed(**settings)
+    return config.guidance.changed(**settings, **keys.abstention)
 
 
 def _check_combination(keys: Keys) -> None:
@@ -224,6 +264,12 @@ def _check_combination(keys: Keys) -> None:
     stray = [f"guide_{name}" for name in _GROUP[1:] if getattr(keys, name) is not None]
     if keys.group is None and stray:
         raise ValueError(f"{', '.join(stray)} came without guide_group: pass both, or neither")
+    if keys.prune_token is not None and keys.group is None and keys.abstain is None:
+        raise ValueError(
+            "guide_prune_token came without guide_group or guide_abstain: pass both, or neither"
+        )
+    if keys.abstain_after is not None and keys.abstain is None:
+        raise ValueError("guide_abstain_after came without guide_abstain: pass both, or neither")
     if keys.rule == "reweight" and keys.margin is not None:
         raise ValueError(
             f"guide_margin={keys.margin:g} was given with guide_rule='reweight', which has no "
@@ -279,6 +325,16 @@ def _pruning(keys: Keys, params: SamplingParams, end_ids: Collection[int]) -> Pr
             f"guide_keep={shown(keep)} with guide_group_size={shown(size)} prunes nobody: "
             "expected fewer"
         )
+    token = _end_token(keys, params, end_ids, "guide_group")
+    return Pruning(cast(str, keys.group), size, keep, every, token)
+
+
+def _end_token(keys: Keys, params: SamplingParams, end_ids: Collection[int], asked_by: str) -> int:
+    """The id that ends a pruned sibling, or a response that abstains.
+
+    Raises ValueError: no one knows which it is, or it would end nothing.
+    """
+    who = "a pruned sibling" if asked_by == "guide_group" else "a response that abstains"
     listed = list(params.stop_token_ids or ())
     token = keys.prune_token
     if token is None:
@@ -286,27 +342,28 @@ def _pruning(keys: Keys, params: SamplingParams, end_ids: Collection[int]) -> Pr
         own = listed if len(listed) == 1 else [i for i in listed if i not in end_ids]
         if len(own) != 1:
             raise ValueError(
-                f"guide_group came with stop_token_ids={shown(listed)}: expected the one id that "
-                "ends a pruned sibling, or guide_prune_token to say which of them does"
+                f"{asked_by} came with stop_token_ids={shown(listed)}: expected the one id that "
+                f"ends {who}, or guide_prune_token to say which of them does"
             )
-        token = own[0]
-    elif token not in listed:
+        return own[0]
+    if token not in listed:
         raise ValueError(
-            f"guide_prune_token={shown(token)} is not among stop_token_ids={shown(listed)}: a "
-            "pruned sibling would go on; list it there"
+            f"guide_prune_token={shown(token)} is not among stop_token_ids={shown(listed)}: "
+            f"{who} would go on; list it there"
         )
-    return Pruning(cast(str, keys.group), size, keep, every, token)
+    return token
 
 
-def _check_group_with(params: SamplingParams) -> None:
+def _check_ends_with(params: SamplingParams, asked_by: str) -> None:
+    who = "a pruned sibling" if asked_by == "guide_group" else "a response that abstains"
     for name, given in (
         ("structured_outputs", params.structured_outputs),
         ("min_tokens", params.min_tokens),
     ):
         if given:
             raise ValueError(
-                f"guide_group was given together with {name}, which may forbid the token that "
-                "ends a pruned sibling: drop one of them"
+                f"{asked_by} was given together with {name}, which may forbid the token that "
+                f"ends {who}: drop one of them"
             )
 
 
@@ -321,7 +378,7 @@ def _granted_group(
 ) -> Pruning | None:
     try:
         pruning = _pruning(keys, params, end_ids)
-        _check_group_with(params)
+        _check_ends_with(params, "guide_group")
     except ValueError as error:
         clamps.append(str(error))
         return None
@@ -331,6 +388,42 @@ def _granted_group(
         )
         return None
     return pruning
+
+
+def _granted_abstention(
+    keys: Keys,
+    params: SamplingParams,
+    guidance: GuidanceConfig,
+    end_ids: Collection[int],
+    clamps: list[str],
+) -> tuple[GuidanceConfig, int | None]:
+    """The settings with the abstention that is granted, and the token that ends the request.
+
+    The server's default is for requests that have such a token; only one that asks itself is told
+    that it has none.
+    """
+    config = guidance.changed(**keys.abstention)
+    if config.abstain is None:
+        return config, None
+    try:
+        token = _end_token(keys, params, end_ids, "guide_abstain")
+        _check_ends_with(params, "guide_abstain")
+    except ValueError as error:
+        if keys.abstain is not None:
+            clamps.append(str(error))
+        return config.changed(abstain=None), None
+    return config, token
+
+
+def _without_values(keys: Keys, clamps: list[str]) -> Keys:
+    """What a scorer without values of prefixes can grant; groups are looked at elsewhere."""
+    names = ("abstain", "abstain_after", "value_gate", "value_gate_fall")
+    given = [name for name in names if getattr(keys, name) is not None]
+    if not given:
+        return keys
+    named = ", ".join(f"guide_{name}" for name in given)
+    clamps.append(f"{named} came, but this scorer has no value of a prefix")
+    return keys.model_copy(update=dict.fromkeys(given))
 
 
 def _terminals(params: SamplingParams) -> tuple[int, ...]:

@@ -5,13 +5,14 @@ where a handle does not fit it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
 from guided_decode.growable import Ints
+from guided_decode.guidance.value_trail import ValueTrail
 from guided_decode.integrations.vllm.request import Request, SamplingParams
 from guided_decode.integrations.vllm.siblings import Sibling
 from guided_decode.prefix import PrefixHandle
@@ -34,6 +35,7 @@ class LiveRow:
     prompt_length: tokens of the handle that are the prompt's.
     seen: tokens of its history at its last step.
     sibling: its place in its group, from its first step on.
+    trail: what is known of its values. abstains: its value fell so low that it is ended.
     """
 
     request: Request
@@ -41,6 +43,8 @@ class LiveRow:
     prompt_length: int
     seen: int = 0
     sibling: Sibling | None = None
+    trail: ValueTrail = field(default_factory=lambda: ValueTrail(0))
+    abstains: bool = False
 
     @property
     def history(self) -> PrefixHandle:

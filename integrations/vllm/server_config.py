@@ -45,7 +45,8 @@ class ServerConfig(BaseModel):
     allow_pickle, trust_remote_code, cache_tokens, max_forward_tokens, quantization, gguf_file,
     device_map: as in `load_scorer`; device None is the policy's, cache_tokens None what
     max_num_seqs and max_model_len need, bounded.
-    beta to kl_coef: the defaults of `GuidanceConfig` for requests that are guided.
+    beta to abstain_after: the defaults of `GuidanceConfig` for requests that are guided; abstain
+        for those of them that say which token ends them.
     guide_by_default: guides every request that does not say `guide: 0`; else those that ask.
     max_top_k, max_beta: what a request may ask for; None for max_beta sets no limit.
     max_group_size: siblings of one group; 0 refuses groups.
@@ -91,6 +92,10 @@ class ServerConfig(BaseModel):
     baseline: Baseline = _DEFAULTS.baseline
     gate: FiniteFloat | None = _DEFAULTS.gate
     kl_coef: FiniteFloat = _DEFAULTS.kl_coef
+    value_gate: FiniteFloat | None = _DEFAULTS.value_gate
+    value_gate_fall: FiniteFloat | None = _DEFAULTS.value_gate_fall
+    abstain: FiniteFloat | None = _DEFAULTS.abstain
+    abstain_after: int | None = _DEFAULTS.abstain_after
 
     guide_by_default: bool = False
     max_top_k: int = Field(default=64, ge=1)

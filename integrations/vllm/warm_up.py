@@ -90,7 +90,8 @@ class Nought:
 
 def _every_width(scorer: Scorer, config: ServerConfig) -> Iterator[GuidanceConfig]:
     """The server's own guidance, and what its requests may make of it that is compiled anew."""
-    own = config.guidance.changed(beta=1.0) if config.beta == 0 else config.guidance
+    own = config.guidance.changed(value_gate=None, value_gate_fall=None)
+    own = own.changed(beta=1.0) if config.beta == 0 else own
     yield own
     # A KL term is one more argument of the kernel.
     kl_coefs = {own.kl_coef, 1.0 if scorer.reference is not None else 0.0, 0.0}

@@ -67,6 +67,29 @@ def test_compare_prints_the_critics_values_and_what_was_forwarded():
     assert 2 * len(answer) < others <= 3 * len(answer) + 4
 
 
+def test_an_answer_ends_where_its_value_falls_below_abstain():
+    plain = ("--prompt", PROMPT, "--beta", 0, "--tail", "keep")
+    (whole,) = objects(generate(*plain, "--json"))
+    assert "abstained" not in whole
+    critic = AutoModelForTokenClassification.from_pretrained(tiny_tulu.model_path("value"))
+    prompt = tokenizer().encode(tiny_tulu.render(PROMPT), add_special_tokens=False)
+    answer = tokenizer().encode(whole["text"], add_special_tokens=False)
+    values = critic(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) :, 0].tolist()
+    # The policy errs here, and the critic sees it.
+    low, first = (values[0] + min(values)) / 2, 5
+    ended = next(t for t, value in enumerate(values, 1) if value < low and t >= first)
+    how = ("--abstain", low, "--abstain-after", first)
+    (line,) = objects(generate(*plain, *how, "--json"))
+    assert (line["abstained"], line["finished"], line["tokens"]) == (True, False, ended)
+    assert ended < len(answer)
+    assert line["text"] == tokenizer().decode(answer[:ended])
+    # Each token but the last was scored once.
+    assert line["cost"]["scorer_tokens"] == len(prompt) + ended
+    result = CliRunner().invoke(app, ["generate", *map(str, (*plain, *how))])
+    assert result.stdout == line["text"] + "\n"
+    assert f"warning: the answer was ended after {ended} tokens: its value is" in result.stderr
+
+
 def test_plain_is_the_policy_alone():
     (line,) = objects(generate("--prompt", PROMPT, "--compare", "--json"))
     policy = AutoModelForCausalLM.from_pretrained(tiny_tulu.model_path("sft"))

@@ -201,7 +201,8 @@ def test_every_setting_reaches_the_configuration(tmp_path):
         "kl-coef": 0.5, "terminal": "reward", "transform": "clip:0,1", "rope-theta": 500.0,
         "bos": "keep", "value-log": str(tmp_path / "values.jsonl"), "value-log-every": 4,
         "max-top-k": 8, "max-beta": 4.0, "max-group-size": 16,
-        "on-error": "raise", "log-every": 0.0,
+        "on-error": "raise", "log-every": 0.0, "value-gate": -0.5, "value-gate-fall": 0.25,
+        "abstain": -1.5, "abstain-after": 12,
     }  # fmt: skip
     if find_spec("peft") is not None:
         settings["adapter"] = adapter_of("tiny-tulu-value")

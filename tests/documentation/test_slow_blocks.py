@@ -53,7 +53,8 @@ def replies(block, port):
 @needs_server
 @pytest.mark.parametrize("block", REQUESTS, ids=str)
 def test_a_server_answers_as_the_block_says(block, port):
-    """Answers that comments name; a group prunes all but those that it keeps; else a right one."""
+    """Answers that comments name; a group prunes all but those that it keeps; one that abstains is
+    ended by the token that it names; else a right one."""
     answered = replies(block, port)
     named = re.findall(r"# .*Answer: (\d+)$", block.code, re.MULTILINE)
     if named:
@@ -66,6 +67,12 @@ def test_a_server_answers_as_the_block_says(block, port):
         reasons = [choice["stop_reason"] for choice in reply["choices"]]
         assert len(reasons) == int(size[1])
         assert reasons.count(None) == int(keep[1])
+        return
+    stop = re.search(r'"stop_token_ids": \[(\d+)\]', block.code)
+    if stop and "guide_abstain" in block.code:
+        (choice,) = reply["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("stop", int(stop[1]))
+        assert reply["usage"]["completion_tokens"] > 10
         return
     (prompt,) = re.findall(r'"content": "(.+?)"', block.code)
     assert tiny_tulu.is_correct(prompt, reply["choices"][0]["message"]["content"])

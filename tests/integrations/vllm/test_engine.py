@@ -7,7 +7,7 @@ import torch
 
 from guided_decode import GuidanceConfig, load_scorer
 from tests import models, oracle
-from tests.integrations.vllm import v2_on_cpu, vllm_parts
+from tests.integrations.vllm import saving_requests, v2_on_cpu, vllm_parts
 from tests.integrations.vllm.first_tokens import assert_guided_distribution
 from tests.integrations.vllm.mixed_requests import (
     ASKED,
@@ -73,6 +73,25 @@ def test_the_first_token_at_temperature_1_has_the_guided_distribution(roomy, rul
     prune = GuidanceConfig(rule="prune", margin=1.0, top_k=8)
     prompt, config = {"reweight": (PROMPTS[1], CONFIGS[0]), "prune": (PROMPTS[19], prune)}[rule]
     assert_guided_distribution(roomy, models.tiny("llama", "token"), prompt, config)
+
+
+def test_rows_end_and_gates_open_where_they_do_in_generate(roomy):
+    """Abstention and value gates: on the engine, by brute force, in Hugging Face's generate."""
+    from guided_decode.integrations.transformers import GuidedDecoding
+
+    saving = saving_requests.made(models.tiny("llama", "token"))
+    saving_requests.assert_engine(roomy, saving)
+    scorer = load_scorer(models.saved("llama", "token"), kind="verl-critic")
+    for i, (prompt, config) in enumerate(zip(saving.prompts, saving.asked, strict=True)):
+        out = vllm_parts.policy().generate(
+            torch.tensor([prompt]), custom_generate=GuidedDecoding(scorer, config), do_sample=False,
+            max_new_tokens=saving_requests.NEW, eos_token_id=saving.ends,
+            return_dict_in_generate=True,
+        )  # fmt: skip
+        tokens = out.sequences[0, len(prompt) :].tolist()
+        oracle.assert_greedy_equal([tokens], [saving.expected[i]])
+        at = -1 if config.abstain is None else int(out.abstained_at[0])
+        assert at == (len(tokens) if saving.abstains(i) else -1)
 
 
 def test_one_seed_gives_one_answer(roomy):

@@ -8,7 +8,7 @@ import pytest
 
 from guided_decode import GuidanceConfig
 from tests import models, oracle
-from tests.integrations.vllm import vllm_parts
+from tests.integrations.vllm import saving_requests, vllm_parts
 from tests.integrations.vllm.first_tokens import assert_guided_distribution
 from tests.integrations.vllm.mixed_requests import CONFIGS, PROMPTS, SAMPLING, assert_answers
 from tests.integrations.vllm.trunk_heads import BLOCK, PolicyWithHead, tap_config
@@ -42,6 +42,11 @@ def test_a_mixed_batch_again_from_the_prefix_cache(roomy, trunk_brute_force, pla
         assert_answers(
             vllm_parts.generate(roomy, PROMPTS, SAMPLING), trunk_brute_force, plain_tokens
         )
+
+
+@pytest.mark.slow
+def test_rows_end_and_gates_open_by_the_policys_own_values(roomy):
+    saving_requests.assert_engine(roomy, saving_requests.made(PolicyWithHead()))
 
 
 @pytest.mark.slow

@@ -11,6 +11,7 @@ from guided_decode import GuidanceConfig
 from tests import models, oracle
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.vllm_steps import (
+    CONFIG,
     CPU,
     PROMPTS,
     Failing,
@@ -22,7 +23,7 @@ from tests.integrations.vllm.vllm_steps import (
 )
 
 from guided_decode.integrations.vllm import ValueGuidedLogitsProcessor  # isort: skip
-from guided_decode.integrations.vllm.request import Pruning  # isort: skip
+from guided_decode.integrations.vllm.request import UNGUIDED, Pruning, Request  # isort: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +106,82 @@ def test_siblings_whose_value_is_no_number_are_not_compared(scorer):
             placed.row.history.append(11)
     assert torch.equal(failing.step(logits.clone(), live), logits)
     assert not any(placed.row.sibling.is_pruned for placed in live)
+
+
+def test_a_row_whose_value_is_too_low_gets_the_token_that_ends_it(scorer):
+    end, first = 77, 2
+    live = rows()
+    brute = oracle.Values(models.tiny("llama", "token"))
+    guiding = engine(scorer)
+    for placed in live:
+        placed.row.history.extend([11, 12])
+    values = brute([placed.row.history.tokens.tolist() for placed in live])
+    low = sorted(values)[2] - 1e-3
+    for placed, is_guided in zip(live, (True, False, True, False), strict=True):
+        own = (CONFIG if is_guided else UNGUIDED).changed(abstain=low, abstain_after=first)
+        placed.row.request = Request(own, (models.EOS, end), end_token=end)
+    live[2].row.request = Request(live[2].row.request.config.changed(abstain_after=first + 1),
+                                  (models.EOS, end), end_token=end)  # fmt: skip
+    logits = step_logits()
+    scorer.stats.reset()
+    for _ in range(2):
+        guided = guiding.step(logits.clone(), live)
+        ended = [i for i in range(4) if (guided[i] > -torch.inf).sum() == 1 and i != 2]
+        assert ended == [i for i in range(4) if values[i] < low and i != 2]
+        assert 0 < len(ended) < 3
+        assert all(guided[i].argmax() == end for i in ended)
+    assert guiding.counts.abstained_rows == len(ended)
+    for i in (1, 3):
+        if i not in ended:
+            assert torch.equal(guided[i], logits[i])
+    assert scorer.stats.passthroughs == 0
+
+
+def test_a_row_that_only_abstains_has_no_candidates_and_one_that_fails_goes_on(scorer):
+    live = rows()
+    request = Request(UNGUIDED.changed(abstain=1e9), (models.EOS, 77), end_token=77)
+    for placed in live:
+        placed.row.history.append(13)
+        placed.row.request = request
+    logits = step_logits()
+    scorer.stats.reset()
+    failing = engine(Failing(scorer, "raises"))
+    assert torch.equal(failing.step(logits.clone(), live), logits)
+    assert failing.counts.abstained_rows == 0
+    assert scorer.stats.passthroughs == len(live)
+    guided = engine(scorer).step(logits.clone(), live)
+    assert guided.argmax(-1).tolist() == [77] * len(live)
+    assert scorer.stats.candidate_tokens == 0
+
+
+def test_rows_are_guided_where_their_value_gate_is_open(scorer):
+    live = rows()
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    prefixes = [placed.row.history.tokens.tolist() for placed in live]
+    now = brute.values([[*prefix, 14] for prefix in prefixes])
+    low = sorted(now)[2] - 1e-3
+    falls = [a - b for a, b in zip(brute.values(prefixes), now, strict=True)]
+    config = CONFIG.changed(value_gate=low, value_gate_fall=max(sorted(falls)[2] - 1e-3, 0.0))
+    opened = [i for i in range(4) if now[i] < low or falls[i] > config.value_gate_fall]
+    for placed in live:
+        placed.row.request = Request(config, (models.EOS,))
+    guiding, logits = engine(scorer), step_logits()
+    guiding.step(logits.clone(), live)
+    for placed in live:
+        placed.row.history.append(14)
+    scorer.stats.reset()
+    guided = guiding.step(logits.clone(), live)
+    assert 0 < len(opened) < 4
+    assert scorer.stats.rows_gated == 4 - len(opened)
+    for i, placed in enumerate(live):
+        expected = brute.row(placed.row.history.tokens.tolist(), logits[i], config, [models.EOS],
+                             len(prefixes[i]))  # fmt: skip
+        oracle.assert_row_equal(guided[i], expected)
+    # Nobody remembers the values of the step before, as after a preemption.
+    for placed in live:
+        placed.row.trail = type(placed.row.trail)(placed.row.prompt_length)
+    again = guiding.step(logits.clone(), live)
+    torch.testing.assert_close(again, guided, rtol=0, atol=1e-5)
 
 
 def test_a_server_may_want_failures_to_end_it(scorer):

@@ -68,6 +68,63 @@ def test_a_server_that_guides_everybody_lets_a_request_decline():
     assert granted({"guide": 0}, server).request is None
 
 
+def test_abstention_by_itself_guides_nothing():
+    extra = {"guide_abstain": -0.5, "guide_abstain_after": 8}
+    check_request(Params(extra), config())
+    request, clamps = granted(extra)
+    assert (request.is_guided, request.end_token, clamps) == (False, 77, [])
+    assert [n for n in range(12) if request.abstains_at(n)] == [8, 9, 10, 11]
+    assert request.config.ends(-0.6, 8)
+    assert not request.config.ends(-0.5, 8)
+    guided = granted(extra | {"guide": 1}).request
+    assert guided.config == GuidanceConfig(2.0, 8, abstain=-0.5, abstain_after=8)
+    assert guided.end_token == 77
+
+
+def test_who_abstains_says_which_token_ends_it():
+    extra = {"guide_abstain": -0.5}
+    for stops, reason in ((None, "guide_abstain came with stop_token_ids=[]: expected the one id"),
+                          ([5, 77], "guide_abstain came with stop_token_ids=[5, 77]")):  # fmt: skip
+        with pytest.raises(ValueError, match=re.escape(reason)):
+            check_request(Params(extra, stop_token_ids=stops), None)
+        request, clamps = granted(extra, stop_token_ids=stops)
+        assert request is None
+        assert reason in clamps[0]
+    assert granted(extra | {"guide_prune_token": 5}, stop_token_ids=[5, 77]).request.end_token == 5
+    # vLLM has added the policy's other ends by then.
+    assert granted(extra, stop_token_ids=[3, 77]).request.end_token == 77
+    with pytest.raises(ValueError, match="guide_abstain was given together with min_tokens"):
+        check_request(Params(extra, min_tokens=3), None)
+
+
+def test_a_servers_own_abstention_is_for_guided_requests_that_can_be_ended():
+    server = config(abstain=-0.5, abstain_after=4)
+    request, clamps = granted({"guide": 1}, server)
+    assert (request.config.abstain, request.config.abstain_after) == (-0.5, 4)
+    assert (request.end_token, clamps) == (77, [])
+    for own in ({"stop_token_ids": None}, {"min_tokens": 2}):
+        request, clamps = granted({"guide": 1}, server, **own)
+        assert (request.config.abstain, request.end_token, clamps) == (None, None, [])
+    assert granted({"guide_abstain": -2.0}, server).request.config.abstain == -2.0
+    assert granted({}, server).request is None
+
+
+def test_a_scorer_without_values_of_prefixes_ends_nobody():
+    extra = {"guide": 1, "guide_abstain": 0, "guide_value_gate": 1.0}
+    request, clamps = admit(Params(extra), config(), [2, 3], groups=False, values=False)
+    assert request.config == GuidanceConfig(beta=2.0, top_k=8)
+    assert request.end_token is None
+    assert clamps == ["guide_abstain, guide_value_gate came, but this scorer has no value of a "
+                      "prefix"]  # fmt: skip
+    with pytest.raises(ValueError, match="guide_abstain was given, but the server's scorer is an"):
+        check_request(Params(extra), config(kind="implicit"))
+
+
+def test_each_value_gate_asks_for_guidance():
+    request, _ = granted({"guide_value_gate": -0.25, "guide_value_gate_fall": 0.5})
+    assert request.config == GuidanceConfig(2.0, 8, value_gate=-0.25, value_gate_fall=0.5)
+
+
 def test_each_setting_arrives():
     extra = {"guide_beta": -1, "guide_top_k": 4, "guide_top_p": 0.5, "guide_rule": "prune",
              "guide_margin": 0.25, "guide_tail": "keep", "guide_gate": 0.9}  # fmt: skip
@@ -112,6 +169,13 @@ BAD = [
     (GROUP | {"guide_every": 0}, "guide_every=0"),
     ({"guide_group": "a-group-name"}, "without guide_group_size, guide_keep, guide_every"),
     (GROUP | {"guide_prune_token": 5}, "guide_prune_token=5 is not among stop_token_ids=[77]"),
+    ({"guide_value_gate": "low"}, "guide_value_gate='low': input should be a valid number"),
+    ({"guide_value_gate_fall": -1}, "guide_value_gate_fall=-1: input should be greater than or"),
+    ({"guide_abstain": float("inf")}, "guide_abstain=inf: input should be a finite number"),
+    ({"guide_abstain": 0, "guide_abstain_after": 0}, "guide_abstain_after=0"),
+    ({"guide_abstain_after": 5}, "guide_abstain_after came without guide_abstain: pass both"),
+    ({"guide_prune_token": 77}, "guide_prune_token came without guide_group or guide_abstain"),
+    ({"guide_abstain": 0, "guide_prune_token": 5}, "a response that abstains would go on; list it"),
 ]
 # What only a front end that knows the server's configuration can refuse.
 BAD_HERE = [

@@ -90,7 +90,8 @@ def generate(llm: LLM, prompts: Sequence[Sequence[int]], sampling: Any) -> list[
 def asked(config: GuidanceConfig) -> dict[str, Any]:
     """The keys with which a request asks for this config."""
     given = asdict(config)
-    names = ("beta", "top_k", "top_p", "rule", "margin", "tail", "gate")
+    names = ("beta", "top_k", "top_p", "rule", "margin", "tail", "gate", "value_gate",
+             "value_gate_fall", "abstain", "abstain_after")  # fmt: skip
     return {f"guide_{name}": given[name] for name in names if given[name] is not None}
 
 
