@@ -1,4 +1,4 @@
-"""`guided-decode calibrate`: the beta that keeps guidance at a stated distance from the policy."""
+"""`guided-decode calibrate`: the beta of a stated distance from the policy, or a threshold."""
 
 from __future__ import annotations
 
@@ -26,9 +26,10 @@ from guided_decode.cli.checkpoints import (
 )
 from guided_decode.cli.decoding import Sampling, generation_config, terminal_ids
 from guided_decode.cli.errors import Refusal, warn
-from guided_decode.cli.guidance_options import GuidanceOptions, chosen_for
+from guided_decode.cli.guidance_options import CalibratedOptions, chosen_for
 from guided_decode.cli.remote_options import RemoteOptions, refuse_placement
 from guided_decode.cli.search_rows import read_search_rows
+from guided_decode.cli.threshold_options import ThresholdOptions
 from guided_decode.scoring.remote.address import is_address
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ HeldOut = Annotated[
     typer.Option(metavar="FILE", help="other prompts, on which the result is measured "
                  "\\[tiny-tulu's held-out ones, for tiny-tulu]")]  # fmt: skip
 Target = Annotated[
-    list[float],
+    list[float] | None,
     typer.Option("--target-kl", metavar="NATS", help="KL from the policy, in nats a token; may be "
                  "repeated")]  # fmt: skip
 Output = Annotated[
@@ -58,13 +59,14 @@ Rounds = Annotated[int, typer.Option(min=1, help="of decoding all prompts, at mo
 Raw = Annotated[bool, typer.Option("--raw", help="prompts are text as it is, not chats")]
 Json = Annotated[bool, typer.Option("--json", help="the result as one JSON object")]
 
-_AS_IT_IS, _NO_OPTIONS = models.ScorerOptions(), GuidanceOptions()
+_AS_IT_IS, _NO_OPTIONS = models.ScorerOptions(), CalibratedOptions()
+_NO_THRESHOLD = ThresholdOptions()
 
 Prompts = Sequence[Sequence[int]]
 
 
 def calibrate(
-    target_kl: Target,
+    target_kl: Target = None,
     source: Source = None,
     held_out: HeldOut = None,
     output: Output = None,
@@ -75,7 +77,8 @@ def calibrate(
     dtype: models.Dtype = "auto",
     reading: models.ScorerOptions = _AS_IT_IS,
     remote: RemoteOptions = NOT_REMOTE,
-    guidance: GuidanceOptions = _NO_OPTIONS,
+    guidance: CalibratedOptions = _NO_OPTIONS,
+    thresholds: ThresholdOptions = _NO_THRESHOLD,
     max_new_tokens: Longest = 256,
     batch: Batch = 50,
     rounds: Rounds = 12,
@@ -84,19 +87,29 @@ def calibrate(
     prompt_format: row_options.PromptFormat = None,
     as_json: Json = False,
 ) -> None:
-    """Find the beta at which guidance stays a stated KL from the policy.
+    """Find the beta at which guidance stays a stated KL from the policy, or a threshold.
 
     Values have other units with each critic, so no beta is right for all. It decodes the prompts at
     temperature 1, again with each better beta, and measures at each token. The other settings of
-    guidance are part of what is calibrated, and are written with beta.
+    guidance are part of what is calibrated, and are written with beta. With --abstain or --margin
+    it finds from rollouts the threshold that at most --alpha of the good responses ever cross.
     """
-    _check_targets(target_kl, output)
+    finds_threshold = thresholds.wanted
+    target_kl = _check_targets(target_kl or [], output, source, other=finds_threshold)
     names = pair(policy, scorer, head=reading.head)
     refuse_placement(names[1], scorer_device=scorer_device)
     if reading.tp_plan is not None:
         raise Refusal("--tp-plan came, and calibrate decodes in one process: serve the scorer with "
                       "guided-decode scorer, and pass its address")  # fmt: skip
     reading = guidance.reading(reading)
+    if finds_threshold:
+        from guided_decode.cli.calibrate_threshold import Models, calibrate_threshold
+
+        calibrate_threshold(
+            Models(names, device, scorer_device, dtype, reading, remote), thresholds, guidance,
+            held_out, output, raw=raw, prompt_format=prompt_format, seed=seed, as_json=as_json,
+        )  # fmt: skip
+        return
     if not is_address(names[1]):
         _config(guidance, names[1])
     messages = _messages(source, held_out, names[0])
@@ -123,16 +136,26 @@ def calibrate(
         print(f"settings for --config: {output}", file=sys.stderr)
 
 
-def _check_targets(targets: Sequence[float], output: Path | None) -> None:
+def _check_targets(
+    targets: list[float], output: Path | None, source: Path | None, *, other: bool
+) -> list[float]:
+    if other and (targets or source is not None):
+        came = f"--target-kl {targets[0]:g}" if targets else f"INPUT {source}"
+        raise Refusal(f"{came} came with a threshold to find, which is read off --rollouts: drop "
+                      "it")  # fmt: skip
+    if not (targets or other):
+        raise Refusal("nothing to find: pass --target-kl NATS for beta, or --abstain or --margin "
+                      "with --alpha and --rollouts for a threshold")  # fmt: skip
     for target in targets:
         if not 0.0 < target < float("inf"):
             raise Refusal(f"--target-kl {target:g}: expected nats above 0")
     if output is not None and len(targets) > 1:
         raise Refusal(f"--output {output} takes one beta, and {len(targets)} targets came: pass "
                       "one --target-kl")  # fmt: skip
+    return targets
 
 
-def _config(guidance: GuidanceOptions, scorer: str) -> GuidanceConfig:
+def _config(guidance: CalibratedOptions, scorer: str) -> GuidanceConfig:
     """What is calibrated but for beta. Raises Refusal or ValueError: it has no beta to choose."""
     if guidance.beta is not None:
         raise Refusal(f"--beta {guidance.beta:g} came, which calibrate finds: drop it")

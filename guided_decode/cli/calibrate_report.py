@@ -120,11 +120,12 @@ def write_settings(file: Path, settings: Settings, report: Report) -> None:
         f"{found.measured.error:.2g}).",
     ]
     guidance: Mapping[str, Any] = {"beta": float(f"{found.beta:.6g}"), **settings[GUIDANCE]}
-    text = _as_yaml({**settings, GUIDANCE: dict(guidance)})
-    file.write_text("\n".join([*head, text]), encoding="utf-8")
+    write_file(file, head, {**settings, GUIDANCE: dict(guidance)})
 
 
-def _as_yaml(settings: Settings) -> str:
+def write_file(file: Path, head: Sequence[str], settings: Settings) -> None:
+    """Writes settings as `--config` takes them, below lines of comment. Raises OSError."""
     import yaml
 
-    return yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    file.write_text("\n".join([*head, text]), encoding="utf-8")

@@ -1,9 +1,12 @@
 """`guided-decode calibrate`: the beta that it finds, the file that it writes, what it refuses."""
 
+import functools
 import json
 
 import pytest
+import torch
 import yaml
+from transformers import AutoModelForCausalLM, AutoModelForTokenClassification, AutoTokenizer
 from typer.testing import CliRunner
 
 from guided_decode import tiny_tulu
@@ -121,3 +124,136 @@ def test_the_divergence_is_the_one_asked_for_on_held_out_prompts(policy, scorer,
     assert result.exit_code == 0, result.output
     for found in json.loads(result.stdout)["results"]:
         assert found["held_out_kl"] == pytest.approx(found["target_kl"], rel=0.15), found
+
+
+def sampled(prompts, seed=0, batch=100):
+    """A rollout of each prompt, which tiny-tulu's policy wrote at temperature 1."""
+    path = tiny_tulu.model_path("sft")
+    policy = AutoModelForCausalLM.from_pretrained(path)
+    tokenizer = AutoTokenizer.from_pretrained(path, padding_side="left")
+    tokenizer.pad_token_id = tokenizer.eos_token_id
+    torch.manual_seed(seed)
+    lines = []
+    for start in range(0, len(prompts), batch):
+        own = prompts[start : start + batch]
+        inputs = tokenizer([tiny_tulu.render(each) for each in own], add_special_tokens=False,
+                           return_tensors="pt", padding=True)  # fmt: skip
+        out = policy.generate(**inputs, do_sample=True, top_k=0, max_new_tokens=100,
+                              pad_token_id=tokenizer.pad_token_id)  # fmt: skip
+        for message, row in zip(own, out[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+            end = next((i + 1 for i, each in enumerate(row) if each == tokenizer.eos_token_id),
+                       len(row))  # fmt: skip
+            text = tokenizer.decode(row[:end], skip_special_tokens=True)
+            lines.append({"prompt": message, "response_ids": row[:end],
+                          "reward": float(tiny_tulu.is_correct(message, text))})  # fmt: skip
+    return lines
+
+
+@functools.cache
+def sixty():
+    return sampled(tiny_tulu.validation_prompts(60))
+
+
+def written(path, lines):
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def test_a_threshold_from_rollouts_is_what_generate_abstains_by(tmp_path):
+    file, settings = written(tmp_path / "in.jsonl", sixty()), tmp_path / "guidance.yaml"
+    result = run("calibrate", "--abstain", "--alpha", 0.1, "--rollouts", file, "--abstain-after",
+                 5, "--held-out", file, "--beta", 0, "--tail", "keep", "--dtype", "float32",
+                 "--output", settings, "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    good = sum(line["reward"] for line in sixty())
+    assert (found["good"], found["rollouts"], found["prompts"]) == (good, 60, 60)
+    assert found["rank"] == int(0.1 * (good + 1))
+    # The oracle: the critic's own forward along the good responses.
+    critic = AutoModelForTokenClassification.from_pretrained(tiny_tulu.model_path("value"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tulu.model_path("sft"))
+    minima, saved = [], 0
+    for line in sixty():
+        prompt = tokenizer.encode(tiny_tulu.render(line["prompt"]), add_special_tokens=False)
+        ids = torch.tensor([prompt + line["response_ids"][:-1]])
+        values = critic(input_ids=ids).logits[0, len(prompt) - 1 :, 0].detach()[5:]
+        if line["reward"]:
+            minima.append(float(values.min()))
+        elif bool((values < found["abstain"]).any()):
+            saved += len(values) - int((values < found["abstain"]).nonzero()[0])
+    assert found["abstain"] == pytest.approx(sorted(minima)[found["rank"] - 1], abs=1e-5)
+    of_good, of_bad = found["groups"][1:]
+    # On its own rollouts just those below the bound are interrupted.
+    assert of_good["interrupted"] == found["rank"] - 1
+    assert abs(of_bad["tokens_saved"] - saved) <= 2
+    assert of_bad["interrupted"] > of_bad["responses"] / 2
+    written_settings = yaml.safe_load(settings.read_text())["guidance"]
+    assert written_settings["abstain"] == found["abstain"]
+    assert (written_settings["abstain_after"], written_settings["beta"]) == (5, 0.0)
+    assert "at most 0.1 are ever interrupted" in settings.read_text()
+    bad = next(line["prompt"] for line in sixty() if not line["reward"])
+    by_file = run("generate", "--prompt", bad, "--config", settings, "--json")
+    assert "abstained" in json.loads(by_file.stdout), by_file.output
+
+
+def test_a_margin_from_rollouts(tmp_path):
+    file = written(tmp_path / "in.jsonl", sixty()[:16])
+    words = ("calibrate", "--margin", "--alpha", 0.2, "--rollouts", file, "--top-k", 4)
+    result = run(*words, "--top-p", 1, "--tail", "keep")
+    assert result.exit_code == 0, result.output
+    assert "margin" in result.stdout
+    assert "largest of the largest gaps along" in result.stdout
+    refused = run(*words, "--top-k", 1)
+    assert refused.exit_code == 2
+    assert "have a token that is none of the 1 candidates, which no margin" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "nothing to find: pass --target-kl NATS for beta, or --abstain or --margin"),
+        (("--abstain",), "--abstain came without --alpha and --rollouts: expected both"),
+        (("--margin", "--alpha", 0.1), "--margin came without --rollouts"),
+        (("--abstain", "--margin"), "--abstain and --margin came together"),
+        (("--alpha", 0.1, "--target-kl", 0.1), "--alpha 0.1 came without --abstain or --margin"),
+        (("--abstain", "--alpha", 0.1, "--rollouts", "x", "--target-kl", 0.1),
+         "--target-kl 0.1 came with a threshold to find"),
+        (("--margin", "--alpha", 0.1, "--rollouts", "x", "--rule", "reweight"),
+         "--margin is of --rule prune, and this guidance reweights"),
+        (("--margin", "--alpha", 0.1, "--rollouts", "x", "--kl-coef", 1),
+         "--kl-coef 1 came with --margin"),
+    ],
+)  # fmt: skip
+def test_halves_of_a_threshold_are_refused(words, message):
+    result = run("calibrate", *words)
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+def test_too_few_good_rollouts_are_refused_with_how_many_it_takes(tmp_path):
+    lines = [line for line in sixty() if line["reward"]][:18]
+    file = written(
+        tmp_path / "in.jsonl", [*lines, *({**line, "reward": 0} for line in sixty()[:2])]
+    )
+    said = run("calibrate", "--abstain", "--alpha", 0.05, "--rollouts", file)
+    assert said.exit_code == 2
+    assert "--alpha 0.05 cannot be kept with" in said.stderr
+    assert "expected at least 19" in said.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_at_most_alpha_of_held_out_good_responses_are_interrupted(tmp_path):
+    """Issue 16: at alpha 0.05, 5% and 2 points; what is saved on bad ones is printed."""
+    used = written(tmp_path / "in.jsonl", sampled(tiny_tulu.validation_prompts()))
+    others = written(tmp_path / "out.jsonl", sampled(tiny_tulu.held_out_prompts()))
+    result = run("calibrate", "--abstain", "--alpha", 0.05, "--rollouts", used, "--held-out",
+                 others, "--dtype", "float32", "--json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    _, good, bad = json.loads(result.stdout)["groups"]
+    print(f"good interrupted {good['share']:.1%}, bad ended {bad['share']:.1%}, "
+          f"tokens saved {bad['tokens_saved'] / bad['tokens']:.1%}")  # fmt: skip
+    assert good["responses"] > 400
+    assert good["share"] <= 0.07
+    assert bad["share"] > 0.9
+    assert bad["tokens_saved"] > 0.4 * bad["tokens"]

@@ -98,7 +98,7 @@ def read_positions(
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randperm(len(every), generator=generator)[:count].tolist()
     chosen = sorted(every[i] for i in drawn)
-    logits = _logits(policy, rollouts, chosen)
+    logits = logits_at(policy, rollouts, chosen)
     candidates = select_candidates(logits, config.top_k, config.top_p).cpu()
     prefixes = [rollouts[i].ids[: len(rollouts[i].prompt) + t] for i, t in chosen]
     values, baselines, exempt = [], [], []
@@ -156,7 +156,9 @@ def suggest(positions: Positions, config: GuidanceConfig, budget: float) -> Sugg
     return Suggestion(budget, high)
 
 
-def _logits(policy: Any, rollouts: Sequence[Rollout], chosen: Sequence[tuple[int, int]]) -> Tensor:
+def logits_at(
+    policy: Any, rollouts: Sequence[Rollout], chosen: Sequence[tuple[int, int]]
+) -> Tensor:
     """The policy's logits at (rollout, tokens of the response), float32 [positions, vocab]."""
     found = []
     for i, own in groupby(chosen, key=lambda each: each[0]):
