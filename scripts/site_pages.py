@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # In a checkout these stand beside the package, in an installation inside it.
 BESIDE = ("integrations", "kernels")
 LINK = re.compile(r"(?<!!)\[(?P<text>[^\]]*)\]\((?P<target>[^)\s]+)\)")
+PICTURE = re.compile(r'(?P<before>!\[[^\]]*\]\(|src(?:set)?=")(?P<path>[^)":\s]+)(?=[)"])')
 FORMULA = re.compile(r'<(?P<tag>span|div) class="arithmatex">(?P<latex>.*?)</(?P=tag)>', re.DOTALL)
 FENCE = re.compile(r"^ *(```|~~~).*?^ *\1", re.MULTILINE | re.DOTALL)
 
@@ -81,7 +82,18 @@ def _formula(found: re.Match[str]) -> str:
 
 
 def _linked(text: str, source: str, config: MkDocsConfig) -> str:
+    text = PICTURE.sub(lambda found: _picture(found, source), text)
     return LINK.sub(lambda found: _link(found, source, config.repo_url), text)
+
+
+def _picture(found: re.Match[str], source: str) -> str:
+    """Pictures stand in docs/, whoever shows them."""
+    wanted = posixpath.normpath(posixpath.join(posixpath.dirname(source), found["path"]))
+    start = posixpath.dirname(pages()[source]) or "."
+    path = posixpath.relpath(wanted.removeprefix("docs/"), start)
+    # Raw HTML is not rewritten for pages that become folders.
+    outwards = "" if found["before"].startswith("!") else "../"
+    return f"{found['before']}{outwards}{path}"
 
 
 def _link(found: re.Match[str], source: str, repo_url: str | None) -> str:

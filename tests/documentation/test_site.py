@@ -65,6 +65,14 @@ def test_links_out_of_docs_lead_to_pages_or_name_files(site):
     assert "../examples" not in checkpoints
 
 
+def test_pictures_are_found_from_pages_of_the_repositorys_root(site):
+    page = site / "readme" / "index.html"
+    shown = re.findall(r'(?:src|srcset)="?([^" >]+\.png)', page.read_text())
+    assert len(shown) >= 3
+    for path in shown:
+        assert (page.parent / path).resolve().is_file(), path
+
+
 def test_it_fetches_nothing(site):
     for page in site.rglob("*.html"):
         assert not FETCHED.findall(page.read_text()), page
