@@ -11,7 +11,8 @@ from typer.testing import CliRunner
 from guided_decode import tiny_tulu
 from guided_decode.cli.app import app
 from guided_decode.cli.demo_families import POLICIES
-from guided_decode.lab.demo.methods import METHODS
+from guided_decode.lab.demo import chosen
+from guided_decode.lab.demo.methods import SUMS, Plan, smol_plan
 from guided_decode.lab.demo.report import table
 from guided_decode.tiny_tulu import lists
 
@@ -19,35 +20,47 @@ Figures = dict[str, dict[str, list[str]]]
 
 
 def demo_figures(text: str) -> tuple[str, Figures]:
-    """(the header's words, figures by policy and method) of the demo's table."""
-    header, figures, policy = [], {}, ""
+    """(the header's words, figures by section and method) of a demo's table."""
+    header, figures, section = [], {}, ""
     for line in text.splitlines():
         cells = re.split(r"\s{2,}", line.strip())
-        if found := re.fullmatch(r"(\w+) policy", line.strip()):
-            policy = found[1]
-            figures[policy] = {}
-        elif not policy:
+        # A name alone, after the header's rule or its last line.
+        if re.fullmatch(r"\w+( policy)?", line) and line not in ("method",):
+            section = line.removesuffix(" policy")
+            figures[section] = {}
+        elif not section:
             header.append(line)
         elif line.startswith("  ") and len(cells) > 1:
-            figures[policy][cells[0]] = cells[1:]
+            figures[section][cells[0]] = cells[1:]
     return " ".join(" ".join(header).replace("─", "").split()), figures
 
 
-def _demo_table(text: str) -> tuple[object, object]:
-    """Header, policies and methods; the figures are those of a slow test."""
-    empty = table([])
+def _table_of(text: str, measure: str, plans: dict[str, Plan]) -> tuple[object, object]:
+    """Header, sections and methods; the figures are those of a slow test."""
+    empty = table([], measure)
     console = Console(width=100, record=True, file=io.StringIO())
     console.print(empty)
     header, _ = demo_figures(console.export_text())
     rows = [
-        (policy, method.name, len(empty.columns) - 1)
-        for policy in POLICIES
-        for method in METHODS
+        (section, method.name, len(empty.columns) - 1)
+        for section, plan in plans.items()
+        for method in plan.methods
         if method.shown
     ]
     shown_header, figures = demo_figures(text)
-    shown = [(policy, name, len(row)) for policy, of in figures.items() for name, row in of.items()]
+    shown = [
+        (section, name, len(row)) for section, of in figures.items() for name, row in of.items()
+    ]
     return (shown_header, shown), (header, rows)
+
+
+def _demo_table(text: str) -> tuple[object, object]:
+    return _table_of(text, "accuracy", dict.fromkeys(POLICIES, SUMS))
+
+
+def _smol_table(text: str) -> tuple[object, object]:
+    plans = {name: smol_plan(settings) for name, settings in chosen.SMOL.items()}
+    return _table_of(text, "reward", plans)
 
 
 def _worked_answer(text: str) -> tuple[object, object]:
@@ -88,6 +101,7 @@ def _lines(text: str) -> list[str]:
 # (what a block shows, what it would have to show), by the block's name for it.
 OUTPUTS: dict[str, Callable[[str], tuple[object, object]]] = {
     "the demo's table": _demo_table,
+    "the table of smol's demo": _smol_table,
     "the answer to 4837 + 2956": _worked_answer,
     "the best answer to Sort and count 7391.": _best_of_the_lists,
     "the line of a search": _line_of_a_search,
