@@ -22,7 +22,7 @@ from guided_decode.cli.rollout_ids import RolloutReader
 from guided_decode.cli.rollout_rows import RolloutRow, read_rollout_rows
 from guided_decode.cli.search_engines import ends_of
 from guided_decode.cli.threshold_options import ThresholdOptions
-from guided_decode.cli.threshold_report import Group, ThresholdReport
+from guided_decode.cli.threshold_report import Group, ThresholdReport, guidance_in_words
 from guided_decode.guidance.config import GuidanceConfig
 
 if TYPE_CHECKING:
@@ -95,6 +95,9 @@ def calibrate_threshold(
 def _config(asked: ThresholdOptions, guidance: CalibratedOptions, scorer: str) -> GuidanceConfig:
     """The guidance beside which the threshold is found. Raises Refusal: it has no use for it."""
     if asked.abstain:
+        # Rollouts are plain samples unless something is said of the guidance that wrote them.
+        if guidance == CalibratedOptions():
+            return GuidanceConfig(beta=0.0, tail="keep")
         return guidance.over(chosen_for(scorer, guidance.rule))
     chosen = chosen_for(scorer, "prune")
     if chosen.rule != "prune":
@@ -157,7 +160,7 @@ class _Finder:
         prompts = len({each.prompt for each in used})
         return ThresholdReport(
             asked.named, asked.alpha, threshold, asked.abstain_after, len(used), prompts,
-            len(of_bad), bar_at, groups,
+            len(of_bad), bar_at, groups, guidance_in_words(self.config) if asked.abstain else None,
         )  # fmt: skip
 
     def _along(self, rollouts: Sequence[Rollout]) -> list[Tensor]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
+
+from guided_decode.guidance.config import GuidanceConfig
 
 if TYPE_CHECKING:
     from guided_decode.lab.calibration.conformal import Threshold
@@ -26,7 +28,8 @@ class ThresholdReport:
     """A threshold, and what it does.
 
     setting: "abstain" or "margin". rollouts, prompts: in the file; of each prompt one is used.
-    good_above: rewards above it are good. bad: how many of those used are none.
+    good_above: rewards above it are good. bad: how many of those used are none. written_by: how
+    the rollouts have to have been decoded for the bound to hold.
     """
 
     setting: str
@@ -38,6 +41,7 @@ class ThresholdReport:
     bad: int
     good_above: float
     groups: Sequence[Group]
+    written_by: str | None = None
 
     def sentence(self) -> str:
         """What was found, and from what."""
@@ -47,7 +51,7 @@ class ThresholdReport:
             what += f", read from token {self.after} on"
         else:
             what = f"the {_nth(one.rank)} largest of the largest gaps along {of} good responses"
-        return f"{self.setting} {one.value:.6g}: {what}"
+        return f"{self.setting} {one.value!r}: {what}"
 
     def text(self) -> str:
         """For people."""
@@ -56,6 +60,7 @@ class ThresholdReport:
             f"{self.threshold.of:,} good (reward above {self.good_above:g}), {self.bad:,} bad",
             self.sentence(),
             f"of good responses like these at most {self.alpha:g} are ever interrupted",
+            *([] if self.written_by is None else [f"if the rollouts were {self.written_by}"]),
             "",
             "responses            number  interrupted           95%"
             + ("  tokens saved" if self.setting == "abstain" else ""),
@@ -102,10 +107,20 @@ class ThresholdReport:
 
     def head(self) -> list[str]:
         """Comments of a file of settings."""
+        end = "" if self.written_by is None else f",\n# if the rollouts were {self.written_by}"
         return [
             f"# guided-decode calibrate --{self.setting}: {self.sentence()};",
-            f"# of good responses like these at most {self.alpha:g} are ever interrupted.",
+            f"# of good responses like these at most {self.alpha:g} are ever interrupted{end}.",
         ]
+
+
+def guidance_in_words(config: GuidanceConfig) -> str:
+    """How responses were decoded to which a bound found beside this guidance applies."""
+    if not config.guides:
+        return "sampled from the policy without guidance"
+    default = asdict(GuidanceConfig())
+    given = {n: each for n, each in asdict(config).items() if n == "beta" or each != default[n]}
+    return "written under this guidance: " + ", ".join(f"{n} {v}" for n, v in given.items())
 
 
 def _nth(number: int) -> str:

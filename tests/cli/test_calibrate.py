@@ -196,6 +196,26 @@ def test_a_threshold_from_rollouts_is_what_generate_abstains_by(tmp_path):
     assert "abstained" in json.loads(by_file.stdout), by_file.output
 
 
+def test_abstention_is_written_beside_the_guidance_that_its_bound_covers(tmp_path):
+    file, settings = written(tmp_path / "in.jsonl", sixty()), tmp_path / "guidance.yaml"
+    words = ("calibrate", "--abstain", "--alpha", 0.1, "--rollouts", file, "--output", settings)
+    result = run(*words)
+    assert result.exit_code == 0, result.output
+    guidance = yaml.safe_load(settings.read_text())["guidance"]
+    assert (guidance["beta"], guidance["tail"]) == (0.0, "keep")
+    plain = "if the rollouts were sampled from the policy without guidance"
+    for said in (result.stdout, settings.read_text()):
+        assert plain in said
+        # Exact: a rounded bound might interrupt one more.
+        assert f"abstain {guidance['abstain']!r}: the " in said
+    result = run(*words, "--beta", 3, "--top-k", 5)
+    assert result.exit_code == 0, result.output
+    guidance = yaml.safe_load(settings.read_text())["guidance"]
+    assert (guidance["beta"], guidance["top_k"], guidance["tail"]) == (3.0, 5, "mask")
+    for said in (result.stdout, settings.read_text()):
+        assert "if the rollouts were written under this guidance: beta 3.0, top_k 5" in said
+
+
 def test_a_margin_from_rollouts(tmp_path):
     file = written(tmp_path / "in.jsonl", sixty()[:16])
     words = ("calibrate", "--margin", "--alpha", 0.2, "--rollouts", file, "--top-k", 4)
