@@ -332,24 +332,34 @@ def _pruning(keys: Keys, params: SamplingParams, end_ids: Collection[int]) -> Pr
 def _end_token(keys: Keys, params: SamplingParams, end_ids: Collection[int], asked_by: str) -> int:
     """The id that ends a pruned sibling, or a response that abstains.
 
-    Raises ValueError: no one knows which it is, or it would end nothing.
+    Raises ValueError: no one knows which it is, or it would end nothing, or nobody could tell.
     """
     who = "a pruned sibling" if asked_by == "guide_group" else "a response that abstains"
     listed = list(params.stop_token_ids or ())
+    eos = _eos(params)
     token = keys.prune_token
     if token is None:
         # vLLM adds the policy's other end tokens to the client's own list.
-        own = listed if len(listed) == 1 else [i for i in listed if i not in end_ids]
+        own = [i for i in listed if i not in end_ids and i != eos]
+        asks = keys.group is not None or keys.abstain is not None
+        if asks and len(listed) == 1:
+            own = listed
         if len(own) != 1:
             raise ValueError(
                 f"{asked_by} came with stop_token_ids={shown(listed)}: expected the one id that "
                 f"ends {who}, or guide_prune_token to say which of them does"
             )
-        return own[0]
+        token = own[0]
     if token not in listed:
         raise ValueError(
             f"guide_prune_token={shown(token)} is not among stop_token_ids={shown(listed)}: "
             f"{who} would go on; list it there"
+        )
+    if token == eos:
+        # vLLM looks for it before the stop tokens.
+        raise ValueError(
+            f"{asked_by} came with token {token} to end {who}, the policy's own EOS, which leaves "
+            "no stop_reason: expected an id that the policy does not write by itself, or ignore_eos"
         )
     return token
 
@@ -427,6 +437,11 @@ def _without_values(keys: Keys, clamps: list[str]) -> Keys:
 
 
 def _terminals(params: SamplingParams) -> tuple[int, ...]:
-    """Token ids that end this request: EOS is an ordinary token under ignore_eos."""
-    eos = None if params.ignore_eos else getattr(params, "eos_token_id", None)
+    """Token ids that end this request."""
+    eos = _eos(params)
     return tuple(dict.fromkeys([*(() if eos is None else (eos,)), *(params.stop_token_ids or ())]))
+
+
+def _eos(params: SamplingParams) -> int | None:
+    """The policy's own EOS; under ignore_eos it is an ordinary token, and None."""
+    return None if params.ignore_eos else getattr(params, "eos_token_id", None)

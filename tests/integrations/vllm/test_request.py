@@ -109,6 +109,28 @@ def test_a_servers_own_abstention_is_for_guided_requests_that_can_be_ended():
     assert granted({}, server).request is None
 
 
+def test_a_servers_own_abstention_takes_no_end_of_the_policy_for_a_named_token():
+    server = config(abstain=-0.5)
+    # What vLLM has added by itself, or what the client stops at as the policy does.
+    for stops in ([3], [2], [2, 3]):
+        request, clamps = granted({"guide": 1}, server, stop_token_ids=stops)
+        assert (request.config.abstain, request.end_token, clamps) == (None, None, [])
+    assert granted({"guide": 1}, server, stop_token_ids=[77, 2, 3]).request.end_token == 77
+    assert granted({"guide_abstain": -1.0}, server, stop_token_ids=[3]).request.end_token == 3
+
+
+def test_an_end_that_leaves_no_stop_reason_is_not_granted():
+    reason = "token 2 to end a response that abstains, the policy's own EOS, which leaves no"
+    for own, stops in (({}, [2]), ({"guide_prune_token": 2}, [2, 77])):
+        request, clamps = granted({"guide_abstain": -0.5} | own, stop_token_ids=stops)
+        assert request is None
+        assert reason in clamps[0]
+    request, clamps = granted({"guide_abstain": -0.5}, stop_token_ids=[2], ignore_eos=True)
+    assert (request.end_token, clamps) == (2, [])
+    clamps = granted(GROUP | {"guide_prune_token": 2}, stop_token_ids=[2, 77]).clamps
+    assert "token 2 to end a pruned sibling, the policy's own EOS" in clamps[0]
+
+
 def test_a_scorer_without_values_of_prefixes_ends_nobody():
     extra = {"guide": 1, "guide_abstain": 0, "guide_value_gate": 1.0}
     request, clamps = admit(Params(extra), config(), [2, 3], groups=False, values=False)
