@@ -231,9 +231,10 @@ class GuidedEngine:
         that abstain are ended by it."""
         for _, row in rows:
             row.trail.prompt_length = row.prompt_length
+            self._check_end(row, vocab)
         self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
         siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}
-        due = [p for p in rows if id(p.row) in siblings or self._is_read(p.row, vocab)]
+        due = [p for p in rows if id(p.row) in siblings or self._is_read(p.row)]
         if self._tap is not None:
             due = [p for p in due if self._stands(p.row)]
         if not due:
@@ -273,10 +274,21 @@ class GuidedEngine:
         # its last step stands at its end for sure.
         return row.seen == len(row.history) - 1
 
-    def _is_read(self, row: LiveRow, vocab: int) -> bool:
+    def _check_end(self, row: LiveRow, vocab: int) -> None:
+        """A row whose end token the policy cannot write is not ended by its value."""
+        request = row.request
+        if request.end_token is not None and request.end_token >= vocab:
+            self.counts.clamps += 1
+            config = request.config.changed(abstain=None)
+            row.request = replace(request, config=config, end_token=None)
+
+    def _is_read(self, row: LiveRow) -> bool:
         """Whether the value is wanted for anything but siblings."""
-        request, tokens = row.request, len(row.response)
-        if request.abstains_at(tokens) and request.end_token < vocab:  # type: ignore[operator]
+        request, response = row.request, row.response
+        # With async scheduling a response that is over is in one more step.
+        if len(response) and int(response[-1]) in request.terminals:
+            return False
+        if request.abstains_at(len(response)):
             return not row.abstains
         # Of the policy's own hidden states it is there for the asking; of the last step it is not.
         falls = self._tap is not None and request.config.value_gate_fall is not None

@@ -154,6 +154,35 @@ def test_a_row_that_only_abstains_has_no_candidates_and_one_that_fails_goes_on(s
     assert scorer.stats.candidate_tokens == 0
 
 
+def test_an_end_token_that_the_policy_has_not_ends_nobody(scorer, tmp_path):
+    live = rows()
+    config = CONFIG.changed(abstain=1e9)
+    for placed in live:
+        placed.row.history.append(13)
+        placed.row.request = Request(config, (models.EOS, 9999), end_token=9999)
+    # The log asks for the value as well.
+    guiding = engine(scorer, value_log=str(tmp_path / "values.jsonl"), value_log_every=1)
+    logits = step_logits()
+    guided = guiding.step(logits.clone(), live)
+    assert torch.equal(guided, engine(scorer).step(logits.clone(), live))
+    assert (guiding.counts.abstained_rows, guiding.counts.clamps) == (0, len(live))
+
+
+def test_a_response_that_is_over_is_not_read_in_its_step_too_many(scorer):
+    live = rows()
+    config = UNGUIDED.changed(abstain=1e9)
+    for placed in live:
+        placed.row.request = Request(config, (models.EOS, 77), end_token=77)
+        placed.row.history.append(models.EOS if placed.at < 2 else 13)
+    scorer.stats.reset()
+    guiding, logits = engine(scorer), step_logits()
+    guided = guiding.step(logits.clone(), live)
+    assert torch.equal(guided[:2], logits[:2])
+    assert guided[2:].argmax(-1).tolist() == [77, 77]
+    assert guiding.counts.abstained_rows == 2
+    assert scorer.stats.rows_scored == 2
+
+
 def test_rows_are_guided_where_their_value_gate_is_open(scorer):
     live = rows()
     brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
