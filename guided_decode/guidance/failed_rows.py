@@ -1,9 +1,14 @@
 """Rows that cannot be guided: why, and in which words; and what no row survives."""
 
+import logging
 from collections.abc import Collection
 
 import torch
 from torch import Tensor
+
+from guided_decode.scorer import Scorer
+
+logger = logging.getLogger("guided_decode")
 
 # Beside the kernel's own reasons: a row that has no token left.
 ALL_MASKED = -1
@@ -31,6 +36,21 @@ def in_words(rows: Collection[int], *, masked: Collection[int]) -> str:
     return (
         f"the scorer answered NaN or infinity for rows {list(rows)}, or so much that their "
         "logits overflow: expected finite values"
+    )
+
+
+def count(scorer: Scorer, rows: int, reason: object) -> None:
+    """Counts rows that go on without the scorer; the first time it says why."""
+    if scorer.stats.passthroughs == 0:
+        logger.warning("rows go on unguided because scoring failed: %s", reason)
+    scorer.stats.add(passthroughs=rows)
+
+
+def no_value(rows: int, of: int) -> str:
+    """What a caller is told of prefixes whose value is no number."""
+    return (
+        f"the scorer answered NaN or infinity as the value of {rows} of {of} prefixes: expected "
+        "finite values"
     )
 
 

@@ -1,6 +1,5 @@
 """One decoding step for many rows: candidates, gate, scores, guided logits."""
 
-import logging
 from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple, get_args
 
@@ -31,8 +30,6 @@ from guided_decode.scorer import Prefix, Scorer, Scores
 
 # Token ids that would end any of the rows, or one collection of them a row.
 Terminals = Collection[int] | Sequence[Collection[int]]
-
-logger = logging.getLogger("guided_decode")
 
 
 class ObservedStep(NamedTuple):
@@ -154,7 +151,7 @@ def guide_rows(
     if failed:
         if failed == masked:
             reason = failed_rows.in_words(failed, masked=masked)
-        _count_failure(scorer, len(failed), reason)
+        failed_rows.count(scorer, len(failed), reason)
     if observe is not None:
         observe(ObservedStep(chosen.candidates, step.scores, step.scored, step.log_ratio, guided))
     return guided
@@ -176,7 +173,7 @@ def _refuse_lost(lost: list[int], scorer: Scorer, on_error: OnError) -> None:
             f"rows {lost}: {reason}: expected a scorer with the policy's vocabulary, or "
             'on_error="passthrough"'
         )
-    _count_failure(scorer, len(lost), reason)
+    failed_rows.count(scorer, len(lost), reason)
 
 
 def _check_call(logits: Tensor, prefixes: Sequence[Prefix], on_error: OnError) -> None:
@@ -324,9 +321,3 @@ def _spoiled(step: _StepScores, candidates: Tensor, rows: list[int]) -> _StepSco
     """The step with rows whose scores are wanted and are NaN: guidance leaves those untouched."""
     at = torch.tensor(rows, dtype=torch.int64).to(candidates.device, non_blocking=True)
     return step._replace(scored=step.scored.index_copy(0, at, candidates[at] >= 0))
-
-
-def _count_failure(scorer: Scorer, rows: int, reason: object) -> None:
-    if scorer.stats.passthroughs == 0:
-        logger.warning("rows go on unguided because scoring failed: %s", reason)
-    scorer.stats.add(passthroughs=rows)

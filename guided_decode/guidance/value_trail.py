@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from guided_decode.guidance import failed_rows
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.failed_rows import is_device_error
 from guided_decode.prefix import PrefixHandle, as_ints
@@ -77,9 +78,10 @@ def read_values(
 ) -> list[float]:
     """V of each row's prefix, from its trail, else from the scorer, without candidates.
 
-    NaN with on_error="passthrough" where a row is refused, or all where the scorer fails.
+    With on_error="passthrough" NaN where a row is refused or its value is no finite number, or all
+    where the scorer fails; who reads them counts them.
 
-    Raises as `Scorer.score`, with on_error="raise".
+    Raises as `Scorer.score`, and ValueError of NaN or infinity, with on_error="raise".
     """
     lengths = [len(prefix) for prefix in prefixes]
     return _read(scorer, prefixes, prefixes, lengths, trails, on_error)
@@ -116,6 +118,7 @@ def open_rows(
         for at, i in enumerate(gated)
         if configs[i].value_gate_fall is not None and own[at].response(prefixes[i]) > 0
     ]
+    # A row whose value now is no number is counted where its scoring fails.
     found = _read_before(scorer, [read[at] for at in falls], [own[at] for at in falls], on_error)
     before |= {gated[at]: value for at, value in zip(falls, found, strict=True)}
     shut = {i for i in gated if not (math.isnan(now[i]) or configs[i].is_open(now[i], before[i]))}
@@ -186,6 +189,9 @@ def _read_before(
         [trails[i] for i in can],
         on_error,
     )
+    unread = sum(map(math.isnan, values))
+    if unread:
+        failed_rows.count(scorer, unread, failed_rows.no_value(unread, len(values)))
     found = dict(zip(can, values, strict=True))
     return [found.get(i, math.nan) for i in range(len(asked))]
 
@@ -220,6 +226,9 @@ def _read(
     for i, value in zip(missing, found, strict=True):
         values[i] = value
         trails[i].add(prefixes[i], lengths[i], value)
+    strange = sum(not math.isfinite(value) for value in found)
+    if strange and on_error == "raise":
+        raise ValueError(failed_rows.no_value(strange, len(found)))
     return [math.nan if value is None or not math.isfinite(value) else value for value in values]
 
 

@@ -1,5 +1,6 @@
 """Abstention as a stopping criterion: rows end of which the scorer expects nothing more."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from guided_decode.guidance import failed_rows
 from guided_decode.guidance.config import OnError
 from guided_decode.guidance.rule import Configs
 from guided_decode.guidance.value_trail import check_has_values, read_values
@@ -49,7 +51,8 @@ class AbstentionCriteria(StoppingCriteria):
             config: the settings, of which `abstain` and `abstain_after` are read; or a list, as of
                 `ValueGuidedLogitsProcessor`.
             pad_token_id, eos_token_id, attention_mask: as there.
-            on_error: "raise", or "passthrough": a row whose value fails is not ended.
+            on_error: "raise", or "passthrough": a row whose value fails, or is no finite number,
+                is not ended, and counted.
             follower: who follows the rows already, a processor on the same call.
 
         Raises:
@@ -108,6 +111,9 @@ class AbstentionCriteria(StoppingCriteria):
             [now.trails[i] for i in due],
             self.on_error,
         )
+        unread = sum(map(math.isnan, values))
+        if unread:
+            failed_rows.count(self.scorer, unread, failed_rows.no_value(unread, len(values)))
         for i, value in zip(due, values, strict=True):
             if now.configs[i].ends(value, tokens):
                 now.ended_at[i] = tokens

@@ -1,5 +1,6 @@
 """One `generate` call of the trunk's own decoding loop: its rows, and a step of them."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,6 +10,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
+from guided_decode.guidance import failed_rows
 from guided_decode.guidance.candidates import gated_rows
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.rule import distinct
@@ -108,7 +110,14 @@ class TrunkRun:
         """
         tokens = self.ids.shape[1] - self.width
         values, done = self.values[-1].tolist(), finished.tolist()
-        ended = [i for i in self.live if not done[i] and self.configs[i].ends(values[i], tokens)]
+        due = [i for i in self.live if not done[i] and self.configs[i].abstains_at(tokens)]
+        unread = [i for i in due if not math.isfinite(values[i])]
+        if unread:
+            reason = failed_rows.no_value(len(unread), len(due))
+            if self.on_error == "raise":
+                raise ValueError(reason)
+            failed_rows.count(self.scorer, len(unread), reason)
+        ended = [i for i in due if i not in unread and self.configs[i].ends(values[i], tokens)]
         if not ended:
             return False
         self.ended_at[ended] = tokens
@@ -190,10 +199,14 @@ class TrunkRun:
         return gated
 
     def _shut(self) -> list[bool]:
-        """Of which live rows the value gate is shut."""
+        """Of which live rows the value gate is shut; one whose value is no number is scored, which
+        fails as it would without a gate."""
         now = self.values[-1].tolist()
         before = self.values[-2].tolist() if len(self.values) > 1 else [torch.nan] * len(now)
-        return [not self.configs[i].is_open(now[i], before[i]) for i in self.live]
+        return [
+            math.isfinite(now[i]) and not self.configs[i].is_open(now[i], before[i])
+            for i in self.live
+        ]
 
     def _guided(self, scores: Tensor, rows: list[int], configs: Sequence[GuidanceConfig]) -> Tensor:
         """Guided and processed scores of some rows, [n, vocab]; finished ones are not guided."""

@@ -16,6 +16,7 @@ from guided_decode.integrations.transformers import (
     ValueGuidedLogitsProcessor,
 )
 from guided_decode.integrations.transformers.value_record import GuidedOutput
+from guided_decode.scorer import Scores
 from tests import models, oracle, trunk_heads
 
 ENDS = [models.EOS]
@@ -187,6 +188,70 @@ def test_a_shut_gate_scores_the_prefix_alone(policy, scorer):
     assert scorer.stats.candidate_tokens == 0
     assert scorer.stats.prefix_tokens == len(prompt[0]) + NEW - 1
     assert scorer.stats.rows_gated == NEW
+
+
+class NoNumbers:
+    """A scorer whose values of prefixes are NaN for one of the prompts."""
+
+    def __init__(self, scorer, prompt):
+        self._scorer, self._prompt = scorer, prompt
+
+    def __getattr__(self, name):
+        return getattr(self._scorer, name)
+
+    def _spoiled(self, prefixes, values):
+        begin = [list(prefix.tokens[: len(self._prompt)]) for prefix in prefixes]
+        bad = torch.tensor([each == self._prompt for each in begin])
+        return values.masked_fill(bad, torch.nan)
+
+    def score(self, prefixes, candidates):
+        values, baseline = self._scorer.score(prefixes, candidates)
+        return Scores(values, self._spoiled(prefixes, baseline))
+
+    def read(self, prefixes):
+        found = self._scorer.read(prefixes)
+        return found._replace(values=self._spoiled(prefixes, found.values))
+
+
+def spoiled(loop, config, **options):
+    """A loop over a scorer that has no number for the second prompt's values, its scorer and its
+    policy."""
+    trunk = loop is TrunkLookahead
+    inner = trunk_heads.scorer() if trunk else load_scorer(models.tiny("llama", "token"),
+                                                           kind="verl-critic")  # fmt: skip
+    scorer = NoNumbers(inner, PROMPTS[1])
+    policy = trunk_heads.policy() if trunk else models.tiny("llama", "lm", seed=1)
+    guided = loop(inner, config, **options)
+    guided.scorer = scorer
+    return guided, inner, policy
+
+
+@pytest.mark.parametrize("loop", [GuidedDecoding, TrunkLookahead])
+def test_a_value_that_is_no_number_ends_no_row_and_is_not_passed_over(loop):
+    config = UNGUIDED.changed(abstain=1e9)
+    guided, _, policy = spoiled(loop, config)
+    with pytest.raises(ValueError, match="NaN or infinity as the value of 1 of 6 prefixes"):
+        generate(policy, custom_generate=guided)
+    guided, scorer, policy = spoiled(loop, config, on_error="passthrough")
+    out = generate(policy, custom_generate=guided, eos_token_id=None)
+    assert out.abstained_at.tolist() == [1, -1, 1, 1, 1, 1]
+    assert scorer.stats.passthroughs == NEW - 1
+
+
+@pytest.mark.parametrize("loop", [GuidedDecoding, TrunkLookahead])
+def test_a_row_whose_value_is_no_number_has_no_shut_gate(loop):
+    config = GUIDED.changed(value_gate=-1e9)
+    guided, _, policy = spoiled(loop, config)
+    with pytest.raises(ValueError, match="NaN or infinity"):
+        generate(policy, custom_generate=guided)
+    guided, scorer, policy = spoiled(loop, config, on_error="passthrough")
+    out = generate(policy, custom_generate=guided, eos_token_id=None, output_scores=True)
+    assert scorer.stats.passthroughs == NEW
+    assert scorer.stats.rows_gated == NEW * (len(PROMPTS) - 1)
+    left = torch.stack([(scores > -torch.inf).sum(-1) for scores in out.scores], -1)
+    # Untouched, where the others' tails are masked.
+    assert (left[1] == models.VOCAB).all()
+    assert (left[[0, 2, 3, 4, 5]] == 6).all()
 
 
 def test_a_value_before_that_nobody_remembers_is_read_again(scorer):
