@@ -9,12 +9,13 @@ from torch import Tensor
 from transformers import StoppingCriteria
 
 from guided_decode.guidance import failed_rows
-from guided_decode.guidance.config import OnError
+from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.rule import Configs
 from guided_decode.guidance.value_trail import check_has_values, read_values
 from guided_decode.integrations.transformers.checked_arguments import checked_configs
 from guided_decode.integrations.transformers.row_configs import all_configs
 from guided_decode.integrations.transformers.row_follower import RowFollower
+from guided_decode.integrations.transformers.withheld import running_options
 from guided_decode.scorer import Scorer
 
 
@@ -31,7 +32,8 @@ class AbstentionCriteria(StoppingCriteria):
 
     and costs the scorer one token a step, or nothing where guidance scored that token as a
     candidate. `GuidedDecoding` brings it along where its config has `abstain`. One object serves
-    one `generate` call after another, as `ValueGuidedLogitsProcessor` does; beams have no rows.
+    one `generate` call after another, as `ValueGuidedLogitsProcessor` does; beams have no rows, and
+    are refused. By itself it also reads V of rows that other criteria than EOS and length ended.
     """
 
     def __init__(
@@ -89,12 +91,21 @@ class AbstentionCriteria(StoppingCriteria):
     def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Which rows are ended, bool [rows]; input_ids: int64 [rows, length], left-padded.
 
-        Raises ValueError: as `ValueGuidedLogitsProcessor`, of rows.
+        Raises ValueError: beams; as `ValueGuidedLogitsProcessor`, of rows.
         """
+        # Looked up in `generate`'s call: a criterion is told of neither.
+        options = running_options()
+        if options is not None:
+            for each in all_configs(self._rows.config):
+                refuse_abstention_of_beams(each, options.num_beams or 1)
         self._rows.follow_chosen(input_ids)
         ended = self._rows.ended(input_ids)
         over = torch.zeros(len(input_ids)) if ended is None else ended.any(-1)
-        return self._ended(input_ids, (over == 0).nonzero().flatten().tolist())
+        live = (over == 0).nonzero().flatten().tolist()
+        longest = None if options is None else options.max_length
+        if longest is not None and input_ids.shape[1] >= longest:
+            live = []
+        return self._ended(input_ids, live)
 
     def below(self, input_ids: Tensor, live: Sequence[int]) -> Tensor:
         """The same where it is known which rows nothing else has finished."""
@@ -118,6 +129,15 @@ class AbstentionCriteria(StoppingCriteria):
             if now.configs[i].ends(value, tokens):
                 now.ended_at[i] = tokens
         return (now.ended_at >= 0).to(input_ids.device)
+
+
+def refuse_abstention_of_beams(config: GuidanceConfig, num_beams: int) -> None:
+    """Raises ValueError: a config that abstains, with several beams."""
+    if config.abstain is not None and num_beams > 1:
+        raise ValueError(
+            f"abstain={config.abstain:g} was given with {num_beams} beams: a beam that falls "
+            "behind is dropped by the search itself; drop it, or use one beam"
+        )
 
 
 def check_abstention(scorer: Scorer, config: Configs) -> None:

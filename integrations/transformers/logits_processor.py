@@ -9,7 +9,10 @@ from transformers import LogitsProcessor, StoppingCriteriaList
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.rule import Configs
 from guided_decode.guidance.step import guide_rows
-from guided_decode.integrations.transformers.abstention import AbstentionCriteria
+from guided_decode.integrations.transformers.abstention import (
+    AbstentionCriteria,
+    refuse_abstention_of_beams,
+)
 from guided_decode.integrations.transformers.checked_arguments import check_beams, checked_configs
 from guided_decode.integrations.transformers.policy_match import PolicyIds, check_policy
 from guided_decode.integrations.transformers.row_configs import all_configs
@@ -179,11 +182,7 @@ def _beam_candidates(config: GuidanceConfig, num_beams: int, terminals: int) -> 
                 "compared by their summed advantages, which a gated step leaves out; drop the "
                 "gate, or use one beam"
             )
-    if config.abstain is not None:
-        raise ValueError(
-            f"abstain={config.abstain:g} was given with {num_beams} beams: a beam that falls "
-            "behind is dropped by the search itself; drop it, or use one beam"
-        )
+    refuse_abstention_of_beams(config, num_beams)
     needed = max(2, 1 + terminals)
     if config.top_k is not None and config.top_k < needed and config.tail == "mask":
         raise ValueError(

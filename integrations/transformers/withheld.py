@@ -1,16 +1,16 @@
-"""What `generate` is given and hands to no custom loop: a streamer, an assistant, synced GPUs.
+"""What `generate` knows and does not hand on: a streamer, an assistant, synced GPUs, its options.
 
 `generate` drops its own arguments where `custom_generate` is a callable, whatever its signature
 says: they can be seen in its frame alone. A streamer that is dropped has got the prompt, and never
-its end, so who reads it would wait for ever.
+its end, so who reads it would wait for ever. A stopping criterion is told nothing of beams either.
 """
 
 import inspect
 import sys
-from types import CodeType
+from types import CodeType, FrameType
 from typing import Any, NamedTuple
 
-from transformers import GenerationMixin
+from transformers import GenerationConfig, GenerationMixin
 from transformers.generation.streamers import BaseStreamer
 
 from guided_decode.integrations.transformers.checked_arguments import check_streamer
@@ -28,13 +28,25 @@ class Withheld(NamedTuple):
 
 def withheld_arguments() -> Withheld:
     """Of the innermost `generate` call above us; empty outside of one."""
-    frame = sys._getframe(1)
-    while frame is not None and frame.f_code is not _GENERATE:
-        frame = frame.f_back  # type: ignore[assignment]
+    frame = _generate_frame()
     if frame is None:
         return Withheld()
     given = frame.f_locals
     return Withheld(*(given.get(name) for name in Withheld._fields))
+
+
+def running_options() -> GenerationConfig | None:
+    """The settings of the innermost `generate` call above us; None outside of one."""
+    frame = _generate_frame()
+    options = None if frame is None else frame.f_locals.get("generation_config")
+    return options if isinstance(options, GenerationConfig) else None
+
+
+def _generate_frame() -> FrameType | None:
+    frame = sys._getframe(1)
+    while frame is not None and frame.f_code is not _GENERATE:
+        frame = frame.f_back  # type: ignore[assignment]
+    return frame
 
 
 def refuse_assistant(assistant: Any) -> None:

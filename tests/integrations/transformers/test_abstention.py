@@ -115,6 +115,10 @@ def test_a_row_that_only_abstains_has_its_prefix_scored_and_nothing_else(policy,
     assert scorer.stats.candidate_tokens == 0
     # The last token ends the response: of it nobody asks.
     assert scorer.stats.prefix_tokens == len(prompt[0]) + NEW - 1
+    other = load_scorer(models.tiny("llama", "token"), kind="verl-critic")
+    generate(policy, prompt, stopping_criteria=[AbstentionCriteria(other, config)],
+             eos_token_id=None)  # fmt: skip
+    assert other.stats.prefix_tokens == len(prompt[0]) + NEW - 1
 
 
 def test_abstention_of_a_guided_row_forwards_nothing(policy, scorer):
@@ -333,6 +337,9 @@ def test_a_batch_that_ends_at_once_ends_there():
         (lambda s: generate(models.tiny("llama", "lm", seed=1), num_beams=2, custom_generate=
                             GuidedDecoding(s, GUIDED.changed(abstain=1.0))),
          "abstain=1 was given with 2 beams"),
+        (lambda s: generate(models.tiny("llama", "lm", seed=1), num_beams=3, stopping_criteria=[
+                            AbstentionCriteria(s, UNGUIDED.changed(abstain=1.0))]),
+         "abstain=1 was given with 3 beams: a beam that falls behind"),
         (lambda s: generate(models.tiny("llama", "lm", seed=1), num_beams=2, custom_generate=
                             GuidedDecoding(s, GUIDED, values=True)),
          "values=True was given with 2 beams"),
