@@ -4,6 +4,7 @@ Nothing here is kept in step with the scheduler: a history is what vLLM hands ov
 where a handle does not fit it.
 """
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 Admit = Callable[[SamplingParams], Request | None]
 
+# Rows that left the batch whose last values are kept, should they only wait.
+_KEEP_VALUES = 64
 # Steps after which a slot that no step names has ended: V2 does not say when a request ends.
 _FORGET_AFTER = 16
 
@@ -53,6 +56,11 @@ class LiveRow:
         return self.handle
 
     @property
+    def has_values_to_keep(self) -> bool:
+        """Whether its next step compares V with that of its last one."""
+        return self.handle is not None and self.request.config.value_gate_fall is not None
+
+    @property
     def prompt(self) -> Ints:
         return self.history.tokens[: self.prompt_length]
 
@@ -74,12 +82,21 @@ class BatchRows:
     def __init__(self, admit: Admit) -> None:
         self._admit = admit
         self._rows: dict[int, tuple[LiveRow, Sequence[int]]] = {}
+        # vLLM takes a request out of the batch for every step that does not schedule it.
+        self._left: deque[LiveRow] = deque(maxlen=_KEEP_VALUES)
 
     def update(self, batch_update: "BatchUpdate | None") -> bool:
         """Follows the batch; whether any of our rows came, went, or moved."""
         from vllm.v1.sample.logits_processor.builtin import process_dict_updates
 
-        return process_dict_updates(self._rows, batch_update, self._new)
+        before = self.live() if batch_update else []
+        changed = process_dict_updates(self._rows, batch_update, self._new)
+        if changed:
+            here = set(map(id, self.live()))
+            self._left.extend(
+                row for row in before if id(row) not in here and row.has_values_to_keep
+            )
+        return changed
 
     def live(self) -> list[LiveRow]:
         """Every row of ours in the batch."""
@@ -102,7 +119,29 @@ class BatchRows:
             return None
         if prompt is None:
             return LiveRow(request, None, 0), output
-        return LiveRow(request, PrefixHandle(prompt), len(prompt)), output
+        row = LiveRow(request, PrefixHandle(prompt), len(prompt))
+        known = self._returned(row, output) if request.config.value_gate_fall is not None else None
+        if known is not None:
+            row.handle, row.trail = known.handle, known.trail
+        return row, output
+
+    def _returned(self, row: LiveRow, output: Sequence[int]) -> LiveRow | None:
+        """Who left with the history that this row begins with, and is no longer kept; or None.
+
+        By its tokens: a request that comes back may have other lists than it left with.
+        """
+        for known in self._left:
+            length = len(known.response)
+            same = (
+                known.prompt_length == row.prompt_length
+                and length <= len(output)
+                and np.array_equal(known.response, output[:length])
+                and np.array_equal(known.prompt, row.prompt)
+            )
+            if same:
+                self._left.remove(known)
+                return known
+        return None
 
 
 def _followed(row: LiveRow, output: Sequence[int]) -> LiveRow:

@@ -251,6 +251,36 @@ def test_tokens_that_vllm_does_not_hand_over_leave_the_row_alone(scorer, caplog)
     assert not torch.equal(guided[1], logits[1])
 
 
+def test_a_row_that_a_step_leaves_out_comes_back_with_its_last_value():
+    from vllm.v1.sample.logits_processor import BatchUpdate
+
+    from guided_decode.integrations.vllm.rows import BatchRows
+
+    config = CONFIG.changed(value_gate_fall=0.5)
+    batch = BatchRows(lambda params: Request(config, (models.EOS,)))
+
+    def update(added=(), removed=()):
+        batch.update(BatchUpdate(batch_size=4, removed=removed, added=added, moved=[]))
+
+    outputs = [[], []]
+    update([(i, None, PROMPTS[0], output) for i, output in enumerate(outputs)])
+    for output, token in zip(outputs, (11, 12), strict=True):
+        output.append(token)
+    for placed in batch.rows():
+        row = placed.row
+        row.trail.prompt_length = row.prompt_length
+        row.trail.add(row.history, len(row.history), float(placed.at))
+    update(removed=[0, 1])
+    assert batch.rows() == []
+    # In other lists, as after a preemption, at other places, and one that was never there.
+    update([(2, None, list(PROMPTS[0]), [12, 13]), (0, None, PROMPTS[0], [11, 14]),
+            (1, None, PROMPTS[0], [15, 13])])  # fmt: skip
+    length = len(PROMPTS[0]) + 1
+    found = {placed.at: placed.row for placed in batch.rows()}
+    assert [found[i].trail.at(found[i].history, length) for i in range(3)] == [0.0, None, 1.0]
+    assert found[2].history.tokens.tolist() == [*PROMPTS[0], 12, 13]
+
+
 def test_what_a_request_contains_never_raises_in_the_worker(caplog):
     caplog.set_level(logging.WARNING)
     own = built(top_k=8, max_top_k=8)
