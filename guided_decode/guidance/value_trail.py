@@ -176,7 +176,7 @@ def _read_before(
     """V of each row's prefix without its last token."""
     lengths = [len(prefix) - 1 for prefix in prefixes]
     asked: list[Prefix] = [
-        prefix if trail.at(prefix, length) is not None else _tokens(prefix)[:length]
+        prefix if trail.at(prefix, length) is not None else _first(prefix, length)
         for prefix, trail, length in zip(prefixes, trails, lengths, strict=True)
     ]
     # A scorer that knows the step's own prefixes alone has nothing to say of those before.
@@ -196,9 +196,10 @@ def _read_before(
     return [found.get(i, math.nan) for i in range(len(asked))]
 
 
-def _tokens(prefix: Prefix) -> list[int]:
+def _first(prefix: Prefix, length: int) -> Tensor:
+    """The prefix's first tokens, int64 [length], as they lie there: a long one is not copied."""
     tokens = prefix.tokens if isinstance(prefix, PrefixHandle) else as_ints(prefix)
-    return tokens.tolist()  # type: ignore[no-any-return]
+    return torch.from_numpy(tokens[:length])
 
 
 def _read(

@@ -16,6 +16,7 @@ from guided_decode.integrations.transformers import (
     ValueGuidedLogitsProcessor,
 )
 from guided_decode.integrations.transformers.value_record import GuidedOutput
+from guided_decode.prefix import PrefixHandle
 from guided_decode.scorer import Scores
 from tests import models, oracle, trunk_heads
 
@@ -269,6 +270,19 @@ def test_a_value_before_that_nobody_remembers_is_read_again(scorer):
         assert value_trail.open_rows(scorer, rows[1:], [config], [0], fresh) == expected
     with pytest.raises(ValueError, match="value_gate_fall=0 came without trails"):
         value_trail.open_rows(scorer, rows[1:], [config], [0], None)
+
+
+def test_a_value_before_is_read_of_the_history_as_it_lies(scorer, monkeypatch):
+    handle = PrefixHandle([*PROMPTS[0], 40])
+    score, asked = scorer.score, []
+    monkeypatch.setattr(scorer, "score", lambda prefixes, candidates: (
+        asked.extend(prefixes), score(prefixes, candidates))[1])  # fmt: skip
+    config = GUIDED.changed(value_gate_fall=0.0)
+    value_trail.open_rows(scorer, [handle], [config], [0],
+                          [value_trail.ValueTrail(len(PROMPTS[0]))])  # fmt: skip
+    assert asked[0] is handle
+    assert asked[1].tolist() == PROMPTS[0]
+    assert asked[1].data_ptr() == torch.from_numpy(handle.tokens).data_ptr()
 
 
 @pytest.mark.parametrize("loop", [GuidedDecoding, TrunkLookahead])
