@@ -40,7 +40,7 @@ def _settings(section: Sequence[Outcome]) -> str:
         words += f", top-p {prune.top_p:g}"
     if trunk := used.get("trunk"):
         words += f"; trunk: {_words(trunk)}"
-    return f"{words}; chosen on other prompts."
+    return f"{words}."
 
 
 def _words(config: GuidanceConfig) -> str:
