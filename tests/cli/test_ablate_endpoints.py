@@ -1,8 +1,15 @@
 """`guided-decode ablate` of a policy on servers: several units under way, the same files."""
 
+from dataclasses import replace
+
 import pytest
 
 from guided_decode import load_scorer, tiny_tulu
+from guided_decode.cli.ablate.cells import cells_of
+from guided_decode.cli.ablate.models import Group
+from guided_decode.cli.ablate.prompts import read_prompts
+from guided_decode.cli.ablate.reading import read_ablation
+from guided_decode.lab.ablate.grid import Unit
 from guided_decode.search import load_generator
 from tests import PATIENCE
 from tests.cli.ablations import ablate, ablation, final_files, lines, of, refused, units, write
@@ -43,6 +50,29 @@ def test_units_under_way_at_once_are_the_same_units(servers, tmp_path):
     for line in of(tmp_path / "many", "g"):
         assert line["kl"] == -line["log_prob"]
     assert len(lines(tmp_path / "many")) == 3 * 3
+
+
+def test_a_unit_takes_no_answer_of_another_that_is_under_way(tmp_path):
+    given = ablation(methods=["best-of-n"], block=2, max_new_tokens=2)
+    read, problems = read_ablation(write(tmp_path / "small.yaml", given))
+    cells, rows = cells_of(read, problems), read_prompts(read.prompts)[:2]
+    cell = next(each for each in cells if each.setting.method == "best-of-n")
+    with Group([cell], False).loaded() as answers:
+        first, second = (Unit(cell.setting, seed, 0, 2, str(seed)) for seed in (0, 1))
+        own = answers.answer(cell, second, rows)["answers"]
+        # The first prompt of the first unit is answered, and its second one is not.
+        job = replace(answers.job, plan=replace(cell.plan, seed=first.seed))
+        (lines,) = job.lines(rows[:1])
+        answers.job.ahead.put(rows[0], {**lines[0], "response": "of another seed"})
+        assert answers.answer(cell, second, rows)["answers"] == own
+
+
+@pytest.mark.slow
+def test_units_of_several_prompts_under_way_at_once_keep_their_own_answers(servers, tmp_path):
+    file = config(tmp_path / "small.yaml", servers, block=3, seeds=[0, 1, 2])
+    ablate(file, "--output", tmp_path / "one", "--no-plots")
+    ablate(file, "--output", tmp_path / "many", "--parallel", 7, "--no-plots")
+    assert final_files(tmp_path / "one") == final_files(tmp_path / "many")
 
 
 @pytest.mark.slow

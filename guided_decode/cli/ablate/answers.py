@@ -8,7 +8,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from guided_decode.cli.ablate.cell import Cell, TokenPlan
+from guided_decode.cli.ahead_file import Ahead
 from guided_decode.cli.decoding import Sampling, generation_config, terminal_ids
+from guided_decode.cli.score_run import STDOUT
 from guided_decode.cli.search_models import policy_ids
 from guided_decode.cli.search_plan import Plan
 from guided_decode.cli.search_rows import SearchRow
@@ -98,7 +100,10 @@ class SearchAnswers:
             empty(getattr(self.job.judge, "scorer", None))
             empty(getattr(self.job.generator, "policy", None))
             empty(getattr(self.job.generator, "reference", None))
-        job = replace(self.job, plan=replace(cell.plan, seed=unit.seed))
+        # What is ahead is of this unit alone: others are under way on the same prompts.
+        job = replace(
+            self.job, plan=replace(cell.plan, seed=unit.seed), ahead=Ahead(STDOUT, "")
+        )  # fmt: skip
         begun = time.perf_counter()
         lines = [line for part in job.lines(list(rows)) for line in part]
         seconds = time.perf_counter() - begun
