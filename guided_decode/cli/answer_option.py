@@ -47,7 +47,7 @@ def read_answer(name: str) -> AnswerFunction:
     function = import_function(
         name, "--answer", "a function of a response's text", f"one of {', '.join(ANSWERS)}, or "
     )
-    return AnswerFunction(name, function, f"{name} {source_of(function)}")
+    return AnswerFunction(name, function, f"{name} {source_of(name, function)}")
 
 
 def import_function(name: str, flag: str, what: str, others: str = "") -> Callable[..., Any]:
@@ -75,10 +75,18 @@ def import_function(name: str, flag: str, what: str, others: str = "") -> Callab
     return cast(Callable[..., Any], function)
 
 
-def source_of(function: Callable[..., Any]) -> str:
-    """Its file's contents, if there is one: a run does not go on with another function's lines."""
+def source_of(name: str, function: Callable[..., Any]) -> str:
+    """Its file's contents, if there is one: a run does not go on with another function's lines.
+
+    name: MODULE:FUNCTION. The module's file counts, too, where it is another, or where what is
+    called has none to show (a partial, a cached function, an object). What these import does not.
+    """
     try:
-        file = inspect.getsourcefile(function)
+        own = inspect.getsourcefile(function)
     except TypeError:
-        file = None
-    return "" if file is None or not os.path.isfile(file) else fingerprint(file)
+        own = None
+    module = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    files = dict.fromkeys(
+        os.path.realpath(file) for file in (own, module) if file is not None
+    )  # fmt: skip
+    return " ".join(fingerprint(file) for file in files if os.path.isfile(file))

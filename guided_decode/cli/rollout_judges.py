@@ -48,7 +48,7 @@ class FunctionJudge:
     def of(cls, name: str) -> FunctionJudge:
         """Raises Refusal: there is no such function."""
         function = import_function(name, "--judge", "a function of prompt and response")
-        return cls(name, function, f"{name} {source_of(function)}")
+        return cls(name, function, f"{name} {source_of(name, function)}")
 
     def rewards(self, rows: Sequence[RolloutRow]) -> list[float]:
         return [self._reward(row) for row in rows]

@@ -6,8 +6,8 @@ import json
 import pytest
 
 from guided_decode import load_scorer, tiny_tulu
-from guided_decode.cli.ablate.rewards import textual
-from guided_decode.cli.ablate.schema import Reward
+from guided_decode.cli.ablate.rewards import checked_reward, reward_identity, textual
+from guided_decode.cli.ablate.schema import Model, Reward
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.rollout_rows import RolloutRow
 from guided_decode.search import ScorerJudge
@@ -79,6 +79,41 @@ def test_a_function_is_asked_about_prompt_and_response():
     )
     judge = textual(Reward("function", 1, {"function": "guided_decode.tiny_tulu.lists:reward"}))
     assert judge.rewards([row]) == [lists.reward("Sort 3142.", "1234")] == [1.0]
+
+
+def written(folder, module, worth):
+    text = f"""\
+import functools
+def plainly(prompt, response): return {worth}
+cached = functools.lru_cache(plainly)
+part = functools.partial(plainly)
+class Judge:
+    def __call__(self, prompt, response): return {worth}
+judge = Judge()
+"""
+    (folder / f"{module}.py").write_text(text)
+
+
+def test_a_functions_rewards_are_known_by_the_code_that_was_read(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    written(tmp_path, "reward_at_reading", 1.0)
+    given = Reward("function", 1, {"function": "reward_at_reading:plainly"})
+    read, policy = checked_reward(given), Model("sft", 1, "tiny-tulu-sft")
+    before = reward_identity(read, policy, None, False)
+    written(tmp_path, "reward_at_reading", 2.0)
+    assert reward_identity(read, policy, None, False) == before
+    assert reward_identity(checked_reward(given), policy, None, False) != before
+
+
+@pytest.mark.parametrize("name", ["plainly", "cached", "part", "judge"])
+def test_other_code_is_another_reward_whatever_is_called(tmp_path, monkeypatch, name):
+    module = f"reward_{name}"
+    monkeypatch.syspath_prepend(tmp_path)
+    given = Reward("function", 1, {"function": f"{module}:{name}"})
+    written(tmp_path, module, 1.0)
+    before = textual(given).known_as
+    written(tmp_path, module, 2.0)
+    assert textual(given).known_as != before
 
 
 @pytest.mark.skipif(

@@ -148,7 +148,7 @@ class _Maker:
             plan = self._search(entry, policy, scorer, reading, given)
         setting = Setting(
             policy.label, None if scorer is None else scorer.label, entry.method, entry.name,
-            given, swept, _draws(plan),
+            given, swept, _draws(plan), plan.max_tokens != self.ablation.max_new_tokens,
         )  # fmt: skip
         return Cell(setting, plan, policy, scorer, reading, text_format)
 

@@ -16,7 +16,7 @@ from guided_decode.cli.ablate.models import Group, grouped
 from guided_decode.cli.ablate.plan import print_plan
 from guided_decode.cli.ablate.prompts import check_answers, read_prompts
 from guided_decode.cli.ablate.reading import read_ablation
-from guided_decode.cli.ablate.rewards import check_reward
+from guided_decode.cli.ablate.rewards import checked_reward
 from guided_decode.cli.ablate.run import Run, progress
 from guided_decode.cli.ablate.schema import Ablation
 from guided_decode.cli.ablate.words import in_keys
@@ -109,7 +109,7 @@ def _read(config: Path, limit: int | None) -> tuple[Ablation, list[SearchRow], l
         rows = _rows(ablation, limit, problems)
     if ablation.reward is not None:
         try:
-            check_reward(ablation.reward)
+            ablation.reward = checked_reward(ablation.reward)
             check_answers(rows, ablation.reward, ablation.reward.line, problems)
         except (Refusal, ValueError, ImportError) as error:
             said = in_keys(one_line(error))

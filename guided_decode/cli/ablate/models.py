@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from guided_decode.cli.ablate.answers import SearchAnswers, TokenAnswers
 from guided_decode.cli.ablate.cell import Cell, TokenPlan
@@ -19,11 +19,9 @@ from guided_decode.cli.run_identity import digest
 from guided_decode.cli.score_run import STDOUT
 from guided_decode.cli.search_models import SearchModels
 from guided_decode.cli.search_rows import SearchRow
+from guided_decode.lab.ablate.bare import bare
 from guided_decode.lab.ablate.grid import Unit
 from guided_decode.scoring.remote.address import is_address
-
-if TYPE_CHECKING:
-    pass
 
 # Of what units hold: another version's are computed again.
 _VERSION = 1
@@ -132,6 +130,9 @@ class Group:
             cell.policy.model, cell.policy.get("device"), cell.policy.get("dtype", "auto"),
             adapter=self._adapter, trust_remote_code=cell.reading.trust_remote_code,
         )  # fmt: skip
+        # Searches draw from the policy itself: of what its checkpoint asks `generate` for, such as
+        # a repetition penalty, single tokens know nothing either.
+        policy.model.generation_config = bare(policy.model.generation_config)
         scorer = self._served
         if cell.scorer is not None and scorer is None:
             scorer = open_scorer(

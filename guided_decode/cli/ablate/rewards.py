@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from guided_decode.cli.ablate.pairs import check_scorer
@@ -22,16 +22,19 @@ from guided_decode.cli.search_rows import SearchRow
 _PLACE = "{answer}"
 
 
-def check_reward(reward: Reward) -> None:
-    """Raises Refusal, ValueError or ImportError: there is no such reward."""
+def checked_reward(reward: Reward) -> Reward:
+    """The same with its judge, where it needs no model.
+
+    Raises Refusal, ValueError or ImportError: there is no such reward.
+    """
     if reward.model is not None:
         check_scorer(reward.model)
-    else:
-        textual(reward)
+        return reward
+    return replace(reward, judge=textual(reward))
 
 
 def textual(reward: Reward) -> RewardJudge:
-    """The reward of a program, which needs no model. Raises as `check_reward`."""
+    """The reward of a program, which needs no model. Raises as `checked_reward`."""
     given = reward.given
     if reward.kind == "function":
         try:
@@ -191,10 +194,14 @@ def model_reward(model: Model, policy: Model, text_format: str | None, raw: bool
     return models, RewardOptions(reward_model=model.model)
 
 
+def _judge(reward: Reward) -> RewardJudge:
+    return textual(reward) if reward.judge is None else reward.judge
+
+
 def reward_identity(reward: Reward, policy: Model, text_format: str | None, raw: bool) -> str:
     """What a policy's rewards follow from, by name; no model is loaded."""
     if reward.model is None:
-        return textual(reward).known_as
+        return _judge(reward).known_as
     models, options = model_reward(reward.model, policy, text_format, raw)
     return f"{models.judge_identity(options)} {text_format} {raw}"
 
@@ -202,7 +209,7 @@ def reward_identity(reward: Reward, policy: Model, text_format: str | None, raw:
 def open_reward(reward: Reward, policy: Model, text_format: str | None, raw: bool) -> RewardJudge:
     """Who judges a policy's responses. Raises Refusal or ValueError: it cannot be loaded."""
     if reward.model is None:
-        return textual(reward)
+        return _judge(reward)
     models, options = model_reward(reward.model, policy, text_format, raw)
     try:
         return models.judge(options)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from guided_decode.cli.ablate.values import Hint, hints_of
 from guided_decode.cli.config_file import Setting
@@ -17,6 +17,9 @@ from guided_decode.cli.search_options import BudgetOptions, MethodOptions
 from guided_decode.lab.ablate.grid import GUIDE, PLAIN
 from guided_decode.lab.ablate.outcomes import COUNTINGS
 from guided_decode.search.method_table import METHODS
+
+if TYPE_CHECKING:
+    from guided_decode.cli.rollout_judges import RewardJudge
 
 REWARDS = ("exact", "regex", "numeric", "math-verify", "function", "model")
 EMBEDDED = ("tiny-tulu", "tiny-tulu-lists")
@@ -129,12 +132,16 @@ class MethodEntry:
 
 @dataclass(frozen=True, slots=True)
 class Reward:
-    """What responses are worth. model: of kind "model"; line: of the section."""
+    """What responses are worth. model: of kind "model"; line: of the section.
+
+    judge: of the other kinds, from when the file was read on: its code is what it was then.
+    """
 
     kind: str
     line: int
     given: Mapping[str, Any] = field(default_factory=dict)
     model: Model | None = None
+    judge: RewardJudge | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,6 +18,7 @@ class Setting:
     policy, scorer: the names that the config gives them; no scorer where the method asks none.
     name: of the method, in tables. given: what the config says of it, by name. swept: which of
     these differ between cells of one method. draws: whether a seed changes anything.
+    own_length: whether its longest response is another than the config's.
     """
 
     policy: str
@@ -27,11 +28,14 @@ class Setting:
     given: Mapping[str, Any]
     swept: tuple[str, ...] = ()
     draws: bool = True
+    own_length: bool = False
 
     @property
     def is_plain(self) -> bool:
-        """Whether it is what others are compared with: the policy at temperature 1."""
-        return self.method == PLAIN and self.given.get("temperature", 1.0) == 1.0
+        """Whether it is what others are compared with: the policy at temperature 1, of responses as
+        long as the config says."""
+        at_one = self.given.get("temperature", 1.0) == 1.0
+        return self.method == PLAIN and at_one and not self.own_length
 
     @property
     def curve(self) -> str:
