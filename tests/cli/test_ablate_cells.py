@@ -3,12 +3,17 @@
 import json
 import shutil
 
+import pytest
+
 from guided_decode import tiny_tulu
 from guided_decode.cli.ablate.cells import cells_of
 from guided_decode.cli.ablate.models import Group
 from guided_decode.cli.ablate.prompts import read_prompts
 from guided_decode.cli.ablate.reading import read_ablation
+from guided_decode.lab.ablate.asked import Counts
 from guided_decode.lab.ablate.grid import Unit
+from guided_decode.search.budget import Spent
+from guided_decode.search.requests import Judge, Judged, Next
 from tests.cli.ablations import ablation, write
 
 
@@ -20,11 +25,15 @@ def read(path, **changed):
     return cells, read_prompts(found.prompts)
 
 
-def answered(cell, rows):
+def answer(answers, cell, rows):
     """The answers of a unit of these prompts, with seed 0."""
+    return answers.answer(cell, Unit(cell.setting, 0, 0, len(rows), ""), rows)["answers"]
+
+
+def answered(cell, rows):
+    """The same, of models that are loaded for them."""
     with Group([cell], False).loaded() as answers:
-        unit = Unit(cell.setting, 0, 0, len(rows), "")
-        return answers.answer(cell, unit, rows)["answers"]
+        return answer(answers, cell, rows)
 
 
 def test_shorter_responses_are_not_what_all_is_compared_with(tmp_path):
@@ -50,3 +59,52 @@ def test_what_a_checkpoint_asks_generate_for_reshapes_nothing(tmp_path):
                  "min_new_tokens": 50}  # fmt: skip
     file.write_text(json.dumps(own | penalties))
     assert answered(cell, rows[:2]) == plain
+
+
+SCORERS = {
+    "critic": "tiny-tulu-value",
+    "implicit": {"model": "tiny-tulu-ppo", "kind": "implicit", "reference": "tiny-tulu-sft"},
+}
+GUIDES = [
+    {"method": "guide", "beta": 10, "top_k": 3, "temperature": 0},
+    {"method": "guide", "name": "kl", "beta": 10, "top_k": 3, "temperature": 0, "kl_coef": 0.1,
+     "reference": "tiny-tulu-sft"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("scorer", SCORERS)
+def test_guidance_and_a_search_that_ask_the_same_cost_the_same(tmp_path, scorer, monkeypatch):
+    scorers = {"critic": SCORERS[scorer]}
+    cells, rows = read(tmp_path, methods=GUIDES, scorers=scorers, max_new_tokens=8)
+    told = []
+    taken = Counts.add
+
+    def add(self, prefixes, candidates):
+        told.append((self, [each.tokens.tolist() for each in prefixes],
+                     None if candidates is None else candidates.tolist()))  # fmt: skip
+        taken(self, prefixes, candidates)
+
+    monkeypatch.setattr(Counts, "add", add)
+    for cell in cells[1:]:
+        with Group([cell], False).loaded() as answers:
+            both = answer(answers, cell, rows[:2])
+            (second,) = answer(answers, cell, rows[1:2])
+            told.clear()
+            (first,) = answer(answers, cell, rows[:1])
+        # Whatever stands beside a prompt.
+        assert [each["scorer_tokens"] for each in both] == [
+            first["scorer_tokens"], second["scorer_tokens"]
+        ]  # fmt: skip
+        searched, referred = Spent(), Spent()
+        for spent in (searched, referred):
+            spent.begin()
+        for _, (prefix,), asked in told:
+            if asked is None:
+                referred.continued(Next((tuple(prefix),), 1))
+                continue
+            texts = [Judged(tuple(prefix), (token,), False) for token in asked[0] if token >= 0]
+            searched.judged(Judge(texts))
+        assert first["scorer_tokens"] == searched.scorer_tokens > 8
+        own = first["prompt_tokens"] + first["tokens"]
+        assert first["policy_tokens"] == own + referred.policy_tokens
+        assert bool(referred.policy_tokens) == (cell.setting.name == "kl")

@@ -52,13 +52,14 @@ class TokenAnswers:
             model, prompts, generation, ends, seed=derive(unit.seed, rows[0].index),
             scorer=self.scorer,
             processor=None if plan.config is None else
-            lambda mask: self._processor(plan.config, generation.pad_token_id, ends, mask),
+            lambda scorer, mask: self._processor(
+                scorer, plan.config, generation.pad_token_id, ends, mask
+            ),
         )  # fmt: skip
         seconds = time.perf_counter() - begun
         texts = self.policy.tokenizer.batch_decode(
-            [each.tokens for each in block.responses], skip_special_tokens=True
+            [each.tokens for each in block], skip_special_tokens=True
         )
-        share = round(block.scorer_tokens / len(rows), 4)
         return {"seconds": seconds, "answers": [
             {
                 "text": text,
@@ -68,21 +69,23 @@ class TokenAnswers:
                 "log_prob": rounded(each.log_prob),
                 "kl": rounded(each.kl),
                 "bound": None,
-                "policy_tokens": len(prompt) + len(each.tokens),
-                "scorer_tokens": share,
+                # What a reference reads counts with the policy's, as in a search.
+                "policy_tokens": len(prompt) + len(each.tokens) + each.reference_tokens,
+                "scorer_tokens": each.scorer_tokens,
                 "generated_tokens": len(each.tokens),
                 "prompt_tokens": len(prompt),
                 "calls": None,
             }
-            for text, each, prompt in zip(texts, block.responses, prompts, strict=True)
+            for text, each, prompt in zip(texts, block, prompts, strict=True)
         ]}  # fmt: skip
 
-    def _processor(self, config: Any, pad: int, ends: list[int], mask: Any) -> Any:
+    def _processor(
+        self, scorer: Any, config: Any, pad: int, ends: list[int], mask: Any
+    ) -> Any:  # fmt: skip
         from guided_decode.integrations.transformers import ValueGuidedLogitsProcessor
 
-        assert self.scorer is not None
         return ValueGuidedLogitsProcessor(
-            self.scorer, config, pad_token_id=pad, eos_token_id=ends, attention_mask=mask
+            scorer, config, pad_token_id=pad, eos_token_id=ends, attention_mask=mask
         )
 
 

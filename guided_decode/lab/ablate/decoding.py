@@ -9,31 +9,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from guided_decode.lab.ablate.asked import CountedScorer, Counts
 from guided_decode.lab.ablate.divergence import Measured, Processor
 from guided_decode.lab.calibration.sampling import left_padded
 from guided_decode.scorer import Scorer
-from guided_decode.search.budget import TokenTree
 
 
 @dataclass(frozen=True, slots=True)
 class Decoded:
-    """A response: token ids with the end among them; kl, log_prob: in nats, summed over it."""
+    """A response: token ids with the end among them; kl, log_prob: in nats, summed over it.
+
+    scorer_tokens, reference_tokens: distinct ones that the scorer, and the reference of a KL term,
+    read for it, its prompt among them: as searches count.
+    """
 
     tokens: list[int]
     kl: float
     log_prob: float
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """What came of a block of prompts.
-
-    scorer_tokens: distinct tokens that went through the scorer, by its counter, a prompt's
-    beginning that others have in common counted for each: as searches count.
-    """
-
-    responses: list[Decoded]
     scorer_tokens: int
+    reference_tokens: int
 
 
 def decode_block(
@@ -44,8 +38,8 @@ def decode_block(
     *,
     seed: int,
     scorer: Scorer | None = None,
-    processor: Callable[[Tensor], Processor] | None = None,
-) -> Block:
+    processor: Callable[[Scorer, Tensor], Processor] | None = None,
+) -> list[Decoded]:
     """Decodes prompts side by side.
 
     Args:
@@ -54,14 +48,17 @@ def decode_block(
         generation: its GenerationConfig, which cuts nothing.
         ends: token ids that end a response.
         seed: of all draws of the block.
-        scorer: whose tokens are counted. processor: makes what guides, of the attention mask.
+        scorer: whose tokens are counted. processor: makes what guides, of the scorer as it has to
+            be asked and the attention mask.
     """
     ids, mask = left_padded(prompts, generation.pad_token_id, policy.device)
     greedy = not generation.do_sample
-    measured = Measured(
-        None if processor is None else processor(mask), 0.0 if greedy else generation.temperature
-    )
-    before = 0 if scorer is None else scorer.stats.tokens
+    counts, referred = Counts(), Counts()
+    guides = None
+    if processor is not None:
+        assert scorer is not None
+        guides = processor(CountedScorer(scorer, counts, referred), mask)
+    measured = Measured(guides, 0.0 if greedy else generation.temperature)
     torch.manual_seed(seed)
     output = policy.generate(
         input_ids=ids, attention_mask=mask, generation_config=generation,
@@ -70,21 +67,11 @@ def decode_block(
     rows = output[:, ids.shape[1] :].tolist()
     tokens = [_until(row, ends) for row in rows]
     sums = measured.sums(output[:, -1], [len(each) for each in tokens])
-    counted = 0 if scorer is None else scorer.stats.tokens - before
-    return Block(
-        [Decoded(own, kl, log_prob) for own, kl, log_prob in zip(tokens, *sums, strict=True)],
-        counted + (_alike(prompts) if counted else 0),
-    )
+    whole = [[*prompt, *row] for prompt, row in zip(prompts, rows, strict=True)]
+    parts = zip(tokens, *sums, counts.of_rows(whole), referred.of_rows(whole), strict=True)
+    return [Decoded(*each) for each in parts]
 
 
 def _until(row: list[int], ends: Sequence[int]) -> list[int]:
     stop = next((i + 1 for i, token in enumerate(row) if token in ends), len(row))
     return row[:stop]
-
-
-def _alike(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens at the prompts' beginnings that another one has, too."""
-    tree = TokenTree()
-    for prompt in prompts:
-        tree.add(prompt)
-    return sum(map(len, prompts)) - len(tree)

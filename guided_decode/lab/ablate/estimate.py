@@ -33,9 +33,9 @@ def most_tokens(
         return prompt + response, 0.0
     if method == GUIDE:
         k = settings.get("top_k")
-        # Candidates of an implicit reward come from one forward of each of its models.
-        read = 2 * (prompt + response) if k is None else prompt + response * k
-        return prompt + response, read
+        # A whole vocabulary comes with its prefix; a reference counts with the policy.
+        readers = 2 if settings.get("kl_coef") else 1
+        return readers * (prompt + response), prompt + response * (1 if k is None else k)
     lanes = 1
     for name in _SIDE_BY_SIDE.get(method, ()):
         lanes *= settings[name]

@@ -147,7 +147,9 @@ def test_a_search_costs_at_most_what_was_said(name):
 def test_single_tokens_cost_their_candidates():
     assert most_tokens("plain", {}, 20, 100, scored=False) == (120, 0)
     assert most_tokens("guide", {"top_k": 4}, 20, 100, scored=True) == (120, 420)
-    assert most_tokens("guide", {"top_k": None}, 20, 100, scored=True) == (120, 240)
+    assert most_tokens("guide", {"top_k": None}, 20, 100, scored=True) == (120, 120)
+    with_kl = {"top_k": 4, "kl_coef": 0.1}
+    assert most_tokens("guide", with_kl, 20, 100, scored=True) == (240, 420)
 
 
 def test_the_grid_has_every_combination_and_block():
