@@ -103,7 +103,10 @@ _OF_BOTH = "trust_remote_code"
 
 @dataclass(frozen=True, slots=True)
 class SearchModels:
-    """What was asked for. text_format: of prompts, as `chats.prompt_ids`; raw: they are text."""
+    """What was asked for. text_format: of prompts, as `chats.prompt_ids`; raw: they are text.
+
+    kl_reference: of the method's KL term, where it is another than the reading's reference.
+    """
 
     policy: str
     scorer: str | None
@@ -116,6 +119,7 @@ class SearchModels:
     raw: bool
     judging: JudgeOptions
     engine: EngineOptions
+    kl_reference: str | None = None
 
     @property
     def _judges(self) -> JudgeModels:
@@ -166,6 +170,8 @@ class SearchModels:
             settings["through_text"] = (self.judging.judge_format, self.judging.scorer_checkpoint)
         elif self.judging.judge_format is not None:
             settings["judge_format"] = self.judging.judge_format
+        if self.kl_reference is not None and plan.settings.get("kl_coef"):
+            settings["kl_reference"] = fingerprint(self.kl_reference)
         if self.scorer is None or served is not None:
             return run_identity(self._beside(plan, served, settings), settings, None)
         device = self.scorer_device or self.device
@@ -198,8 +204,10 @@ class SearchModels:
         """Loads what is not there yet. Raises Refusal or ValueError: it cannot be loaded."""
         reading, reference = self.reading, None
         if plan.settings.get("kl_coef"):
-            # The method's KL term has it, and not the scorer's.
-            reference, reading = reading.reference, replace(reading, reference=None)
+            reference = self.kl_reference or reading.reference
+            if not _may_be_implicit(self.scorer, reading):
+                # The method's KL term has it, and not the scorer's.
+                reading = replace(reading, reference=None)
         loaded, generator = self._generator(connected, reference)
         judge, tell = None, None
         if self.scorer is not None:

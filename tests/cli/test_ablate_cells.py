@@ -7,7 +7,7 @@ import pytest
 
 from guided_decode import tiny_tulu
 from guided_decode.cli.ablate.cells import cells_of
-from guided_decode.cli.ablate.models import Group
+from guided_decode.cli.ablate.models import Group, grouped
 from guided_decode.cli.ablate.prompts import read_prompts
 from guided_decode.cli.ablate.reading import read_ablation
 from guided_decode.lab.ablate.asked import Counts
@@ -108,3 +108,28 @@ def test_guidance_and_a_search_that_ask_the_same_cost_the_same(tmp_path, scorer,
         own = first["prompt_tokens"] + first["tokens"]
         assert first["policy_tokens"] == own + referred.policy_tokens
         assert bool(referred.policy_tokens) == (cell.setting.name == "kl")
+
+
+@pytest.mark.parametrize("reference", [{}, {"reference": "tiny-tulu-ppo"}])
+def test_a_grid_of_kl_terms_with_an_implicit_reward_is_searched(tmp_path, reference):
+    mcts = {"method": "ppo-mcts", "simulations": 2, "k": 2, "kl_coef": [0.0, 0.1], **reference}
+    cells, rows = read(
+        tmp_path, methods=[mcts], scorers={"critic": SCORERS["implicit"]}, max_new_tokens=2
+    )
+    groups = grouped(cells[1:], raw=False)
+    assert [len(group.cells) for group in groups] == [1, 1]
+    for group, read_by_reference in zip(groups, (False, True), strict=True):
+        with group.loaded() as answers:
+            (found,) = answer(answers, group.first, rows[:1])
+        # The KL term's reference counts with the policy's.
+        assert (found["policy_tokens"] > found["scorer_tokens"]) == read_by_reference
+
+
+def test_guides_kl_term_has_an_implicit_rewards_own_reference(tmp_path):
+    found, problems = read_ablation(write(tmp_path / "small.yaml", ablation(
+        methods=[{"method": "guide", "kl_coef": 0.1, "reference": "tiny-tulu-ppo"}],
+        scorers={"critic": SCORERS["implicit"]},
+    )))  # fmt: skip
+    cells_of(found, problems)
+    ((_, said),) = problems
+    assert "critic is an implicit reward over tiny-tulu-sft, which guide has" in said

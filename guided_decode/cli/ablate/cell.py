@@ -43,7 +43,7 @@ class TokenPlan:
 class Cell:
     """A setting with what answers it. reading: of the scorer, as this method needs it.
 
-    text_format: of prompts, as `chats.prompt_ids`.
+    text_format: of prompts, as `chats.prompt_ids`. kl_reference: of a search's KL term.
     """
 
     setting: Setting
@@ -52,12 +52,14 @@ class Cell:
     scorer: Model | None
     reading: ScorerOptions
     text_format: str | None
+    kl_reference: str | None = None
 
     @property
     def group(self) -> tuple[Any, ...]:
         """Cells with an equal one share loaded models."""
         label = None if self.scorer is None else self.scorer.label
-        return (self.policy.label, label, self.reading, isinstance(self.plan, TokenPlan))
+        single = isinstance(self.plan, TokenPlan)
+        return (self.policy.label, label, self.reading, self.kl_reference, single)
 
     @property
     def shown(self) -> dict[str, Any]:

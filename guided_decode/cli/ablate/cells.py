@@ -137,20 +137,20 @@ class _Maker:
         text_format = format_of(policy.get("prompt_format"), find(policy.model))
         reading = ScorerOptions() if scorer is None else scorer.group(ScorerOptions)
         trusted = reading.trust_remote_code or policy.get("trust_remote_code", False)
-        reference = given.get("reference") if given.get("kl_coef") else None
-        reading = replace(
-            reading, reference=reference or reading.reference, trust_remote_code=trusted
-        )
+        reading = replace(reading, trust_remote_code=trusted)
         plan: Plan | TokenPlan
+        reference = None
         if entry.method in (PLAIN, GUIDE):
             plan, reading = self._tokens(entry, policy, scorer, reading, given)
         else:
-            plan = self._search(entry, policy, scorer, reading, given)
+            if given.get("kl_coef"):
+                reference = given.get("reference") or reading.reference
+            plan = self._search(entry, policy, scorer, reading, reference, given)
         setting = Setting(
             policy.label, None if scorer is None else scorer.label, entry.method, entry.name,
             given, swept, _draws(plan), plan.max_tokens != self.ablation.max_new_tokens,
         )  # fmt: skip
-        return Cell(setting, plan, policy, scorer, reading, text_format)
+        return Cell(setting, plan, policy, scorer, reading, text_format, reference)
 
     def _tokens(
         self, entry: MethodEntry, policy: Model, scorer: Model | None, reading: ScorerOptions,
@@ -170,6 +170,9 @@ class _Maker:
         reading = options.reading(reading)
         config = options.over(_DEFAULT)
         assert scorer is not None
+        if config.kl_coef and (reference := given.get("reference")) is not None:
+            pairs.check_one_reference(scorer, reading, reference)
+            reading = replace(reading, reference=reference)
         pairs.check_guided(policy, scorer, reading, config)
         return TokenPlan(config, temperature, longest), reading
 
@@ -180,7 +183,7 @@ class _Maker:
 
     def _search(
         self, entry: MethodEntry, policy: Model, scorer: Model | None, reading: ScorerOptions,
-        given: Mapping[str, Any],
+        reference: str | None, given: Mapping[str, Any],
     ) -> Plan:  # fmt: skip
         own, limits = ({f.name for f in fields(kind)} for kind in (MethodOptions, BudgetOptions))
         settings = {name: value for name, value in given.items() if name in own}
@@ -192,9 +195,7 @@ class _Maker:
             BudgetOptions(**{n: v for n, v in given.items() if n in limits}), 0,
         )  # fmt: skip
         name = None if scorer is None else scorer.model
-        asked = reading if scorer is not None else ScorerOptions(
-            reference=reading.reference, trust_remote_code=reading.trust_remote_code
-        )  # fmt: skip
+        asked = replace(reading, reference=reference or reading.reference)
         policy.group(EngineOptions).check(policy.model, plan.settings.get("kl_coef"))
         named(plan, policy.model, name, asked)
         if scorer is not None:

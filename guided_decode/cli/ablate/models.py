@@ -107,7 +107,7 @@ class Group:
             policy.model, None if cell.scorer is None else scorer.model, cell.reading,
             scorer.group(RemoteOptions), policy.get("device"), scorer.get("device"),
             policy.get("dtype", "auto"), cell.text_format, self.raw, scorer.group(JudgeOptions),
-            self.engine,
+            self.engine, cell.kl_reference,
         )  # fmt: skip
 
     @contextlib.contextmanager

@@ -104,6 +104,15 @@ def check_guided(
     check_token_ids(policy, scorer)
 
 
+def check_one_reference(scorer: Model, reading: ScorerOptions, reference: str) -> None:
+    """Raises Refusal: an implicit reward has another reference, which its KL term has to have."""
+    record = None if on_a_server(scorer.model) else find(scorer.model)
+    own = reading.reference or (None if record is None else record.reference)
+    if own not in (None, reference) and _implicit(scorer, reading):
+        raise Refusal(f"reference {reference}: {scorer.label} is an implicit reward over {own}, "
+                      "which guide has for its KL term, too: drop reference")  # fmt: skip
+
+
 def _refuse_stop_strings(policy: Model) -> None:
     """Raises Refusal: the policy's responses end at strings, which single tokens do not show."""
     record = find(policy.model)
