@@ -58,6 +58,9 @@ def _steps(moved: Floats) -> npt.NDArray[np.int64] | None:
     """The differences as whole numbers of one step; None: they have none that is large enough."""
     for scale in _SCALES:
         whole = np.rint(moved * scale)
+        if not whole.all():
+            # A difference is smaller than this step, however close to 0 it is.
+            continue
         if np.abs(moved * scale - whole).max() < _CLOSE * scale:
             steps: npt.NDArray[np.int64] = whole.astype(np.int64)
             steps //= np.gcd.reduce(steps)

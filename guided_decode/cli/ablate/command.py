@@ -17,7 +17,7 @@ from guided_decode.cli.ablate.plan import print_plan
 from guided_decode.cli.ablate.prompts import check_answers, read_prompts
 from guided_decode.cli.ablate.reading import read_ablation
 from guided_decode.cli.ablate.rewards import checked_reward
-from guided_decode.cli.ablate.run import Run, progress
+from guided_decode.cli.ablate.run import REWARDS, UNITS, Run, progress
 from guided_decode.cli.ablate.schema import Ablation
 from guided_decode.cli.ablate.words import in_keys
 from guided_decode.cli.checkpoints import load_tokenizer
@@ -95,7 +95,7 @@ def ablate(
         print_plan(ablation, cells, len(rows), prompt_tokens, done)
         return
     assert folder is not None
-    with Store(folder) as store:
+    with Store(folder, (UNITS, REWARDS)) as store:
         _run(Run(ablation, rows, cells, groups, store, prompt_tokens), config, not no_plots)
 
 
@@ -176,8 +176,6 @@ def _run(run: Run, config: Path, plots: bool) -> None:
 
 
 def _say_interrupted(run: Run) -> None:
-    from guided_decode.cli.ablate.run import UNITS
-
     done = sum(run.store.has(UNITS, task.unit.key) for task in run.every)
     print(f"interrupted: {done} of {len(run.every)} units are done in {run.store.folder}; the same "
           "command goes on from there", file=sys.stderr)  # fmt: skip

@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-_LOCK, _TEMPORARY = ".lock", ".tmp"
+_LOCK, _TEMPORARY = ".lock", ".guided-decode-tmp"
+# NAME.PROCESS and that, of what is being written.
+_HALF = re.compile(rf".+\.\d+{re.escape(_TEMPORARY)}")
 
 
 class FolderInUse(ValueError):
@@ -24,8 +28,10 @@ class Store:
     when all of it is on the disk.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, kinds: Sequence[str] = ()) -> None:
+        """kinds: of values, which have folders of their own."""
         self.folder = folder
+        self._kinds = kinds
         self._lock: int | None = None
 
     def get(self, kind: str, key: str) -> dict[str, Any] | None:
@@ -58,9 +64,11 @@ class Store:
             raise FolderInUse(f"{self.folder} is being written by another process: let it end, or "
                               "pass another folder")  # fmt: skip
         self._lock = number
-        for half in self.folder.glob(f"**/*{_TEMPORARY}"):
-            # Of a process that was killed as it wrote.
-            half.unlink(missing_ok=True)
+        for own in (self.folder, *(self.folder / kind for kind in self._kinds)):
+            for half in own.glob(f"*{_TEMPORARY}"):
+                # Of a process that was killed as it wrote.
+                if _HALF.fullmatch(half.name) and half.is_file():
+                    half.unlink(missing_ok=True)
         return self
 
     def __exit__(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import asdict
 from typing import Any
 
@@ -17,8 +17,9 @@ _NOTES = (
     "quality: the mean reward over prompts (of several seeds, of their mean), with its 95% "
     "interval (bootstrap over prompts, bias-corrected and accelerated, 9,999 draws; where every "
     "reward is 0, or every one 1, Wilson's).",
-    "− plain: quality minus the plain policy's over the same prompts, with the same interval, and "
-    "p of a two-sided sign-flip test (exact where rewards have a step, as 0 and 1 have), corrected "
+    "− plain: quality minus the plain policy's over the same prompts, with its bootstrap interval "
+    "(none where all differences are equal, which leave nothing to draw from), and p of a "
+    "two-sided sign-flip test (exact where rewards have a step, as 0 and 1 have), corrected "
     "for all comparisons of the table and of the other policies' (Holm); **bold** below 0.05.",
     "KL: nats of a response from the policy at temperature 1; exact where the method's own "
     "distribution is known at each step, else (≤) the least of what is known of the method and "
@@ -34,13 +35,22 @@ def response_lines(
 ) -> Iterator[bytes]:
     """A line of JSON for each response, setting by setting, seed by seed, in the prompts' order.
 
-    prompts: what a line says of its prompt.
+    prompts: what a line says of its prompt; fields that are called as ours are come in "input".
     """
     for outcome in outcomes:
         for seed, answers in outcome.by_seed.items():
             for prompt, answer in zip(prompts, answers, strict=True):
-                line = {**of_setting(outcome.setting), "seed": seed, **prompt, **_of(answer)}
+                own, found = {**of_setting(outcome.setting), "seed": seed}, _of(answer)
+                line = {**own, **_beside(prompt, {*own, *found}), **found}
                 yield json.dumps(line, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _beside(prompt: Mapping[str, Any], ours: Set[str]) -> dict[str, Any]:
+    clashing = {name: value for name, value in prompt.items() if name in ours}
+    if not clashing:
+        return dict(prompt)
+    free = {name: value for name, value in prompt.items() if name not in ours}
+    return {**free, "input": {**free.get("input", {}), **clashing}}
 
 
 def of_setting(setting: Setting) -> dict[str, Any]:
@@ -107,9 +117,11 @@ def _row(each: Figures) -> dict[str, Any]:
 
 
 def _compared(over: Comparison | None, other: str) -> dict[str, float | None]:
-    values = (None,) * 5 if over is None else (
-        over.difference.mean, over.difference.low, over.difference.high, over.p, over.p_holm
-    )  # fmt: skip
+    values: tuple[float | None, ...] = (None,) * 5
+    if over is not None:
+        each = over.difference
+        ends = (each.low, each.high) if each.low < each.high else (None, None)
+        values = (each.mean, *ends, over.p, over.p_holm)
     names = (f"over_{other}", f"over_{other}_low", f"over_{other}_high", "p", "p_holm")
     return dict(zip(names, values, strict=True))
 
@@ -214,7 +226,9 @@ def _difference(over: Comparison | None) -> tuple[str, str]:
     if over is None:
         return "", ""
     each = over.difference
-    text = f"{each.mean:+.3f} ({each.low:+.3f} to {each.high:+.3f})"
+    text = f"{each.mean:+.3f}"
+    if each.low < each.high:
+        text += f" ({each.low:+.3f} to {each.high:+.3f})"
     p = "<0.0001" if over.p_holm < 1e-4 else f"{over.p_holm:.4f}"
     return (f"**{text}**", f"**{p}**") if over.told_apart else (text, p)
 

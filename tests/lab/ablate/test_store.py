@@ -35,6 +35,18 @@ def test_a_number_that_json_has_not_is_not_put(tmp_path):
     assert not list(tmp_path.glob("**/*"))
 
 
+def test_what_others_keep_in_the_folder_stays(tmp_path):
+    kept = ["notes.tmp", "mine.1.tmp", "mine/units/a.json.7.guided-decode-tmp",
+            "units/a.guided-decode-tmp"]  # fmt: skip
+    halves = ["a.json.7.guided-decode-tmp", "units/a.json.7.guided-decode-tmp"]
+    for name in (*kept, *halves):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    with Store(tmp_path, ("units",)):
+        assert [name for name in kept if not (tmp_path / name).exists()] == []
+        assert [name for name in halves if (tmp_path / name).exists()] == []
+
+
 def test_two_have_it_one_after_the_other(tmp_path):
     busy = pytest.raises(FolderInUse, match="is being written by another process")
     with Store(tmp_path), busy:
@@ -68,13 +80,6 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path, monkeypatch):
         write_whole(tmp_path / "a", b"second")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     assert (tmp_path / "a").read_bytes() == b"first"
-
-
-def test_halves_of_files_go(tmp_path):
-    (tmp_path / "units").mkdir()
-    (tmp_path / "units" / "a.json.7.tmp").write_text("{")
-    with Store(tmp_path):
-        assert not (tmp_path / "units" / "a.json.7.tmp").exists()
 
 
 def test_so_many_are_under_way_at_once():

@@ -1,6 +1,7 @@
 """What an ablation amounts to: comparisons, equal cost, the front; and how far methods go."""
 
 import itertools
+import json
 import math
 
 import pytest
@@ -10,7 +11,7 @@ from guided_decode.lab.ablate.estimate import most_tokens
 from guided_decode.lab.ablate.grid import PLAIN, Setting, blocks, products
 from guided_decode.lab.ablate.outcomes import Answer, Outcome
 from guided_decode.lab.ablate.summary import at_equal_cost, front, summarise
-from guided_decode.lab.ablate.tables import page
+from guided_decode.lab.ablate.tables import page, response_lines, rows_of
 from guided_decode.lab.paired_tests import holm, sign_flip_test
 from guided_decode.search import METHODS
 
@@ -164,3 +165,28 @@ def test_names_of_the_file_are_no_markup_of_the_page():
     text = page("t", [], summarise([odd]), [], [])
     assert r"## s\|\<b\>" in text
     assert r"| a\|b\*c |" in text
+
+
+def test_small_differences_are_differences():
+    apart = [1e-10, 2e-10, 3e-10, 1e-10, 5e-10, 2e-10, 1e-10, 4e-10]
+    assert sign_flip_test(apart) == pytest.approx(2 / 2**8, rel=0.2)
+    # One among large ones is no step's multiple.
+    assert sign_flip_test([1.0, 1.0, 1e-10]) == pytest.approx(0.25, rel=0.1)
+
+
+def test_equal_differences_have_no_interval():
+    plain = outcome("plain", [[0.0, 0.25, 0.5]])
+    better = outcome("guide", [[0.5, 0.75, 1.0]], beta=1.0)
+    rows = summarise([plain, better])
+    assert rows_of(rows)[1]["over_plain"] == 0.5
+    assert rows_of(rows)[1]["over_plain_low"] is rows_of(rows)[1]["over_plain_high"] is None
+    assert "| +0.500 |" in page("t", [], rows, [], [])
+
+
+def test_a_prompts_fields_do_not_stand_in_the_place_of_ours():
+    plain = outcome("plain", [[1.0]])
+    prompt = {"line": 3, "name": "Ada", "reward": 7, "topic": "x", "input": {"key": "k"}}
+    (line,) = response_lines([plain], [prompt])
+    found = json.loads(line)
+    assert (found["name"], found["reward"], found["topic"], found["line"]) == ("plain", 1.0, "x", 3)
+    assert found["input"] == {"key": "k", "name": "Ada", "reward": 7}
