@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 
 from guided_decode.checkpoints.adapter_files import DEFAULT_ADAPTER, base_of
@@ -63,7 +64,7 @@ def fingerprint(name: str, revision: str | None = None, gguf_file: str | None = 
     files = sorted(
         path for path in Path(where).iterdir() if path.suffix in _READ or path.name == gguf_file
     )
-    contents = {path.name: _of_file(path) for path in files if path.is_file()}
+    contents = {path.name: _of_weights(path) for path in files if path.is_file()}
     known = [None if record is None else record.name, contents]
     base = base_of(where)
     return digest(known if base is None else [*known, fingerprint(base)])
@@ -75,6 +76,17 @@ def adapter_home(scorer: str, adapter: str | None) -> str | None:
         return None
     inside = Path(location(scorer)) / adapter
     return str(inside) if inside.is_dir() else adapter
+
+
+def _of_weights(path: Path) -> str:
+    """A file of a model, which many units of one run are known by: read once, unless it changes."""
+    state = path.stat()
+    return _read_once(path.resolve(), state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _read_once(path: Path, modified: int, size: int) -> str:
+    return _of_file(path)
 
 
 def _of_file(path: Path) -> str:

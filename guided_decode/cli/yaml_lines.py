@@ -70,5 +70,8 @@ def value_of(node: Any) -> Any:
     loader = yaml.SafeLoader("")
     try:
         return loader.construct_object(node, deep=True)
+    except ValueError:
+        # What looks like a day or a number and is none, such as 2026-13-45, is text.
+        return node.value if isinstance(node.value, str) else None
     finally:
         loader.dispose()

@@ -6,15 +6,17 @@ import shutil
 import pytest
 
 from guided_decode import tiny_tulu
+from guided_decode.cli import run_identity
 from guided_decode.cli.ablate.cells import cells_of
 from guided_decode.cli.ablate.models import Group, grouped
 from guided_decode.cli.ablate.prompts import read_prompts
 from guided_decode.cli.ablate.reading import read_ablation
+from guided_decode.cli.ablate.run import Run
 from guided_decode.lab.ablate.asked import Counts
 from guided_decode.lab.ablate.grid import Unit
 from guided_decode.search.budget import Spent
 from guided_decode.search.requests import Judge, Judged, Next
-from tests.cli.ablations import ablation, write
+from tests.cli.ablations import ablate, ablation, write
 
 
 def read(path, **changed):
@@ -133,3 +135,35 @@ def test_guides_kl_term_has_an_implicit_rewards_own_reference(tmp_path):
     cells_of(found, problems)
     ((_, said),) = problems
     assert "critic is an implicit reward over tiny-tulu-sft, which guide has" in said
+
+
+def test_what_ran_is_kept_whatever_becomes_of_the_file(tmp_path, monkeypatch):
+    file = write(tmp_path / "small.yaml", ablation(methods=["plain"], max_new_tokens=2, seeds=[0]))
+    before, find = file.read_bytes(), Run.find
+
+    def changed(run):
+        file.write_text("methods: []\n")
+        find(run)
+
+    monkeypatch.setattr(Run, "find", changed)
+    ablate(file, "--output", tmp_path / "out", "--limit", 1, "--no-plots")
+    assert (tmp_path / "out" / "config.yaml").read_bytes() == before
+    about = json.loads((tmp_path / "out" / "summary.json").read_text())["about"]
+    assert (about["limit"], about["prompts"]) == (1, 1)
+
+
+def test_a_models_files_are_read_once_unless_they_change(tmp_path, monkeypatch):
+    folder, read_files = tmp_path / "policy", []
+    shutil.copytree(tiny_tulu.model_path("sft"), folder)
+    whole = run_identity._of_file
+    monkeypatch.setattr(
+        run_identity, "_of_file", lambda path: read_files.append(path.name) or whole(path)
+    )
+    before = run_identity.fingerprint(str(folder))
+    assert "model.safetensors" in read_files
+    read_files.clear()
+    assert run_identity.fingerprint(str(folder)) == before
+    assert read_files == []
+    (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
+    assert run_identity.fingerprint(str(folder)) != before
+    assert read_files == ["config.json"]

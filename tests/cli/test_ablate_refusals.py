@@ -323,3 +323,31 @@ def test_a_policy_that_ends_at_strings_is_guided_by_searches_alone(tmp_path):
     (said,) = said_of(tmp_path, yaml.safe_dump(given, sort_keys=False))
     assert "guide: orz ends its responses at 'User:' or" in said
     assert "which guide does not see: give this method other policies" in said
+
+
+def test_values_that_cannot_be_are_refused_before_anything_runs(tmp_path):
+    calibrated = tmp_path / "guidance.yaml"
+    calibrated.write_text("guidance:\n  beta: 9.5\n  topk: 4\n")
+    methods = [{"method": "guide", "config": str(calibrated)}, "best-of-n"]
+    given = ablation(methods=methods, seeds=[0, 2**63],
+                     equal_cost={"budgets": [2], "against": "best-of-m"})  # fmt: skip
+    said = sorted(each.partition(": ")[2] for each in said_of(tmp_path, yaml.safe_dump(given)))
+    assert said[0].startswith("equal_cost: against: best-of-m: no such method (did you mean best-")
+    assert said[1].startswith(f"guide: config: {calibrated}: topk: no such setting of guidance")
+    assert said[2].startswith(f"seeds: [0, {2**63}]: expected integers of 64 bits")
+
+
+def test_an_answer_that_is_no_number_is_refused_before_anything_runs(tmp_path):
+    prompts = tmp_path / "in.jsonl"
+    rows = [{"prompt": "1+1=?", "answer": 2}, {"prompt": "2+2=?", "answer": "blue"}]
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = ablation(prompts={"file": str(prompts)}, methods=["plain"])
+    (said,) = said_of(tmp_path, yaml.safe_dump(given, sort_keys=False))
+    assert f"reward: {prompts}, line 2: the answer 'blue' has no number" in said
+
+
+def test_a_name_that_looks_like_a_day_is_a_name(tmp_path):
+    file = write(
+        tmp_path / "small.yaml", HEAD + "methods:\n  - {method: plain, name: 2026-13-45}\n"
+    )
+    assert "2026-13-45" in ablate(file, "--dry-run").stdout

@@ -18,7 +18,7 @@ from guided_decode.cli.ablate.schema import (
 )
 from guided_decode.cli.ablate.words import in_keys
 from guided_decode.cli.chats import format_of
-from guided_decode.cli.config_file import GUIDANCE, read_config
+from guided_decode.cli.config_file import GUIDANCE, read_config, unknown
 from guided_decode.cli.decoding import Sampling
 from guided_decode.cli.engine_options import EngineOptions
 from guided_decode.cli.errors import Refusal, one_line
@@ -51,6 +51,12 @@ def cells_of(ablation: Ablation, problems: Problems) -> list[Cell]:
     order = list(ablation.policies)
     found = sorted(made, key=lambda cell: order.index(cell.policy.label))
     _refuse_alike(found, entries, problems)
+    curves = dict.fromkeys(name for e in entries for name in (
+        e.name, *(cell.setting.curve for cell in found if cell.setting.name == e.name)
+    ))  # fmt: skip
+    if ablation.against_line is not None and ablation.against not in curves:
+        problems.append((ablation.against_line, "equal_cost: against: "
+                         + unknown(ablation.against, curves, "method")))  # fmt: skip
     return found
 
 
@@ -215,8 +221,11 @@ def _guidance(given: Mapping[str, Any]) -> GuidanceOptions:
         if problems or not sections.get(GUIDANCE):
             raise Refusal(f"config: {file}: expected a file with guidance, as guided-decode "
                           "calibrate --output writes")  # fmt: skip
+        odd = next((name for name in sections[GUIDANCE] if name not in names), None)
+        if odd is not None:
+            raise Refusal(f"config: {file}: " + unknown(odd, names, "setting of guidance"))
         for name, setting in sections[GUIDANCE].items():
-            if name in names and setting.value is not None:
+            if setting.value is not None:
                 own.setdefault(name, setting.value)
     return GuidanceOptions(**own)
 

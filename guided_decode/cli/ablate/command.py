@@ -78,6 +78,8 @@ def ablate(
         return
     if config is None:
         raise Refusal("expected a file: CONFIG.yaml, or --init for an example of one")
+    # A file that is changed while it runs is not what ran.
+    text = config.read_bytes() if config.is_file() else b""
     ablation, rows, cells = _read(config, limit)
     if not (no_plots or dry_run):
         from guided_decode.lab.demo.plot import require_matplotlib
@@ -96,7 +98,8 @@ def ablate(
         return
     assert folder is not None
     with Store(folder, (UNITS, REWARDS)) as store:
-        _run(Run(ablation, rows, cells, groups, store, prompt_tokens), config, not no_plots)
+        run = Run(ablation, rows, cells, groups, store, prompt_tokens, limit)
+        _run(run, config, text, not no_plots)
 
 
 def _read(config: Path, limit: int | None) -> tuple[Ablation, list[SearchRow], list[Cell]]:
@@ -151,7 +154,7 @@ def _done(
     return len(run.every) - sum(map(len, run.missing))
 
 
-def _run(run: Run, config: Path, plots: bool) -> None:
+def _run(run: Run, config: Path, text: bytes, plots: bool) -> None:
     from guided_decode.cli.ablate.report import write_report
 
     try:
@@ -170,7 +173,7 @@ def _run(run: Run, config: Path, plots: bool) -> None:
     finally:
         for group in run.groups:
             group.close()
-    write_report(run, config, plots=plots)
+    write_report(run, config, text, plots=plots)
     print(f"{len(run.cells)} settings on {len(run.rows)} prompts are in {run.store.folder}",
           file=sys.stderr)  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from guided_decode.cli.ablate.rewards import NumericKey, rollout_row
 from guided_decode.cli.ablate.schema import Prompts, Reward
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.run_identity import digest
@@ -13,6 +14,8 @@ from guided_decode.cli.yaml_lines import Problems
 
 _NEED_A_KEY = ("exact", "numeric", "math-verify")
 _MOST_SAID = 3
+# A response of which the line's own answer is all that is looked at.
+_NOTHING = {"text": "", "ended": None}
 
 
 def read_prompts(prompts: Prompts) -> list[SearchRow]:
@@ -61,6 +64,11 @@ def check_answers(rows: list[SearchRow], reward: Reward, line: int, problems: Pr
         where = ", ".join(lacking[:_MOST_SAID]) + (f" and {rest} more" if rest > 0 else "")
         problems.append((line, f"reward: kind {reward.kind} compares with the field {field}, which "
                          f"is no text or number in {where}"))  # fmt: skip
+    elif isinstance(reward.judge, NumericKey):
+        try:
+            reward.judge.rewards([rollout_row(row, reward, _NOTHING) for row in rows])
+        except Refusal as error:
+            problems.append((line, f"reward: {error}"))
 
 
 def is_key(value: Any) -> bool:

@@ -20,6 +20,7 @@ from guided_decode.cli.config_file import Setting, unknown
 from guided_decode.cli.yaml_lines import Problems, items_of, kind_of, read_mapping, value_of
 from guided_decode.lab.ablate.outcomes import COUNTINGS
 
+_LARGEST = 2**63 - 1
 _EXPECTED = f"an ablation, with {', '.join(schema.TOP)} (guided-decode ablate --init shows one)"
 
 
@@ -70,6 +71,8 @@ class _Reader:
             problem = "" if value and len(set(value)) == len(value) else (
                 f"seeds: {value}: expected different integers, at least one"
             )  # fmt: skip
+            if not problem and not all(-_LARGEST - 1 <= seed <= _LARGEST for seed in value):
+                problem = f"seeds: {value}: expected integers of 64 bits, up to {_LARGEST}"
         elif not problem and name == "counting":
             problem = "" if value in COUNTINGS else unknown(str(value), COUNTINGS, "counting")
         elif not problem and name != "output" and not (value is not None and value >= 1):
@@ -163,6 +166,7 @@ class _Reader:
         if not found.budgets or min(found.budgets) < 1:
             self.say(line, "equal_cost: expected budgets, multiples of the plain policy's tokens "
                      "of at least 1")  # fmt: skip
+        found.against_line = line if given.get("against") else None
 
     def _methods(self, found: Ablation, name: str, node: Any, line: int) -> None:
         if kind_of(node) != "seq" or not node.value:

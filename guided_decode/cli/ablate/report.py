@@ -25,8 +25,11 @@ CLOCKED = ("clock.csv", "pareto_seconds.png", "pareto_seconds.svg")
 _COLUMNS = 100
 
 
-def write_report(run: Run, config: Path, *, plots: bool) -> None:
-    """Writes the files, each whole or not at all, and prints the table. Raises OSError."""
+def write_report(run: Run, config: Path, text: bytes, *, plots: bool) -> None:
+    """Writes the files, each whole or not at all, and prints the table. Raises OSError.
+
+    text: of the config, as it was read.
+    """
     outcomes, folder = run.outcomes(), run.store.folder
     figures = summarise(outcomes)
     at_cost = at_equal_cost(
@@ -38,7 +41,7 @@ def write_report(run: Run, config: Path, *, plots: bool) -> None:
     rows = tables.rows_of(figures)
     about = _about(run)
     files: dict[str, bytes] = {
-        "config.yaml": config.read_bytes(),
+        "config.yaml": text,
         "responses.jsonl": b"".join(tables.response_lines(outcomes, prompts)),
         "settings.csv": tables.as_csv(rows),
         "clock.csv": tables.as_csv(_clock(outcomes)),
@@ -70,6 +73,7 @@ def _about(run: Run) -> dict[str, Any]:
     assert reward is not None
     return {
         "prompts": len(run.rows),
+        "limit": run.limit,
         "seeds": list(run.ablation.seeds),
         "max_new_tokens": run.ablation.max_new_tokens,
         "counting": run.ablation.counting,

@@ -44,7 +44,7 @@ class Run:
 
     ablation: what its file says. rows: the prompts. cells: in the file's order. groups: the cells
     by the models that they share, with the tasks of each, and those of them that are not done.
-    prompt_tokens: of a prompt, on average.
+    prompt_tokens: of a prompt, on average. limit: of the prompts, as the command had it.
     """
 
     ablation: Ablation
@@ -53,6 +53,7 @@ class Run:
     groups: list[Group]
     store: Store
     prompt_tokens: float
+    limit: int | None = None
     tasks: list[list[Task]] = field(default_factory=list)
     missing: list[list[Task]] = field(default_factory=list)
     _identities: dict[str, str] = field(default_factory=dict)

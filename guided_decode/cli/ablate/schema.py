@@ -154,7 +154,7 @@ class Prompts:
 
 @dataclass(slots=True)
 class Ablation:
-    """All that a file says, as far as it could be read."""
+    """All that a file says, as far as it could be read. against_line: None where it says none."""
 
     prompts: Prompts | None = None
     output: str | None = None
@@ -168,4 +168,5 @@ class Ablation:
     methods: list[MethodEntry] = field(default_factory=list)
     budgets: tuple[float, ...] = ()
     against: str = "best-of-n"
+    against_line: int | None = None
     counting: str = COUNTINGS[0]
