@@ -167,3 +167,10 @@ def test_a_models_files_are_read_once_unless_they_change(tmp_path, monkeypatch):
     (folder / "config.json").write_text((folder / "config.json").read_text() + " ")
     assert run_identity.fingerprint(str(folder)) != before
     assert read_files == ["config.json"]
+
+
+def test_equal_cost_may_be_against_a_method_of_another_grid(tmp_path):
+    cells, _ = read(
+        tmp_path, methods=["vote"], equal_cost={"budgets": [2], "against": "best-of-n"}
+    )  # fmt: skip
+    assert [cell.setting.name for cell in cells] == ["plain", "vote"]

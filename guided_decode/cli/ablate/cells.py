@@ -12,6 +12,7 @@ from guided_decode.checkpoints.registry import find
 from guided_decode.cli.ablate import pairs
 from guided_decode.cli.ablate.cell import Cell, TokenPlan
 from guided_decode.cli.ablate.schema import (
+    NAMES,
     Ablation,
     MethodEntry,
     Model,
@@ -54,7 +55,9 @@ def cells_of(ablation: Ablation, problems: Problems) -> list[Cell]:
     curves = dict.fromkeys(name for e in entries for name in (
         e.name, *(cell.setting.curve for cell in found if cell.setting.name == e.name)
     ))  # fmt: skip
-    if ablation.against_line is not None and ablation.against not in curves:
+    # A method that is not of this grid is one that nothing of fits: plain stands for it.
+    known = ablation.against in curves or ablation.against in NAMES
+    if ablation.against_line is not None and not known:
         problems.append((ablation.against_line, "equal_cost: against: "
                          + unknown(ablation.against, curves, "method")))  # fmt: skip
     return found
