@@ -94,6 +94,6 @@ FAMILIES = {
     "smol": Family(
         "smol: SmolLM2-135M-Instruct on {} held-out prompts a task, guided by the value model of "
         "its PPO run",
-        40, 20, None, Path("guided-decode-demo-smol.png"), _smol,
+        20, 20, None, Path("guided-decode-demo-smol.png"), _smol,
     ),
 }  # fmt: skip

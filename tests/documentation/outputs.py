@@ -24,9 +24,9 @@ def demo_figures(text: str) -> tuple[str, Figures]:
     header, figures, section = [], {}, ""
     for line in text.splitlines():
         cells = re.split(r"\s{2,}", line.strip())
-        # A name alone, after the header's rule or its last line.
-        if re.fullmatch(r"\w+( policy)?", line) and line not in ("method",):
-            section = line.removesuffix(" policy")
+        # A name alone: all other lines have figures.
+        if re.fullmatch(r"\w+( policy)?", line.rstrip()):
+            section = line.rstrip().removesuffix(" policy")
             figures[section] = {}
         elif not section:
             header.append(line)

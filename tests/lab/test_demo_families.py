@@ -161,7 +161,7 @@ def test_the_demo_of_smol_shows_both_tasks(tmp_path):
     words = ["demo", "--family", "smol", "--prompts", "2", "--plot", str(plot)]
     out = CliRunner().invoke(app, words)
     assert out.exit_code == 0, out.output
-    lines = out.stdout.splitlines()
+    lines = [line.rstrip() for line in out.stdout.splitlines()]
     for name in smol.TASKS:
         assert name in lines
     for method in smol_plan(chosen.SMOL["sentiment"]).methods:
