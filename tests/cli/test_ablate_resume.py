@@ -45,6 +45,7 @@ def kill(process):
     process.communicate(timeout=PATIENCE)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_uninterrupted_files(config, tmp_path):
     folder = tmp_path / "out"
     process = start(config, "--output", folder)

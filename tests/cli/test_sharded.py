@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(900)
 CLI = ("-m", "guided_decode")
 
 
+@pytest.mark.slow
 def test_a_file_is_scored_by_two_shards_as_by_one_process(tmp_path):
     source = write(tmp_path / "chats.jsonl", chats(3))
     whole, sharded = tmp_path / "whole.jsonl", tmp_path / "sharded.jsonl"

@@ -48,6 +48,7 @@ def test_a_closed_pipe_is_silence_and_exit_code_1(args):
     assert (ended.returncode, ended.stderr) == (1, "")
 
 
+@pytest.mark.slow
 def test_closed_descriptors_are_no_silent_success():
     ended = run("models", "--json", redirect=">&-")
     assert (ended.returncode, ended.stderr) == (

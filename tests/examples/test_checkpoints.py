@@ -241,6 +241,7 @@ def test_the_reward_models_rerank_guide_score_and_rank(tmp_path):
         assert f"{won:.1%}" in row
 
 
+@pytest.mark.slow
 def test_the_kto_policy_and_its_implicit_reward(tmp_path):
     shown, _, *rewards, template, _ = run("contextual_kto_mistral.py", tmp_path).splitlines()
     assert ast.literal_eval(shown) == PROMPT

@@ -12,7 +12,11 @@ from packaging.version import Version
 from tests import ROOT
 from tests.kernels.kernel_cases import INTERPRETED
 
-FILES = sorted(set(Path(__file__).parent.glob("test_*.py")) - {Path(__file__)})
+FILES = [
+    # Its plain path is tried by every guided step of the other tests.
+    pytest.param(path, marks=pytest.mark.slow) if path.stem == "test_top_candidates" else path
+    for path in sorted(set(Path(__file__).parent.glob("test_*.py")) - {Path(__file__)})
+]
 
 
 # One kernel a test. Its limit ends a hang: the work is bounded, how fast a machine is is not.

@@ -133,6 +133,7 @@ def test_batches_and_repeats_change_no_greedy_answer(models, outcomes):
             assert alone == named(outcomes, method.name).texts[:3]
 
 
+@pytest.mark.slow
 def test_progress_reaches_its_total(models):
     calls, names = [], []
     compare("SFT", models["SFT"], MESSAGES[:3], batch_size=2, seed=0,
