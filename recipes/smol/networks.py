@@ -11,7 +11,7 @@ from transformers.modeling_outputs import CausalLMOutput, TokenClassifierOutput
 
 from recipes.smol.sampling import MergedSampler
 from recipes.smol.settings import Settings
-from recipes.smol.stack import LowerLayers, share, stack
+from recipes.smol.stack import LowerLayers, multiply_in, share, stack
 
 MATRICES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -37,7 +37,7 @@ class Network(nn.Module):
     def hidden(self, tokens: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
         """The last hidden states, float32 [rows, width, hidden]."""
         lower, upper = self._above
-        with torch.autocast(tokens.device.type, lower.dtype):
+        with multiply_in(lower.dtype, tokens.device):
             states: Tensor = upper(
                 inputs_embeds=lower(tokens, attention, positions),
                 attention_mask=attention,

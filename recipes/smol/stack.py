@@ -27,6 +27,11 @@ def stack(trunk: Any, first: int, last: int, norm: nn.Module) -> Any:
     return part.eval()
 
 
+def multiply_in(dtype: torch.dtype, device: torch.device) -> torch.autocast:
+    """Within it products are taken in `dtype`; of float32 weights, float32 changes nothing."""
+    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+
+
 class LowerLayers:
     """Hidden states below the adapted layers; those of the latest rows are remembered.
 
@@ -50,7 +55,7 @@ class LowerLayers:
         keys = [row.numpy().tobytes() for row in torch.stack([tokens, attention], 1).cpu()]
         new = [i for i, key in enumerate(keys) if key not in self._known]
         if new:
-            with torch.autocast(tokens.device.type, self.dtype):
+            with multiply_in(self.dtype, tokens.device):
                 hidden = self._stack(
                     inputs_embeds=self._stack.embed_tokens(tokens[new]),
                     attention_mask=attention[new],
