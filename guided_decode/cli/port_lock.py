@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import os
 import socket
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from guided_decode.cli.errors import Refusal
+from guided_decode.serving.file_lock import FileLock
 
 _ALL = ("", "0.0.0.0", "::")
 
@@ -52,22 +52,14 @@ def _own(host: str, port: int) -> str:
 
 def _lock(stack: contextlib.ExitStack, name: str, *, exclusive: bool) -> bool:
     """Whether we got it, or cannot know."""
-    try:
-        import fcntl
-    except ImportError:  # Windows, which has no vLLM
-        return True
     path = Path(tempfile.gettempdir()) / f"guided-decode-serve-{name}.lock"
+    lock = FileLock()
+    stack.callback(lock.release)
     try:
         # Not through a link that somebody else may have put there.
-        number = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o644)
+        return lock.take(path, link=False, shared=not exclusive)
     except OSError:
         return True
-    stack.callback(os.close, number)
-    try:
-        fcntl.flock(number, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _refusal(host: str, port: int, reason: str) -> Refusal:

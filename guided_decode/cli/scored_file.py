@@ -14,6 +14,7 @@ from typing import IO, Any
 
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.jsonl import place
+from guided_decode.serving.file_lock import FileLock
 
 _NEW = "pass another file, or --overwrite"
 
@@ -21,7 +22,7 @@ _NEW = "pass another file, or --overwrite"
 class ScoredFile:
     """JSON lines, one for each key in its order, appended and never rewritten.
 
-    The file is locked (fcntl.flock) as long as it is open, so that two runs cannot write to it.
+    The file is locked as long as it is open, so that two runs cannot write to it.
     `done` counts the lines that earlier runs finished, `failed` those of them that are an error. A
     last line that is not whole, as a kill leaves it, is dropped; whatever else does not answer the
     keys is refused. Nothing is changed before `begin`.
@@ -43,6 +44,7 @@ class ScoredFile:
         be written.
         """
         self.path = path
+        self._alone = FileLock()
         self._created = not path.exists()
         self._file = open(path, "ab+", buffering=0)  # noqa: SIM115
         whole: list[bytes] = []
@@ -56,7 +58,7 @@ class ScoredFile:
                     whole = [line for line in lines if line.endswith(b"\n")]
                 self._check(whole, keys, run)
         except BaseException:
-            self._file.close()
+            self._close()
             raise
         self._length = sum(map(len, whole))
         self.done = len(whole)
@@ -66,17 +68,12 @@ class ScoredFile:
             raise Refusal(f"{self.path} is no regular file, so it cannot be continued: pass a "
                           "file, or - for stdout")  # fmt: skip
         try:
-            from fcntl import LOCK_EX, LOCK_NB, flock
-        except ImportError:  # not a POSIX system
-            return
-        try:
-            flock(self._file, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
+            taken = self._alone.take(self.path, create=False)
+        except FileNotFoundError:
+            raise self._removed() from None
+        if not taken:
             raise Refusal(f"{self.path} is being written by another run: let it end, or pass "
-                          "another file") from None  # fmt: skip
-        except OSError:
-            # A file system without locks: better no lock than no scores.
-            return
+                          "another file")  # fmt: skip
 
     def _check(self, whole: Sequence[bytes], keys: Sequence[str], run: str) -> None:
         for number, text in enumerate(whole, start=1):
@@ -123,7 +120,10 @@ class ScoredFile:
         except FileNotFoundError:
             same = False
         if not same:
-            raise Refusal(f"{self.path} was removed by another run just now: run it again")
+            raise self._removed()
+
+    def _removed(self) -> Refusal:
+        return Refusal(f"{self.path} was removed by another run just now: run it again")
 
     def __enter__(self) -> ScoredFile:
         return self
@@ -138,7 +138,11 @@ class ScoredFile:
             # Nothing came of it: no file either.
             with contextlib.suppress(OSError):
                 self.path.unlink()
+        self._close()
+
+    def _close(self) -> None:
         self._file.close()
+        self._alone.release()
 
 
 class ScoredStream:

@@ -23,6 +23,7 @@ from guided_decode.cli.train_models import TrainModels
 from guided_decode.cli.train_options import RewardOptions
 from guided_decode.critics.config import CriticConfig
 from guided_decode.critics.rollout import Rollout, split_by_prompt
+from guided_decode.serving.file_lock import FileLock
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -241,15 +242,10 @@ def alone_in(folder: Path) -> Iterator[None]:
     if folder.exists() and not folder.is_dir():
         raise Refusal(f"--out {folder} is a file: expected a folder, made where there is none")
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "wb") as lock:
-        try:
-            from fcntl import LOCK_EX, LOCK_NB, flock
-        except ImportError:  # not a POSIX system
-            yield
-            return
-        try:
-            flock(lock, LOCK_EX | LOCK_NB)
-        except BlockingIOError:
-            raise Refusal(f"another run trains in {folder}: let it end, or pass another "
-                          "--out") from None  # fmt: skip
+    lock = FileLock()
+    if not lock.take(folder / ".lock"):
+        raise Refusal(f"another run trains in {folder}: let it end, or pass another --out")
+    try:
         yield
+    finally:
+        lock.release()

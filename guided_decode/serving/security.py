@@ -12,6 +12,7 @@ from zmq.utils.monitor import recv_monitor_message
 
 from guided_decode.scoring.remote.address import IPC, check_address, is_ipv6, is_local
 from guided_decode.scoring.remote.keys import ServerKeys
+from guided_decode.serving.file_lock import FileLock
 
 _ZAP = "inproc://zeromq.zap.01"
 _ZAP_FRAMES = 7
@@ -119,21 +120,18 @@ def listening(
 @contextlib.contextmanager
 def _own_path(address: str) -> Iterator[None]:
     """One server a path: ZeroMQ would take it away from another."""
-    import fcntl
-
     path = Path(address.removeprefix(IPC))
+    lock = FileLock()
     try:
-        number = os.open(f"{path}.lock", os.O_RDONLY | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+        taken = lock.take(path.with_name(f"{path.name}.lock"), link=False, mode=0o600)
     except OSError as error:
         raise _refusal(address, str(error.strerror)) from None
+    if not taken:
+        raise _refusal(address, "another scorer server listens there")
     try:
-        try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise _refusal(address, "another scorer server listens there") from None
         yield
     finally:
-        os.close(number)
+        lock.release()
 
 
 def _refusal(address: str, reason: str) -> ValueError:

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from guided_decode.serving.file_lock import FileLock
+
 _LOCK, _TEMPORARY = ".lock", ".guided-decode-tmp"
 # NAME.PROCESS and that, of what is being written.
 _HALF = re.compile(rf".+\.\d+{re.escape(_TEMPORARY)}")
@@ -23,16 +25,16 @@ class FolderInUse(ValueError):
 class Store:
     """What was computed, by kind and key, as JSON files of a folder.
 
-    The folder is locked (fcntl.flock) from `__enter__` on, so that no two processes compute the
-    same; the system drops the lock with the process, however it ends. A file appears under its name
-    when all of it is on the disk.
+    The folder is locked from `__enter__` on, so that no two processes compute the same; the system
+    drops the lock with the process, however it ends. A file appears under its name when all of it
+    is on the disk.
     """
 
     def __init__(self, folder: Path, kinds: Sequence[str] = ()) -> None:
         """kinds: of values, which have folders of their own."""
         self.folder = folder
         self._kinds = kinds
-        self._lock: int | None = None
+        self._lock = FileLock()
 
     def get(self, kind: str, key: str) -> dict[str, Any] | None:
         """What was put; None: nothing was, or what there is was damaged."""
@@ -58,12 +60,9 @@ class Store:
     def __enter__(self) -> Store:
         """Raises FolderInUse: another process has it. OSError: it cannot be written."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        number = os.open(self.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
-        if not _locked(number):
-            os.close(number)
+        if not self._lock.take(self.folder / _LOCK):
             raise FolderInUse(f"{self.folder} is being written by another process: let it end, or "
                               "pass another folder")  # fmt: skip
-        self._lock = number
         for own in (self.folder, *(self.folder / kind for kind in self._kinds)):
             for half in own.glob(f"*{_TEMPORARY}"):
                 # Of a process that was killed as it wrote.
@@ -77,9 +76,7 @@ class Store:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._lock is not None:
-            os.close(self._lock)
-            self._lock = None
+        self._lock.release()
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -106,19 +103,3 @@ def write_whole(path: Path, content: bytes) -> None:
             os.fsync(number)
         finally:
             os.close(number)
-
-
-def _locked(number: int) -> bool:
-    """Whether we got it, or cannot know."""
-    try:
-        from fcntl import LOCK_EX, LOCK_NB, flock
-    except ImportError:  # not a POSIX system
-        return True
-    try:
-        flock(number, LOCK_EX | LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        # A file system without locks: better no lock than no ablation.
-        return True
-    return True
