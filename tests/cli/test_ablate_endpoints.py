@@ -1,5 +1,7 @@
 """`guided-decode ablate` of a policy on servers: several units under way, the same files."""
 
+import signal
+import threading
 from dataclasses import replace
 
 import pytest
@@ -12,7 +14,17 @@ from guided_decode.cli.ablate.reading import read_ablation
 from guided_decode.lab.ablate.grid import Unit
 from guided_decode.search import load_generator
 from tests import PATIENCE
-from tests.cli.ablations import ablate, ablation, final_files, lines, of, refused, units, write
+from tests.cli.ablations import (
+    ablate,
+    ablation,
+    final_files,
+    lines,
+    of,
+    refused,
+    start,
+    units,
+    write,
+)
 from tests.search.recordings import Live
 from tests.search.servers.completion_server import Bad, CompletionServer
 from tests.serving.served import served
@@ -92,6 +104,41 @@ def test_what_was_finished_stays_when_a_server_dies(servers, tmp_path):
     ablate(file, "--output", tmp_path / "out", "--no-plots")
     assert before.items() <= units(tmp_path / "out").items()
     assert len(lines(tmp_path / "out")) == 3 * 2
+
+
+@pytest.mark.slow
+def test_a_second_interrupt_leaves_the_units_under_way(servers, tmp_path):
+    asked, release = threading.Semaphore(0), threading.Event()
+
+    def hold(number, body):
+        # Not what is asked to learn what the server can do.
+        if body["max_tokens"] == 12:
+            asked.release()
+            assert release.wait(PATIENCE)
+            return Bad(status=400, text="late")
+        return None
+
+    with pytest.MonkeyPatch.context() as patch:
+        for server in servers:
+            patch.setattr(server, "behave", hold)
+        file = config(tmp_path / "small.yaml", servers, parallel=2)
+        process = start(file, "--output", tmp_path / "out", "--no-plots")
+        try:
+            for _ in range(2):
+                assert asked.acquire(timeout=PATIENCE)
+            process.send_signal(signal.SIGINT)
+            first = process.stderr.readline()
+            assert process.poll() is None
+            process.send_signal(signal.SIGINT)
+            _, said = process.communicate(timeout=PATIENCE)
+        finally:
+            process.kill()
+            release.set()
+    assert first == (
+        "interrupted: 2 units under way are finished first; Ctrl-C again leaves them\n"
+    )
+    assert process.returncode == 130
+    assert said.startswith("interrupted: 0 of 9 units are done in ")
 
 
 def test_a_dry_run_asks_no_server(tmp_path, servers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from statistics import fmean
@@ -26,6 +27,7 @@ from guided_decode.cli.errors import INTERRUPTED, Refusal, one_line
 from guided_decode.cli.search_models import policy_ids
 from guided_decode.cli.search_rows import SearchRow
 from guided_decode.cli.yaml_lines import Problems
+from guided_decode.lab.ablate.runner import Abandoned
 from guided_decode.lab.ablate.store import Store
 
 # Prompts whose tokens are counted for an estimate.
@@ -166,9 +168,13 @@ def _run(run: Run, config: Path, text: bytes, plots: bool) -> None:
             try:
                 run.decode(finished)
                 run.judge(rewarded)
-            except KeyboardInterrupt:
+            except KeyboardInterrupt as error:
                 bar.stop()
                 _say_interrupted(run)
+                if isinstance(error, Abandoned):
+                    # What is finished is on the disk; a usual exit waits for the threads.
+                    sys.stderr.flush()
+                    os._exit(INTERRUPTED)
                 raise typer.Exit(INTERRUPTED) from None
     finally:
         for group in run.groups:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -103,7 +104,7 @@ class Run:
                 done(task)
 
             at_once = self.ablation.parallel if group.engine.on_servers else 1
-            work_off(missing, work, finished, at_once=at_once)
+            work_off(missing, work, finished, at_once=at_once, waiting_for=_say_waiting)
 
     def judge(self, done: Callable[[Task], None]) -> None:
         """Gives rewards to what has none yet. Raises Refusal or ValueError: one cannot be had."""
@@ -173,6 +174,11 @@ class Run:
     def cost(self, task: Task) -> float:
         """Tokens that a unit takes at most, of policy and scorer."""
         return sum(cell_cost(task.cell, self.prompt_tokens)) * task.unit.count
+
+
+def _say_waiting(count: int) -> None:
+    print(f"interrupted: {count} units under way are finished first; Ctrl-C again leaves them",
+          file=sys.stderr)  # fmt: skip
 
 
 def units_of(

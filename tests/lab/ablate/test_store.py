@@ -8,7 +8,7 @@ import threading
 
 import pytest
 
-from guided_decode.lab.ablate.runner import work_off
+from guided_decode.lab.ablate.runner import Abandoned, work_off
 from guided_decode.lab.ablate.store import FolderInUse, Store, write_whole
 from tests import PATIENCE
 
@@ -112,3 +112,41 @@ def test_after_a_failure_none_is_begun_and_those_under_way_are_kept(at_once):
         work_off(range(100), work, done.__setitem__, at_once=at_once)
     assert len(begun) < 10
     assert sorted(done) == sorted(set(begun) - {4})
+
+
+def interrupt(number, made):
+    raise KeyboardInterrupt
+
+
+def test_after_an_interrupt_those_under_way_are_kept_and_counted():
+    release, told, done = threading.Event(), [], []
+
+    def work(number):
+        if number:
+            assert release.wait(PATIENCE)
+
+    def kept(number, made):
+        if number == 0:
+            release.set()
+            raise KeyboardInterrupt
+        done.append(number)
+
+    with pytest.raises(KeyboardInterrupt) as raised:
+        work_off(range(9), work, kept, at_once=3, waiting_for=told.append)
+    assert not isinstance(raised.value, Abandoned)
+    assert (told, sorted(done)) == ([2], [1, 2])
+
+
+def test_after_a_second_interrupt_nobody_waits_for_those_under_way():
+    release, told = threading.Event(), []
+
+    def work(number):
+        if number == 2:
+            assert release.wait(PATIENCE)
+
+    try:
+        with pytest.raises(Abandoned):
+            work_off(range(9), work, interrupt, at_once=3, waiting_for=told.append)
+    finally:
+        release.set()
+    assert told == [2]
