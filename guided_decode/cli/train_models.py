@@ -112,14 +112,17 @@ class TrainModels:
             return AnswerKey(read_answer(rewards.answer))
         assert rewards.reward_model is not None
         name = rewards.reward_model
-        asked = JudgeModels(
-            name, self.reading, self.remote, self.judging, self.device, "auto", self.text_format,
-            self.raw,
-        )  # fmt: skip
+        asked = self._judge_models(name)
         served = asked.served(self.policy)
         policy = Policy(self.policy, None, self.tokenizer, find(self.policy))
         judge, tell = asked.judge(served, policy, self.reading, self.terminals)
         return ModelJudge(name, judge, tell, self.reader(), self.judge_identity(rewards))
+
+    def _judge_models(self, name: str) -> JudgeModels:
+        return JudgeModels(
+            name, self.reading, self.remote, self.judging, self.device, "auto", self.text_format,
+            self.raw,
+        )  # fmt: skip
 
     def check_judging(self, rewards: RewardOptions) -> None:
         """Raises Refusal: an option of scorers has nothing to say."""
@@ -136,7 +139,12 @@ class TrainModels:
             raise Refusal(str(error).replace("--scorer ", "--reward-model ")) from error
 
     def judge_identity(self, rewards: RewardOptions) -> str:
-        """What rewards follow from, by name, before any model is loaded."""
+        """What rewards follow from, by name, before any model is loaded.
+
+        Of a reward model on a server it is the name that the server has for its weights.
+
+        Raises as `open_scorer`, or as `connect_judge`: there is no such server.
+        """
         if rewards.judge is not None:
             return FunctionJudge.of(rewards.judge).known_as
         if rewards.answer is not None:
@@ -148,8 +156,10 @@ class TrainModels:
         name, through = rewards.reward_model, [self.judging.judge_through_text,
                                                self.judging.judge_format]  # fmt: skip
         if is_address(name) or pooling_urls(name):
-            # Of its weights a server says no more than their name, once it is asked.
-            return f"{name} {through} {sorted(self.reading.given().items())}"
+            served: Any = self._judge_models(name).served(self.policy)
+            known = getattr(served, "read_as", None) or getattr(served, "described", None)
+            served.close()
+            return f"{name} {through} {sorted(self.reading.given().items())} {known}"
         return identity(name, self.reading, self.device, "auto", {"through_text": through})
 
     def reward_scorer(self, rewards: RewardOptions) -> Scorer:

@@ -13,7 +13,8 @@ from guided_decode.cli.rollout_rows import RolloutRow
 from guided_decode.search import ScorerJudge
 from guided_decode.search.requests import Judged
 from guided_decode.tiny_tulu import lists
-from tests.cli.ablations import ablate, ablation, lines, write
+from tests.cli.ablations import ablate, ablation, invoke, lines, units, write
+from tests.serving.served import ANYWHERE, served
 
 
 def worth(response, answer, kind, **given):
@@ -163,3 +164,36 @@ def test_a_reward_model_judges_whole_responses(tmp_path):
         assert line["reward"] == pytest.approx(value, abs=1e-4)
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary["about"]["reward"]["model"] == "tiny-tulu-reward"
+
+
+def test_another_reward_model_at_the_same_address_judges_again(tmp_path):
+    own = {"policy_tokenizer": lists.model_path("sft")}
+    given = ablation(
+        prompts={"embedded": "tiny-tulu-lists", "limit": 2},
+        policies={"sft": "tiny-tulu-lists-sft"}, methods=["plain"], seeds=[0], max_new_tokens=12,
+    )  # fmt: skip
+    folder, listen, found = tmp_path / "out", ANYWHERE, []
+    for name in ("tiny-tulu-reward", "tiny-tulu-value"):
+        with served(load_scorer(name, **own), listen) as server:
+            listen = server.address
+            given["reward"] = {"kind": "model", "model": listen}
+            file = write(tmp_path / "small.yaml", given)
+            for _ in range(2):
+                ablate(file, "--output", folder, "--no-plots")
+                found.append([line["reward"] for line in lines(folder)])
+                decoded = units(folder)
+            # What the first round of this server left was all there.
+            assert len(list((folder / "rewards").iterdir())) == len(found) // 2
+    assert found[0] == found[1]
+    assert found[2] == found[3] != found[0]
+    assert units(folder) == decoded
+
+
+@pytest.mark.slow
+def test_a_reward_model_whose_server_is_gone_is_missed_before_anything_is_decoded(tmp_path):
+    reward = {"kind": "model", "model": "tcp://127.0.0.1:9", "timeout": 1}  # fmt: skip
+    file = write(tmp_path / "small.yaml", ablation(methods=["plain"], reward=reward))
+    result = invoke(file, "--output", tmp_path / "out", "--no-plots")
+    assert result.exit_code == 2
+    assert "tcp://127.0.0.1:9" in result.stderr
+    assert not units(tmp_path / "out")

@@ -163,6 +163,7 @@ def _run(run: Run, config: Path, text: bytes, plots: bool) -> None:
         for group in run.groups:
             group.connect()
         run.find()
+        run.check_reward()
         bar, finished, rewarded = progress(run)
         with bar:
             try:

@@ -157,6 +157,12 @@ class Run:
         compared = self.ablation.reward.given.get("field") if self.ablation.reward else None
         return digest([task.unit.key, self._identities[label], compared])
 
+    def check_reward(self) -> None:
+        """Finds the reward model of each policy. Raises Refusal, ValueError or ConnectionError: it
+        is not there."""
+        for own in self.tasks:
+            self._reward_key(own[0])
+
     def outcomes(self) -> list[Outcome]:
         """Everything that was decoded and judged, a setting's together, in the cells' order."""
         made = {id(cell): Outcome(cell.setting) for cell in self.cells}

@@ -43,7 +43,8 @@ def work_off(
         for thing in things:
             done(thing, work(thing))
         return
-    waiting, failure = iter(things), None
+    waiting = iter(things)
+    failure: BaseException | None = None
     pool = ThreadPoolExecutor(at_once, thread_name_prefix="guided-decode-ablate")
     running: dict[Future[Any], T] = {}
     interrupted = False
