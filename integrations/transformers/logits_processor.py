@@ -31,6 +31,12 @@ class WatchedCriteria(StoppingCriteriaList):
     finished: Tensor | None = None
     abstention: AbstentionCriteria | None = None
 
+    @property
+    def ended_at(self) -> Tensor:
+        """As of `abstention`, which has to be there."""
+        assert self.abstention is not None
+        return self.abstention.ended_at
+
     def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: Any) -> Tensor:
         """bool [rows], as the criteria themselves say."""
         done = super().__call__(input_ids, scores, **kwargs)

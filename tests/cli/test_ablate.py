@@ -216,6 +216,37 @@ def test_a_larger_grid_computes_what_is_new_alone(config, again, tmp_path, monke
     assert len({path.name for path in (done / "rewards").iterdir()}) == len(rewarded) + 12
 
 
+def test_a_response_that_is_given_up_is_the_plain_one_up_to_there(tmp_path):
+    """By brute force: the value of each of its beginnings, from nothing."""
+    quits = {"beta": 0, "tail": "keep", "abstain": [0.1, 0.3], "abstain_after": 5}
+    given = ablation(
+        methods=[{"method": "guide", "temperature": 0, **quits}], seeds=[0],
+        prompts={"embedded": "tiny-tulu", "limit": 6},
+    )  # fmt: skip
+    file = ablations.write(tmp_path / "small.yaml", given)
+    ablate(file, "--output", tmp_path / "out", "--no-plots")
+    tokenizer = AutoTokenizer.from_pretrained(tiny_tulu.model_path("sft"))
+    policy = AutoModelForCausalLM.from_pretrained(tiny_tulu.model_path("sft"), dtype=torch.float32)
+    critic = load_scorer("tiny-tulu-value", policy_tokenizer=tokenizer)
+    ended = set()
+    for line in of(tmp_path / "out", "guide"):
+        chat = tiny_tulu.render(line["prompt"])
+        prompt = tokenizer(chat, add_special_tokens=False, return_tensors="pt").input_ids
+        whole = policy.generate(prompt, do_sample=False, max_new_tokens=56)[0].tolist()
+        width = prompt.shape[1]
+        lengths = range(width + 5, len(whole) + (whole[-1] != tokenizer.eos_token_id))
+        values = critic.score([whole[:n] for n in lengths], torch.empty(len(lengths), 0).long())
+        low = (values.baseline < line["settings"]["abstain"]).nonzero().flatten().tolist()
+        expected = lengths[low[0]] - width if low else len(whole) - width
+        response = tokenizer.decode(whole[width : width + expected], skip_special_tokens=True)
+        assert (line["tokens"], line["response"]) == (expected, response)
+        assert (line["ended"] == "abstained") == bool(low)
+        assert line["kl"] == -line["log_prob"]
+        assert line["cost"]["generated_tokens"] == expected
+        ended.add(line["ended"])
+    assert ended == {"eos", "abstained"}
+
+
 def test_a_second_process_on_a_folder_is_refused(config, tmp_path):
     with Store(tmp_path / "out"):
         said = refused(config, "--output", tmp_path / "out")

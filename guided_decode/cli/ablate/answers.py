@@ -22,6 +22,7 @@ from guided_decode.search.seeds import derive
 if TYPE_CHECKING:
     from guided_decode.cli.checkpoints import Policy
     from guided_decode.cli.search_run import SearchJob
+    from guided_decode.lab.ablate.decoding import Decoded, Guides
     from guided_decode.scorer import Scorer
 
 
@@ -51,9 +52,9 @@ class TokenAnswers:
         block = decode_block(
             model, prompts, generation, ends, seed=derive(unit.seed, rows[0].index),
             scorer=self.scorer,
-            processor=None if plan.config is None else
-            lambda scorer, mask: self._processor(
-                scorer, plan.config, generation.pad_token_id, ends, mask
+            guidance=None if plan.config is None else
+            lambda scorer, mask: self._guides(
+                scorer, plan.config, generation, ends, mask
             ),
         )  # fmt: skip
         seconds = time.perf_counter() - begun
@@ -64,7 +65,7 @@ class TokenAnswers:
             {
                 "text": text,
                 "tokens": len(each.tokens),
-                "ended": "eos" if each.tokens and each.tokens[-1] in ends else "length",
+                "ended": _end_of(each, ends),
                 "stopped": None,
                 "log_prob": rounded(each.log_prob),
                 "kl": rounded(each.kl),
@@ -79,14 +80,34 @@ class TokenAnswers:
             for text, each, prompt in zip(texts, block, prompts, strict=True)
         ]}  # fmt: skip
 
-    def _processor(
-        self, scorer: Any, config: Any, pad: int, ends: list[int], mask: Any
-    ) -> Any:  # fmt: skip
-        from guided_decode.integrations.transformers import ValueGuidedLogitsProcessor
+    def _guides(
+        self, scorer: Any, config: Any, generation: Any, ends: list[int], mask: Any
+    ) -> Guides:  # fmt: skip
+        from transformers import EosTokenCriteria, MaxLengthCriteria
 
-        return ValueGuidedLogitsProcessor(
-            scorer, config, pad_token_id=pad, eos_token_id=ends, attention_mask=mask
+        from guided_decode.integrations.transformers import AbstentionCriteria
+        from guided_decode.integrations.transformers.logits_processor import (
+            ValueGuidedLogitsProcessor,
+            WatchedCriteria,
         )
+        from guided_decode.lab.ablate.decoding import Guides
+
+        own = {"eos_token_id": ends, "pad_token_id": generation.pad_token_id,
+               "attention_mask": mask}  # fmt: skip
+        if config.abstain is None:
+            return Guides(ValueGuidedLogitsProcessor(scorer, config, **own))
+        # As `generate` ends rows: of these no value is asked.
+        longest = mask.shape[1] + generation.max_new_tokens
+        watched = WatchedCriteria([EosTokenCriteria(ends), MaxLengthCriteria(longest)])
+        processor = ValueGuidedLogitsProcessor(scorer, config, stopped=watched, **own)
+        watched.abstention = AbstentionCriteria(scorer, config, follower=processor)
+        return Guides(processor, watched)
+
+
+def _end_of(decoded: Decoded, ends: Sequence[int]) -> str:
+    if decoded.abstained:
+        return "abstained"
+    return "eos" if decoded.tokens and decoded.tokens[-1] in ends else "length"
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ from guided_decode.lab.ablate.grid import Unit
 from guided_decode.scoring.remote.address import is_address
 
 # Of what units hold: another version's are computed again.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,10 +22,11 @@ class Answer:
     """One response.
 
     text: None where the budget was spent before there was one. tokens: of it. ended: as of
-    `search`: "eos", "length", "stop", "budget", "search"; None: no response. log_prob: under the
-    policy, in nats; kl: the divergence of its steps; bound: the most that its method diverges;
-    None: not known. policy_tokens, scorer_tokens: distinct tokens that the models read or wrote for
-    it; generated_tokens: drawn ones, each of them. calls: of the models, None where not counted.
+    `search`: "eos", "length", "stop", "budget", "search"; or "abstained"; None: no response.
+    log_prob: under the policy, in nats; kl: the divergence of its steps; bound: the most that its
+    method diverges; None: not known. policy_tokens, scorer_tokens: distinct tokens that the models
+    read or wrote for it; generated_tokens: drawn ones, each of them. calls: of the models, None
+    where not counted.
     """
 
     text: str | None
