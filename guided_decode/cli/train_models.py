@@ -138,12 +138,13 @@ class TrainModels:
         except Refusal as error:
             raise Refusal(str(error).replace("--scorer ", "--reward-model ")) from error
 
-    def judge_identity(self, rewards: RewardOptions) -> str:
+    def judge_identity(self, rewards: RewardOptions, *, ask: bool = False) -> str:
         """What rewards follow from, by name, before any model is loaded.
 
-        Of a reward model on a server it is the name that the server has for its weights.
+        Of a reward model on a server it is the address; with `ask` also the name that the server
+        has for its weights, for which it has to be there.
 
-        Raises as `open_scorer`, or as `connect_judge`: there is no such server.
+        Raises as `open_scorer`, or as `connect_judge`: it was to be asked, and there is none.
         """
         if rewards.judge is not None:
             return FunctionJudge.of(rewards.judge).known_as
@@ -156,10 +157,14 @@ class TrainModels:
         name, through = rewards.reward_model, [self.judging.judge_through_text,
                                                self.judging.judge_format]  # fmt: skip
         if is_address(name) or pooling_urls(name):
+            own = f"{name} {through} {sorted(self.reading.given().items())}"
+            if not ask:
+                # What it has judged outlives it: a training goes on without it.
+                return own
             served: Any = self._judge_models(name).served(self.policy)
             known = getattr(served, "read_as", None) or getattr(served, "described", None)
             served.close()
-            return f"{name} {through} {sorted(self.reading.given().items())} {known}"
+            return f"{own} {known}"
         return identity(name, self.reading, self.device, "auto", {"through_text": through})
 
     def reward_scorer(self, rewards: RewardOptions) -> Scorer:

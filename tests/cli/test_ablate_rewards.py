@@ -6,7 +6,12 @@ import json
 import pytest
 
 from guided_decode import load_scorer, tiny_tulu
-from guided_decode.cli.ablate.rewards import checked_reward, reward_identity, textual
+from guided_decode.cli.ablate.rewards import (
+    checked_reward,
+    model_reward,
+    reward_identity,
+    textual,
+)
 from guided_decode.cli.ablate.schema import Model, Reward
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.rollout_rows import RolloutRow
@@ -187,6 +192,13 @@ def test_another_reward_model_at_the_same_address_judges_again(tmp_path):
     assert found[0] == found[1]
     assert found[2] == found[3] != found[0]
     assert units(folder) == decoded
+
+
+def test_a_training_goes_on_when_the_server_that_judged_is_gone():
+    """Nobody is asked: what it judged stays known by its address."""
+    policy, reward = Model("sft", 1, "tiny-tulu-sft"), Model("", 1, "tcp://127.0.0.1:9")
+    models, options = model_reward(reward, policy, None, False)
+    assert models.judge_identity(options).startswith("tcp://127.0.0.1:9 ")
 
 
 @pytest.mark.slow

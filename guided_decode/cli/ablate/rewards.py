@@ -203,7 +203,7 @@ def reward_identity(reward: Reward, policy: Model, text_format: str | None, raw:
     if reward.model is None:
         return _judge(reward).known_as
     models, options = model_reward(reward.model, policy, text_format, raw)
-    return f"{models.judge_identity(options)} {text_format} {raw}"
+    return f"{models.judge_identity(options, ask=True)} {text_format} {raw}"
 
 
 def open_reward(reward: Reward, policy: Model, text_format: str | None, raw: bool) -> RewardJudge:
