@@ -2,6 +2,7 @@
 
 from guided_decode.integrations.host_surface import Name, Surface, called, overridden
 
+_ANSWERS = "guided_decode/cli/ablate/answers.py"
 _ATTENTION = "guided_decode/forward/attention.py"
 _CACHE = "guided_decode/forward/cache_argument.py"
 _CONFIG_CHECKS = "guided_decode/checkpoints/config_checks.py"
@@ -79,6 +80,10 @@ _LOOPS = (
     Name("transformers.generation.GenerateDecoderOnlyOutput", _TRUNK_RUN,
          has=("sequences", "scores", "logits")),
     Name("transformers.generation.GenerateDecoderOnlyOutput", _GUIDED, has=("sequences",)),
+    Name("transformers.EosTokenCriteria", _ANSWERS),
+    Name("transformers.EosTokenCriteria.__init__", _ANSWERS, takes=called("eos_token_id")),
+    Name("transformers.MaxLengthCriteria", _ANSWERS),
+    Name("transformers.MaxLengthCriteria.__init__", _ANSWERS, takes=called("max_length")),
     Name("transformers.StoppingCriteria", _ABSTENTION),
     Name("transformers.StoppingCriteria.__call__", _ABSTENTION,
          takes=overridden("input_ids", "scores")),
