@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import HTTPException
 from pydantic import TypeAdapter, ValidationError
 
-from guided_decode.integrations.vllm.request import is_own_key
+from guided_decode.integrations.vllm.request_keys import is_own_key
 from guided_decode.integrations.vllm.server_config import front_end_config, shown
 
 _Message = MutableMapping[str, Any]

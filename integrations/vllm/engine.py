@@ -13,7 +13,8 @@ from guided_decode.guidance.candidates import rows_beyond
 from guided_decode.guidance.step import guide_rows, is_device_error
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
 from guided_decode.integrations.vllm.own_trunk import OwnTrunk
-from guided_decode.integrations.vllm.request import Request, SamplingParams, admit
+from guided_decode.integrations.vllm.request import Request, admit
+from guided_decode.integrations.vllm.request_ends import SamplingParams
 from guided_decode.integrations.vllm.rows import LiveRow, Placed
 from guided_decode.integrations.vllm.server_config import ServerConfig
 from guided_decode.integrations.vllm.siblings import Arrival, SiblingGroups

@@ -4,7 +4,8 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.sample.logits_processor import LogitsProcessor as BatchInterface
 
-from guided_decode.integrations.vllm.request import SamplingParams, check_request
+from guided_decode.integrations.vllm.request import check_request
+from guided_decode.integrations.vllm.request_ends import SamplingParams
 from guided_decode.integrations.vllm.server_config import front_end_config
 
 try:

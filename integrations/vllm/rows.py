@@ -14,7 +14,8 @@ import torch
 
 from guided_decode.growable import Ints
 from guided_decode.guidance.value_trail import ValueTrail
-from guided_decode.integrations.vllm.request import Request, SamplingParams
+from guided_decode.integrations.vllm.request import Request
+from guided_decode.integrations.vllm.request_ends import SamplingParams
 from guided_decode.integrations.vllm.siblings import Sibling
 from guided_decode.prefix import PrefixHandle
 

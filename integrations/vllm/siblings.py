@@ -12,7 +12,7 @@ from hashlib import blake2b
 from typing import NamedTuple
 
 from guided_decode.growable import Ints
-from guided_decode.integrations.vllm.request import Pruning
+from guided_decode.integrations.vllm.request_ends import Pruning
 
 _Key = tuple[Pruning, bytes]
 

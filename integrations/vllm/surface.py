@@ -225,6 +225,11 @@ _REQUESTS = (
     Name(
         "vllm.SamplingParams",
         "integrations/vllm/request.py",
+        has=("extra_args", "stop_token_ids"),
+    ),
+    Name(
+        "vllm.SamplingParams",
+        "integrations/vllm/request_ends.py",
         has=("extra_args", "ignore_eos", "min_tokens", "stop_token_ids", "structured_outputs"),
         may_have=("eos_token_id",),
     ),

@@ -98,6 +98,7 @@ READ = [
     ("integrations/vllm/generator.py", "llm_engine", "LLMEngine"),
     ("integrations/vllm/generator.py", "output", "CompletionOutput"),
     ("integrations/vllm/request.py", "params", "SamplingParams"),
+    ("integrations/vllm/request_ends.py", "params", "SamplingParams"),
     ("integrations/vllm/rows.py", "context", "LogitsContext"),
     ("integrations/vllm/rows.py", "_states", "LogitsProcRequestState"),
     ("integrations/vllm/trunk_tap.py", "model_class", "VllmModelForTextGeneration"),

