@@ -15,7 +15,8 @@ from guided_decode.cli.errors import Refusal
 from guided_decode.cli.vllm_options import VllmOptions
 
 PROCESSOR = "guided_decode.integrations.vllm:ValueGuidedLogitsProcessor"
-MIDDLEWARE = "guided_decode.integrations.vllm.beam_refusal.RefuseGuidedBeams"
+MIDDLEWARE = "guided_decode.integrations.vllm.front_end.FrontEnd"
+EXTENSION = "guided_decode.integrations.vllm.client_values.worker.ValuesOfWorker"
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
@@ -166,6 +167,8 @@ def launch(
     command += options.tokens
     if MIDDLEWARE not in options.values("--middleware"):
         command += ["--middleware", MIDDLEWARE]
+    if not options.has("--worker-extension-cls"):
+        command += ["--worker-extension-cls", EXTENSION]
     command += ["--logits-processors", *processors]
     command += ["--additional-config", json.dumps({**other_config, CONFIG_KEY: config})]
     return Launch(command, environment)

@@ -10,6 +10,8 @@ import torch
 from guided_decode.checkpoints.loading import load_scorer
 from guided_decode.guidance.value_trail import check_has_values
 from guided_decode.integrations.vllm import warm_up
+from guided_decode.integrations.vllm.client_values.store import ValueStore, of_this_process
+from guided_decode.integrations.vllm.client_values.worker import refuse_unreadable
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
 from guided_decode.integrations.vllm.trunk_build import own_trunk, trunk_tap
@@ -55,6 +57,7 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
         end_ids=_end_ids(vllm_config.model_config),
         groups=values and not _is_one_of_many(parallel),
         values=values,
+        store=_store(parallel),
         broadcast=broadcast,
     )
 
@@ -116,6 +119,17 @@ def _is_one_of_many(parallel: Any) -> bool:
     several = getattr(parallel, "elastic_ep_max_dp_size", None) or 1
     index = getattr(parallel, "data_parallel_index", 0) or 0
     return parallel.data_parallel_size > 1 or several > 1 or index > 0
+
+
+def _store(parallel: Any) -> ValueStore | None:
+    """Where values wait for clients; None where nobody could fetch them."""
+    if _is_one_of_many(parallel):
+        return None
+    try:
+        refuse_unreadable(parallel)
+    except ValueError:
+        return None
+    return of_this_process()
 
 
 def _ranks(parallel: Any) -> tuple[bool, Broadcast | None, Callable[[bool], bool]]:

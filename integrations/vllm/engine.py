@@ -11,6 +11,8 @@ from torch import Tensor
 
 from guided_decode.guidance.candidates import rows_beyond
 from guided_decode.guidance.step import guide_rows, is_device_error
+from guided_decode.integrations.vllm.client_values.rows import ShownRows
+from guided_decode.integrations.vllm.client_values.store import ValueStore
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
 from guided_decode.integrations.vllm.own_trunk import OwnTrunk
 from guided_decode.integrations.vllm.request import Request, admit
@@ -41,6 +43,7 @@ class GuidedEngine:
         end_ids: Collection[int] = (),
         groups: bool = True,
         values: bool = True,
+        store: ValueStore | None = None,
         broadcast: Broadcast | None = None,
     ) -> None:
         """
@@ -53,6 +56,8 @@ class GuidedEngine:
             groups: whether siblings can be compared, the same on all ranks; not where they may be
                 on several engines, and not by an implicit reward, which has no value of a prefix.
             values: whether prefixes have values, the same on all ranks.
+            store: takes the values that clients asked for; None where nobody could fetch them, the
+                same on all ranks.
             broadcast: hands a tensor of the leading rank to all; None with one rank.
         """
         self.config = config
@@ -64,6 +69,7 @@ class GuidedEngine:
         self._end_ids = frozenset(end_ids)
         self._compares = groups
         self._values_prefixes = values
+        self._shown = None if store is None else ShownRows(store)
         self._broadcast = broadcast
         self._members: list[LiveRow] = []
         source = tap if scorer is None else scorer
@@ -89,6 +95,7 @@ class GuidedEngine:
             groups=self._compares,
             guides=self._trunk is not None or self.config.kind != "trunk-head",
             values=self._values_prefixes,
+            shows=self._shown is not None,
         )
         if clamps:
             if not self.counts.clamps:
@@ -181,6 +188,7 @@ class GuidedEngine:
         if ended:
             guided[list(ended)] = -torch.inf
             guided[list(ended), list(ended.values())] = 0.0
+        self._show([rows[i] for i in known], {id(live[i]) for i in chosen}, batch)
         for i in known:
             live[i].seen = len(live[i].history)
         return guided
@@ -232,6 +240,7 @@ class GuidedEngine:
         that abstain are ended by it."""
         for _, row in rows:
             row.trail.prompt_length = row.prompt_length
+            row.trail.listens = row.request.values_id is not None
             self._check_end(row, vocab)
         self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
         siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}
@@ -240,13 +249,7 @@ class GuidedEngine:
             due = [p for p in due if self._stands(p.row)]
         if not due:
             return
-        try:
-            values = self._values(due, batch)
-        except Exception as error:
-            if self.config.on_error == "raise" or is_device_error(error):
-                raise
-            self._count_failure(len(due), error)
-            return
+        values = self._values_if_any(due, batch)
         arrivals = [
             Arrival(p.row.sibling, p.row.response, values[id(p.row)])
             for p in due
@@ -286,8 +289,7 @@ class GuidedEngine:
     def _is_read(self, row: LiveRow) -> bool:
         """Whether the value is wanted for anything but siblings."""
         request, response = row.request, row.response
-        # With async scheduling a response that is over is in one more step.
-        if len(response) and int(response[-1]) in request.terminals:
+        if row.is_over:
             return False
         if request.abstains_at(len(response)):
             return not row.abstains
@@ -318,6 +320,31 @@ class GuidedEngine:
                 return False
             self._members.append(row)
         return True
+
+    def _show(self, rows: Sequence[Placed], scored: Collection[int], batch: int) -> None:
+        """Keeps what the step read of rows whose clients asked for it; reads V where it did not.
+
+        scored: ids of the rows that were guided.
+        """
+        shown = [p for p in rows if p.row.request.values_id is not None]
+        if not shown or self._shown is None:
+            return
+        unread = set(map(id, self._shown.unread([p.row for p in shown])))
+        due = [p for p in shown if id(p.row) in unread]
+        if self._tap is not None:
+            due = [p for p in due if self._stands(p.row)]
+        values = self._values_if_any(due, batch) if due else {}
+        self._shown.keep([p.row for p in shown], values, scored)
+
+    def _values_if_any(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
+        """As `_values`; nothing where the scorer fails and the engine is to go on."""
+        try:
+            return self._values(due, batch)
+        except Exception as error:
+            if self.config.on_error == "raise" or is_device_error(error):
+                raise
+            self._count_failure(len(due), error)
+            return {}
 
     def _values(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
         """V(prefix) by the rows' ids; a row that cannot be scored has none."""

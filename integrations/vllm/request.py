@@ -28,12 +28,14 @@ class Request:
     """What one request gets: its guidance, what ends it, and its group.
 
     end_token: ends it where its config abstains; one of its stop_token_ids. None: it does not.
+    values_id: the name under which its values are kept for its client. None: nobody asked.
     """
 
     config: GuidanceConfig
     terminals: tuple[int, ...]
     pruning: Pruning | None = None
     end_token: int | None = None
+    values_id: str | None = None
 
     @property
     def is_guided(self) -> bool:
@@ -89,6 +91,7 @@ def admit(
     groups: bool,
     guides: bool = True,
     values: bool = True,
+    shows: bool = True,
 ) -> Admitted:
     """What the worker does for a request: within the limits, and never an error.
 
@@ -99,6 +102,7 @@ def admit(
         groups: whether this engine can compare siblings.
         guides: whether it can look ahead.
         values: whether its scorer has values of prefixes.
+        shows: whether clients can be shown them.
     """
     clamps: list[str] = []
     try:
@@ -126,13 +130,14 @@ def admit(
         pruning = granted_group(keys, params, config, end_ids, clamps, groups=groups)
     asked = guidance or UNGUIDED
     asked, end_token = granted_abstention(keys, params, asked, end_ids, clamps)
-    if guidance is None and pruning is None and end_token is None:
+    shown_as = _granted_values(keys, clamps, shows=shows)
+    if guidance is None and pruning is None and end_token is None and shown_as is None:
         return Admitted(None, clamps)
     terminals = terminals_of(params)
     if len(set(params.stop_token_ids or ()).difference(end_ids)) > MOST_STOP_IDS:
         clamps.append(f"{len(terminals)} stop tokens became {MOST_STOP_IDS}")
         terminals = terminals[:MOST_STOP_IDS]
-    return Admitted(Request(asked, terminals, pruning, end_token), clamps)
+    return Admitted(Request(asked, terminals, pruning, end_token, shown_as), clamps)
 
 
 def _guidance(keys: Keys, config: ServerConfig) -> GuidanceConfig | None:
@@ -180,10 +185,20 @@ def _clamped(keys: Keys, config: ServerConfig, clamps: list[str]) -> Keys:
 
 def _without_values(keys: Keys, clamps: list[str]) -> Keys:
     """What a scorer without values of prefixes can grant; groups are looked at elsewhere."""
-    names = ("abstain", "abstain_after", "value_gate", "value_gate_fall")
+    names = ("abstain", "abstain_after", "value_gate", "value_gate_fall", "values", "values_id")
     given = [name for name in names if getattr(keys, name) is not None]
     if not given:
         return keys
-    named = ", ".join(f"guide_{name}" for name in given)
+    named = ", ".join(f"guide_{name}" for name in given if name != "values_id")
     clamps.append(f"{named} came, but this scorer has no value of a prefix")
     return keys.model_copy(update=dict.fromkeys(given))
+
+
+def _granted_values(keys: Keys, clamps: list[str], *, shows: bool) -> str | None:
+    """The name under which the values are kept, where somebody can fetch them."""
+    if not keys.values:
+        return None
+    if not shows:
+        clamps.append("guide_values came, but nobody can fetch values from this engine's workers")
+        return None
+    return keys.values_id

@@ -27,6 +27,9 @@ class Keys(BaseModel):
     group: an unguessable value that the samples of one prompt share; these are then compared.
     group_size, keep, every: how many siblings there are, how many survive, and after how many
         tokens they are compared, again and again.
+    values: 1 asks for V before each token of the response, and for the token's advantage.
+    values_id: an unguessable name under which these wait in the worker; whoever fetches them there
+        chooses it.
     prune_token: which of stop_token_ids ends a pruned sibling, or a response that abstains; needed
         where there are several.
     """
@@ -50,6 +53,10 @@ class Keys(BaseModel):
     keep: int | None = Field(default=None, ge=1, alias="guide_keep")
     every: int | None = Field(default=None, ge=1, alias="guide_every")
     prune_token: int | None = Field(default=None, ge=0, alias="guide_prune_token")
+    values: _Flag | None = Field(default=None, ge=0, le=1, alias="guide_values")
+    values_id: str | None = Field(
+        default=None, min_length=16, max_length=64, alias="guide_values_id"
+    )
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -68,7 +75,9 @@ class Keys(BaseModel):
     def needs_values(self) -> str | None:
         """The first key that reads values of prefixes, or None."""
         names = ("group", "abstain", "value_gate", "value_gate_fall")
-        return next((f"guide_{n}" for n in names if getattr(self, n) is not None), None)
+        asked = [name for name in names if getattr(self, name) is not None]
+        asked += ["values"] if self.values else []
+        return f"guide_{asked[0]}" if asked else None
 
 
 _KNOWN = tuple(field.alias or name for name, field in Keys.model_fields.items())
@@ -113,6 +122,15 @@ def check_combination(keys: Keys) -> None:
         )
     if keys.abstain_after is not None and keys.abstain is None:
         raise ValueError("guide_abstain_after came without guide_abstain: pass both, or neither")
+    if keys.values_id is not None and not keys.values:
+        raise ValueError("guide_values_id came without guide_values=1: pass both, or neither")
+    if keys.values and keys.values_id is None:
+        raise ValueError(
+            "guide_values=1 came, but nothing here puts values into responses: over HTTP start the "
+            "server by guided-decode serve, or with the --middleware and --worker-extension-cls of "
+            "docs/vllm.md, and ask /v1/chat/completions or /v1/completions; in process pass "
+            "guide_values_id, too, and call take_values"
+        )
     if keys.rule == "reweight" and keys.margin is not None:
         raise ValueError(
             f"guide_margin={keys.margin:g} was given with guide_rule='reweight', which has no "

@@ -57,6 +57,12 @@ class LiveRow:
         return self.handle
 
     @property
+    def is_over(self) -> bool:
+        """With async scheduling a response that is over is in one more step."""
+        response = self.response
+        return bool(len(response)) and int(response[-1]) in self.request.terminals
+
+    @property
     def has_values_to_keep(self) -> bool:
         """Whether its next step compares V with that of its last one."""
         return self.handle is not None and self.request.config.value_gate_fall is not None

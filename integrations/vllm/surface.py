@@ -14,6 +14,8 @@ _HELD = "integrations/vllm/held_step.py"
 _ROWS = "integrations/vllm/rows.py"
 _SEAT = "integrations/vllm/runner_seat.py"
 
+_VALUES = "integrations/vllm/client_values"
+
 _V1 = "vllm.v1.sample.logits_processor"
 _V2 = "vllm.v1.worker.gpu.sample.logits_processor"
 _of_v2 = partial(Name, since="0.32.0")
@@ -279,6 +281,60 @@ _IN_PROCESS = (
     Name("vllm.logprobs.Logprob", _GENERATOR, has=("logprob",)),
 )  # fmt: skip
 
+_OPENAI = "vllm.entrypoints.openai"
+_CLIENT_VALUES = (
+    Name(
+        "vllm.config.ParallelConfig",
+        f"{_VALUES}/worker.py",
+        has=("data_parallel_size", "worker_extension_cls"),
+    ),
+    Name(
+        "vllm.v1.engine.async_llm.AsyncLLM.collective_rpc",
+        f"{_VALUES}/middleware.py",
+        takes=called("method", by_name=("args",)),
+        why="asks the workers, whose class has the extension's method",
+    ),
+    Name("vllm.v1.engine.async_llm.AsyncLLM", f"{_VALUES}/middleware.py", has=("vllm_config",)),
+    Name(
+        "vllm.LLM.collective_rpc",
+        f"{_VALUES}/offline.py",
+        takes=called("method", by_name=("args",)),
+    ),
+    Name("vllm.LLM", f"{_VALUES}/offline.py", has=("llm_engine",)),
+    Name("vllm.v1.engine.llm_engine.LLMEngine", f"{_VALUES}/offline.py", has=("vllm_config",)),
+    Name(
+        "vllm.outputs.RequestOutput",
+        f"{_VALUES}/offline.py",
+        has=("outputs", "prompt_token_ids"),
+    ),
+    Name("vllm.outputs.CompletionOutput", f"{_VALUES}/offline.py", has=("token_ids",)),
+    *(
+        Name(
+            f"{_OPENAI}.{path}Request",
+            f"{_VALUES}/requests.py",
+            has=("echo", "return_token_ids", "use_beam_search", "vllm_xargs"),
+        )
+        for path in ("chat_completion.protocol.ChatCompletion", "completion.protocol.Completion")
+    ),
+    *(
+        Name(f"{_OPENAI}.{path}", f"{_VALUES}/responses.py", has=("index", "token_ids", *more))
+        for path, more in (
+            ("chat_completion.protocol.ChatCompletionResponseChoice", ()),
+            ("chat_completion.protocol.ChatCompletionResponseStreamChoice", ("delta",)),
+            ("completion.protocol.CompletionResponseChoice", ("prompt_token_ids",)),
+            ("completion.protocol.CompletionResponseStreamChoice", ("prompt_token_ids",)),
+        )
+    ),
+    *(
+        Name(
+            f"{_OPENAI}.chat_completion.protocol.ChatCompletion{path}",
+            f"{_VALUES}/responses.py",
+            has=("choices", "prompt_token_ids"),
+        )
+        for path in ("Response", "StreamResponse")
+    ),
+)  # fmt: skip
+
 _V1_RUNNER = (
     Name(f"{_V1}.LogitsProcessor", _PROCESSOR),
     Name(
@@ -367,6 +423,7 @@ SURFACE = Surface(
     holds_in=("0.25.1", "0.33.0"),
     names=(
         *_CONFIGURATION, *_RANKS, *_HIDDEN_STATES, *_LOOK_AHEAD, *_REQUESTS, *_IN_PROCESS,
+        *_CLIENT_VALUES,
         *_V1_RUNNER, *_V2_RUNNER, *_SERVER,
     ),
 )  # fmt: skip

@@ -308,6 +308,15 @@ def test_beams_that_ask_for_guidance_are_refused_by_a_middleware():
 
 
 @needs_vllm
+def test_workers_can_be_asked_for_values_unless_they_are_extended_otherwise():
+    module, name = Dry().after("--worker-extension-cls").rsplit(".", 1)
+    assert hasattr(getattr(importlib.import_module(module), name), "guided_decode_values")
+    own = Dry("--worker-extension-cls", "a.B")
+    assert own.command.count("--worker-extension-cls") == 1
+    assert own.after("--worker-extension-cls") == "a.B"
+
+
+@needs_vllm
 def test_json_and_processors_of_the_user_are_kept():
     given = {"mine": {"a": 1}, "guided_decode": {"beta": 3.0, "gate": 0.9, "bos": "drop"}}
     dry = Dry("--additional-config", json.dumps(given), "--beta", "4",

@@ -92,6 +92,8 @@ READ = [
     ("integrations/vllm/build.py", "parallel", "ParallelConfig"),
     ("integrations/vllm/build.py", "scheduler", "SchedulerConfig"),
     ("integrations/vllm/build.py", "group", "GroupCoordinator"),
+    ("integrations/vllm/client_values/worker.py", "parallel", "ParallelConfig"),
+    ("integrations/vllm/client_values/offline.py", "output", "RequestOutput"),
     ("integrations/vllm/generator.py", "config", "ModelConfig"),
     ("integrations/vllm/generator.py", "flat", "FlatLogprobs"),
     ("integrations/vllm/generator.py", "llm", "LLM"),

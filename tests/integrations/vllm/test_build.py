@@ -33,6 +33,14 @@ def test_engines_that_are_refused(change, reason):
         refuse_unsupported(config)
 
 
+def test_a_policy_that_takes_images_is_refused(monkeypatch):
+    config = vllm_parts.vllm_config(vllm_parts.scorer_config())
+    takes = property(lambda model: True)
+    monkeypatch.setattr(type(config.model_config), "supports_multimodal_inputs", takes, False)
+    with pytest.raises(ValueError, match=r"takes images, sound or video.*--language-model-only"):
+        refuse_unsupported(config)
+
+
 def test_a_scorer_that_does_not_fit_is_refused_with_what_can_be_done():
     with pytest.raises(ValueError, match=r"does not fit on cpu.*bfloat16.*cache_tokens"):
         built(cache_tokens=1 << 42)

@@ -7,7 +7,7 @@ import torch
 
 from guided_decode import GuidanceConfig, load_scorer
 from tests import models, oracle
-from tests.integrations.vllm import saving_requests, v2_on_cpu, vllm_parts
+from tests.integrations.vllm import saving_requests, shown_values, v2_on_cpu, vllm_parts
 from tests.integrations.vllm.first_tokens import assert_guided_distribution
 from tests.integrations.vllm.mixed_requests import (
     ASKED,
@@ -19,6 +19,8 @@ from tests.integrations.vllm.mixed_requests import (
 )
 from tests.integrations.vllm.vllm_parts import params
 
+from guided_decode.integrations.vllm.client_values.worker import EXTENSION  # isort: skip
+
 # Engines take their time to load where other work shares the machine.
 pytestmark = pytest.mark.timeout(900)
 
@@ -26,7 +28,8 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def roomy(plain_tokens):
     # Wide enough to prefill whole prompts: on a CPU vLLM cannot resume a seeded one.
-    wide = {"async_scheduling": True, "max_num_batched_tokens": 20_000}
+    wide = {"async_scheduling": True, "max_num_batched_tokens": 20_000,
+            "worker_extension_cls": EXTENSION}  # fmt: skip
     with vllm_parts.engine(vllm_parts.scorer_config(), **wide) as llm:
         yield llm
 
@@ -92,6 +95,15 @@ def test_rows_end_and_gates_open_where_they_do_in_generate(roomy):
         oracle.assert_greedy_equal([tokens], [saving.expected[i]])
         at = -1 if config.abstain is None else int(out.abstained_at[0])
         assert at == (len(tokens) if saving.abstains(i) else -1)
+
+
+def test_who_asked_is_shown_the_values_of_generate(roomy):
+    scorer = load_scorer(models.saved("llama", "token"), kind="verl-critic")
+    shown_values.assert_those_of_generate(roomy, scorer)
+
+
+def test_samples_of_a_prompt_are_shown_their_own_values(roomy):
+    shown_values.assert_those_of_brute_force(roomy, models.tiny("llama", "token"))
 
 
 def test_one_seed_gives_one_answer(roomy):
@@ -181,14 +193,49 @@ def test_what_combines(roomy):
     assert first not in tokens[:11]
 
 
+def test_the_engine_truncates_what_guidance_hands_on(roomy):
+    """top_k, top_p and min_p keep the likeliest of the guided distribution, not of the policy's."""
+    prompt, config = PROMPTS[1], GuidanceConfig(beta=8.0, top_k=12)
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    logits = oracle.LogProbs(vllm_parts.policy()).logits(prompt)
+    guided = torch.tensor(brute.row(prompt, logits, config, [models.EOS]).logits).softmax(-1)
+    ordered = guided.argsort(descending=True).tolist()
+    assert set(ordered[:2]) != set(logits.topk(2).indices.tolist())
+    # Between the masses of the first two, and between the second and the third.
+    top_p = float(guided[ordered[0]] + guided[ordered[1]] / 2)
+    min_p = float(guided[ordered[1]] + guided[ordered[2]]) / 2 / float(guided[ordered[0]])
+    for own in ({"top_k": 2}, {"top_p": top_p}, {"min_p": min_p}):
+        sampling = params(1, vllm_parts.asked(config), temperature=1.0, seed=1, n=100, **own)
+        (output,) = roomy.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+        assert {sample.token_ids[0] for sample in output.outputs} == set(ordered[:2]), own
+
+
+def test_each_of_several_stop_ids_is_a_terminal(roomy):
+    prompt, config = PROMPTS[1], CONFIGS[0]
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    lm = oracle.LogProbs(vllm_parts.policy())
+    free, _ = brute.greedy(lm, prompt, config, [], NEW)
+    stops = [free[NEW // 2], free[NEW // 3], models.EOS]
+    expected = brute.greedy(lm, prompt, config, stops, NEW)
+    sampling = params(NEW, vllm_parts.asked(config), stop_token_ids=stops[:2])
+    (output,) = roomy.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    tokens = list(output.outputs[0].token_ids)
+    oracle.assert_greedy_equal([tokens], [expected])
+    assert len(tokens) < NEW
+    assert output.outputs[0].finish_reason == "stop"
+
+
 @pytest.mark.slow  # vLLM compiles what ranks the log-probabilities
-def test_log_probabilities_are_shown(roomy):
+def test_log_probabilities_are_those_of_the_policy(roomy):
     prompt = PROMPTS[5]
     first = vllm_parts.generate(roomy, [prompt], params(1, {"guide": 1}))[0][0]
     shown = params(2, {"guide": 1}, logprobs=3)
     (output,) = roomy.generate([{"prompt_token_ids": prompt}], shown, use_tqdm=False)
     assert output.outputs[0].token_ids[0] == first
     assert len(output.outputs[0].logprobs) == 2
+    policy = oracle.LogProbs(vllm_parts.policy())(prompt)
+    for token, each in output.outputs[0].logprobs[0].items():
+        assert each.logprob == pytest.approx(policy[token], abs=1e-4)
 
 
 def test_penalties_act_where_the_runner_has_them(roomy):

@@ -8,11 +8,13 @@ import pytest
 
 from guided_decode import GuidanceConfig
 from tests import models, oracle
-from tests.integrations.vllm import saving_requests, vllm_parts
+from tests.integrations.vllm import saving_requests, shown_values, vllm_parts
 from tests.integrations.vllm.first_tokens import assert_guided_distribution
 from tests.integrations.vllm.mixed_requests import CONFIGS, PROMPTS, SAMPLING, assert_answers
 from tests.integrations.vllm.trunk_heads import BLOCK, PolicyWithHead, tap_config
 from tests.integrations.vllm.vllm_parts import params
+
+from guided_decode.integrations.vllm.client_values.worker import EXTENSION  # isort: skip
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -20,7 +22,8 @@ pytestmark = pytest.mark.timeout(900)
 @pytest.fixture(scope="module")
 def roomy(plain_tokens):
     # Wide enough to prefill whole prompts: on a CPU vLLM cannot resume a seeded one.
-    wide = {"async_scheduling": True, "max_num_batched_tokens": 20_000, "block_size": BLOCK}
+    wide = {"async_scheduling": True, "max_num_batched_tokens": 20_000, "block_size": BLOCK,
+            "worker_extension_cls": EXTENSION}  # fmt: skip
     with vllm_parts.engine(tap_config(), **wide) as llm:
         yield llm
 
@@ -47,6 +50,11 @@ def test_a_mixed_batch_again_from_the_prefix_cache(roomy, trunk_brute_force, pla
 @pytest.mark.slow
 def test_rows_end_and_gates_open_by_the_policys_own_values(roomy):
     saving_requests.assert_engine(roomy, saving_requests.made(PolicyWithHead()))
+
+
+@pytest.mark.slow
+def test_who_asked_is_shown_the_policys_own_values(roomy):
+    shown_values.assert_those_of_brute_force(roomy, PolicyWithHead())
 
 
 @pytest.mark.slow

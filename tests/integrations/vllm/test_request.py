@@ -365,3 +365,38 @@ def test_a_refusal_repeats_only_the_first_of_what_came(extra, start):
 def test_of_many_unknown_keys_the_first_three_are_named():
     with pytest.raises(ValueError, match="unknown key 'guide_a', 'guide_b', 'guide_c' and 2 more;"):
         check_request(Params({f"guide_{letter}": 1 for letter in "abcde"}), None)
+
+
+SHOWN = {"guide_values": 1, "guide_values_id": "0123456789abcdef"}
+
+
+def test_values_are_kept_for_who_asks_guided_or_not():
+    for own in ({}, {"guide": 0}, {"guide": 1}):
+        check_request(Params(SHOWN | own), config())
+        request, clamps = granted(SHOWN | own)
+        assert request.values_id == SHOWN["guide_values_id"]
+        assert request.is_guided == bool(own.get("guide"))
+        assert clamps == []
+    check_request(Params({"guide_values": 0}), config())
+    assert granted({"guide_values": 0}) == (None, [])
+
+
+def test_values_that_nobody_could_fetch_are_refused_and_not_kept():
+    with pytest.raises(ValueError, match=r"guide_values=1 came, but nothing here puts values into"):
+        check_request(Params({"guide_values": 1}), None)
+    for own in ({"guide_values_id": "0123456789abcdef"}, SHOWN | {"guide_values": 0}):
+        with pytest.raises(ValueError, match="guide_values_id came without guide_values=1"):
+            check_request(Params(own), config())
+    with pytest.raises(ValueError, match="guide_values_id='short': string should have at least 16"):
+        check_request(Params(SHOWN | {"guide_values_id": "short"}), config())
+    request, clamps = admit(Params(SHOWN), config(), (), groups=True, shows=False)
+    assert request is None
+    assert clamps == ["guide_values came, but nobody can fetch values from this engine's workers"]
+
+
+def test_an_implicit_reward_has_no_values_to_show():
+    with pytest.raises(ValueError, match="guide_values was given, but the server's scorer is an"):
+        check_request(Params(SHOWN), config(kind="implicit"))
+    request, clamps = admit(Params(SHOWN | {"guide": 1}), config(), (), groups=True, values=False)
+    assert request.values_id is None
+    assert clamps == ["guide_values came, but this scorer has no value of a prefix"]

@@ -1,6 +1,8 @@
 """A real server over HTTP: guided, plain and refused requests, siblings, aborts, load, the end."""
 
+import itertools
 import json
+import math
 import random
 import re
 import runpy
@@ -28,6 +30,7 @@ pytestmark = [
 ]
 
 EXAMPLE = ROOT / "examples" / "openai_client.py"
+VALUES_EXAMPLE = ROOT / "examples" / "openai_values.py"
 MESSAGES = tiny_tulu.validation_prompts(12)
 PRUNE_TOKEN = 5
 GUIDE = {"guide": 1}
@@ -233,6 +236,106 @@ def test_six_of_eight_siblings_are_pruned(server):
     assert all(tiny_tulu.is_correct(MESSAGES[0], c["message"]["content"]) for c in survivors)
 
 
+@pytest.fixture(scope="module")
+def official(server):
+    """The official client, as it comes."""
+    from openai import OpenAI
+
+    return OpenAI(base_url=f"http://127.0.0.1:{server.port}/v1", api_key="none", timeout=PATIENCE)
+
+
+VALUED = {"vllm_xargs": {"guide": 1, "guide_values": 1}}
+
+
+def of_generate(message):
+    """prefix_values and advantages of Hugging Face's guided generate."""
+    path = tiny_tulu.model_path("sft")
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    critic = load_scorer("tiny-tulu-value", policy_tokenizer=tokenizer)
+    inputs = tokenizer(tiny_tulu.render(message), add_special_tokens=False, return_tensors="pt")
+    out = AutoModelForCausalLM.from_pretrained(path).generate(
+        **inputs, do_sample=False, max_new_tokens=100, return_dict_in_generate=True,
+        custom_generate=GuidedDecoding(critic, GuidanceConfig(beta=10.0, top_k=4), values=True),
+    )  # fmt: skip
+    return out.prefix_values[0].tolist(), out.advantages[0].tolist()
+
+
+def near(found, expected):
+    numbers = [math.nan if each is None else each for each in found]
+    return numbers == pytest.approx(expected, abs=1e-4, nan_ok=True)
+
+
+def test_the_official_client_reads_the_values_of_generate(official):
+    message = MESSAGES[3]
+    values, advantages = of_generate(message)
+    assert len(values) > 20
+    asked = {"model": "tiny-tulu", **chat(message), "extra_body": VALUED}
+    whole = official.chat.completions.create(**asked)
+    shown = whole.choices[0].model_extra["guided_decode"]
+    assert near(shown["prefix_values"], values)
+    assert near(shown["advantages"], advantages)
+    assert whole.usage.completion_tokens == len(values)
+    assert whole.choices[0].model_extra["token_ids"] is None
+
+    pieces = []
+    for chunk in official.chat.completions.create(**asked, stream=True):
+        pieces += [c.model_extra["guided_decode"] for c in chunk.choices
+                   if "guided_decode" in c.model_extra]  # fmt: skip
+    assert len(pieces) > 1
+    assert near([v for piece in pieces for v in piece["prefix_values"]], values)
+    assert near([a for piece in pieces for a in piece["advantages"]], advantages)
+
+    # A stop string cuts the text off, and no token.
+    cut = official.chat.completions.create(**asked, stop=["Answer"])
+    shown = cut.choices[0].model_extra["guided_decode"]
+    tokens = cut.usage.completion_tokens
+    assert "Answer" not in cut.choices[0].message.content
+    assert tokens < len(values)
+    assert near(shown["prefix_values"], values[:tokens])
+    assert near(shown["advantages"], advantages[:tokens])
+
+
+def test_each_sample_of_each_prompt_has_its_own_values(server, official):
+    prompts = [tiny_tulu.render(message) for message in MESSAGES[:2]]
+    asked = {"model": "tiny-tulu", "prompt": prompts, "n": 3, "temperature": 1.0, "seed": 5,
+             "max_tokens": 30, "extra_body": VALUED}  # fmt: skip
+    whole = official.completions.create(**asked)
+    shown = [choice.model_extra["guided_decode"] for choice in whole.choices]
+    assert len(shown) == 6
+    assert sum(len(each["prefix_values"]) for each in shown) == whole.usage.completion_tokens
+    assert all(len(each["prefix_values"]) == len(each["advantages"]) for each in shown)
+    assert None not in [value for each in shown for value in each["prefix_values"]]
+    # Samples of a prompt begin at its value; the other prompt has another one.
+    first = [each["prefix_values"][0] for each in shown]
+    assert len(set(first[:3])) == len(set(first[3:])) == 1
+    assert first[0] != first[3]
+    # What is added is what the next value has more.
+    values, advantages = shown[0]["prefix_values"], shown[0]["advantages"]
+    steps = [after - before for before, after in itertools.pairwise(values)]
+    assert near(advantages[: len(steps)], steps)
+
+    joined = {i: {"prefix_values": [], "advantages": []} for i in range(6)}
+    for chunk in official.completions.create(**asked, stream=True):
+        for choice in chunk.choices:
+            for name, numbers in choice.model_extra["guided_decode"].items():
+                joined[choice.index][name] += numbers
+    for i in range(6):
+        assert near(joined[i]["prefix_values"], shown[i]["prefix_values"])
+        assert near(joined[i]["advantages"], shown[i]["advantages"])
+
+
+def test_a_request_that_is_not_guided_has_values_and_no_advantage(official, server, greedy):
+    asked = {"model": "tiny-tulu", **chat(MESSAGES[0])}
+    whole = official.chat.completions.create(
+        **asked, extra_body={"vllm_xargs": {"guide_values": 1}}
+    )
+    assert whole.choices[0].message.content == greedy[MESSAGES[0]][0]
+    shown = whole.choices[0].model_extra["guided_decode"]
+    assert set(shown["advantages"]) == {None}
+    assert None not in shown["prefix_values"]
+    assert "guided_decode" not in official.chat.completions.create(**asked).choices[0].model_extra
+
+
 def test_the_example_client(server, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")
     runpy.run_path(str(EXAMPLE))
@@ -241,6 +344,14 @@ def test_the_example_client(server, monkeypatch, capsys):
     assert output.count("Answer: 10211") >= 2
     assert len(re.findall(r"^pruned  ", output, re.MULTILINE)) == 6
     assert len(re.findall(r"^finished  ", output, re.MULTILINE)) == 2
+
+
+def test_the_example_that_shows_values(server, monkeypatch, capsys):
+    monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")
+    runpy.run_path(str(VALUES_EXAMPLE))
+    output = capsys.readouterr().out
+    assert re.search(r"^'1' +[+-]\d\.\d{3} +[+-]\d\.\d{3}$", output, re.MULTILINE), output
+    assert re.search(r"Answer: 10211\n\d+ tokens: V from -?\d\.\d+ to -?\d\.\d+\n$", output), output
 
 
 def _load(server, greedy, requests, rng):
@@ -259,6 +370,12 @@ def _load(server, greedy, requests, rng):
                 pass
             stream.close()
             ok = True
+        elif kind == "values":
+            body = chat(message, **VALUED)
+            (choice,) = server.post("/v1/chat/completions", **body).json()["choices"]
+            numbers = choice["guided_decode"]["prefix_values"]
+            text = choice["message"]["content"]
+            ok = text == greedy[message][1] and len(numbers) > len(text) / 2 and None not in numbers
         elif kind == "group":
             body = chat(message, n=4, temperature=1.0, stop_token_ids=[PRUNE_TOKEN],
                         vllm_xargs=group(guide_group_size=4))  # fmt: skip
@@ -271,7 +388,7 @@ def _load(server, greedy, requests, rng):
             with lock:
                 wrong.append(plan)
 
-    kinds = ["guided", "guided", "plain", "abort", "bad", "group"]
+    kinds = ["guided", "guided", "plain", "abort", "bad", "group", "values"]
     plans = [(rng.choice(MESSAGES), rng.choice(kinds), rng.randint(1, 20)) for _ in range(requests)]
     with ThreadPoolExecutor(32) as clients:
         list(clients.map(one, plans))

@@ -1,0 +1,94 @@
+"""The front end's side: fetches what the worker keeps, for all responses that are under way."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+
+from guided_decode.integrations.vllm.client_values.records import Known, decoded
+
+logger = logging.getLogger("guided_decode")
+
+# Given names of requests, the answer of each rank.
+Ask = Callable[[list[str]], Awaitable[Sequence[bytes]]]
+
+# Seconds in which an engine that lives answers, also behind a long prefill.
+_PATIENCE = 30.0
+# Seconds after which the worker is relieved of what nobody waits for yet.
+_EVERY = 0.5
+
+
+class ValueCollector:
+    """Asks the worker, once for all who wait: one call is under way at a time.
+
+    A token reaches the front end after the worker kept what it knew of it, so that whatever a call
+    does not bring that began after the token came is not to be had.
+    """
+
+    def __init__(self, ask: Ask, *, patience: float = _PATIENCE, every: float = _EVERY) -> None:
+        """
+        Args:
+            ask: the call.
+            patience: seconds that a response waits for it; what it lacks then it goes without.
+            every: seconds between calls for responses that wait for nothing yet.
+        """
+        self._ask = ask
+        self._patience = patience
+        self._every = every
+        self._open: dict[str, Known] = {}
+        self._call: asyncio.Task[None] | None = None
+        self._relief: asyncio.Task[None] | None = None
+        self._failed = False
+        self.calls = 0
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def open(self, name: str) -> None:
+        """A response begins, for a request of this name."""
+        self._open[name] = Known()
+        if self._relief is None or self._relief.done():
+            self._relief = asyncio.create_task(self._relieve())
+
+    def close(self, name: str) -> None:
+        """It is over, or its client has left: nothing is kept of it."""
+        self._open.pop(name, None)
+
+    async def known(self, name: str, texts: Sequence[bytes]) -> Known:
+        """What there is of these texts of an open response; it may lack some."""
+        known = self._open[name]
+        # The first call may have begun before the token came.
+        for _ in range(2):
+            if not known.lacks(texts):
+                break
+            await asyncio.wait({self.ahead()}, timeout=self._patience)
+        return known
+
+    def ahead(self) -> asyncio.Task[None]:
+        """The call that is under way; begins one where there is none.
+
+        An engine answers between two steps: begun now, it is answered with the next token.
+        """
+        if self._call is None or self._call.done():
+            self._call = asyncio.create_task(self._fetch())
+        return self._call
+
+    async def _fetch(self) -> None:
+        self.calls += 1
+        try:
+            answers = await self._ask(list(self._open))
+        except Exception as error:
+            if not self._failed:
+                logger.warning("responses go without values: the worker did not answer: %s", error)
+            self._failed = True
+            return
+        for data in answers:
+            for name, records in decoded(data).items():
+                if name in self._open:
+                    self._open[name].add(records)
+
+    async def _relieve(self) -> None:
+        while True:
+            await asyncio.sleep(self._every)
+            if not self._open:
+                return
+            await self.ahead()

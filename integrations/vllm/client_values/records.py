@@ -1,0 +1,112 @@
+"""What is known of one step of a row, and what becomes of that once its token is chosen."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import msgspec
+import numpy as np
+
+from guided_decode.integrations.vllm.client_values.texts import GrowingText
+
+
+class Record(NamedTuple):
+    """V of a text, and the advantages of the candidates behind it.
+
+    text: its digest. value: NaN where it was not read. tokens: int64 [k]. advantages: float32 [k],
+    Q(s,a) − V(s). Both as bytes: they wait in the worker, and go to another process.
+    """
+
+    text: bytes
+    value: float
+    tokens: bytes
+    advantages: bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes that it takes, about; Python's own objects are counted."""
+        return 300 + len(self.tokens) + len(self.advantages)
+
+    def advantage(self, token: int) -> float | None:
+        """Of this candidate; None where it was not scored."""
+        found = np.flatnonzero(np.frombuffer(self.tokens, np.int64) == token)
+        if not len(found):
+            return None
+        return float(np.frombuffer(self.advantages, np.float32)[found[0]])
+
+
+def record(text: bytes, value: float | None, advantages: Mapping[int, float]) -> Record:
+    """A record; what is no finite number is left out. advantages: by token id."""
+    finite = {token: each for token, each in advantages.items() if math.isfinite(each)}
+    return Record(
+        text,
+        value if value is not None and math.isfinite(value) else math.nan,
+        np.array(list(finite), np.int64).tobytes(),
+        np.array(list(finite.values()), np.float32).tobytes(),
+    )
+
+
+def encoded(records: Mapping[str, Sequence[Record]]) -> bytes:
+    """Records by the names of their requests, for another process."""
+    return msgspec.msgpack.encode(records)
+
+
+def decoded(data: bytes) -> dict[str, list[Record]]:
+    """What `encoded` wrote; of nothing, nothing."""
+    if not data:
+        return {}
+    given: dict[str, list[Any]] = msgspec.msgpack.decode(data)
+    return {name: [Record(*each) for each in several] for name, several in given.items()}
+
+
+class Known:
+    """The records of one request, by text. Samples that begin alike share them."""
+
+    def __init__(self) -> None:
+        self._records: dict[bytes, Record] = {}
+
+    def add(self, records: Sequence[Record]) -> None:
+        for each in records:
+            # A step whose sample vLLM drops comes once more, and may have read less the first time.
+            if each.text not in self._records or not math.isnan(each.value):
+                self._records[each.text] = each
+
+    def lacks(self, texts: Sequence[bytes]) -> bool:
+        """Whether one of these has no record."""
+        return any(text not in self._records for text in texts)
+
+    def get(self, text: bytes) -> Record | None:
+        return self._records.get(text)
+
+
+class TokenValues(NamedTuple):
+    """Of each token of a response, or of a piece of it: as `GuidedOutput` of Hugging Face's side.
+
+    prefix_values: V of the text before the token; None where it was not read.
+    advantages: what the token added, Q(s,a) − V(s), 0 for a terminal to which the critic's terminal
+        rule gives none; None where it was not scored.
+    """
+
+    prefix_values: list[float | None]
+    advantages: list[float | None]
+
+
+def texts_before(text: GrowingText, tokens: Sequence[int]) -> list[bytes]:
+    """The digest before each of the tokens, which `text` then has as well."""
+    found = []
+    for token in tokens:
+        found.append(text.digest())
+        text.extend([token])
+    return found
+
+
+def token_values(known: Known, texts: Sequence[bytes], tokens: Sequence[int]) -> TokenValues:
+    """What is known of tokens that came after these texts."""
+    values: list[float | None] = []
+    advantages: list[float | None] = []
+    for text, token in zip(texts, tokens, strict=True):
+        found = known.get(text)
+        unread = found is None or math.isnan(found.value)
+        values.append(None if found is None or unread else found.value)
+        advantages.append(None if found is None else found.advantage(token))
+    return TokenValues(values, advantages)

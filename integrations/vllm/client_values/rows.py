@@ -1,0 +1,46 @@
+"""What a step read of rows whose clients asked for values: handed to the store."""
+
+from collections.abc import Collection, Mapping, Sequence
+from weakref import WeakKeyDictionary
+
+from guided_decode.integrations.vllm.client_values.records import record
+from guided_decode.integrations.vllm.client_values.store import ValueStore
+from guided_decode.integrations.vllm.client_values.texts import HandleText
+from guided_decode.integrations.vllm.rows import LiveRow
+from guided_decode.prefix import PrefixHandle
+
+
+class ShownRows:
+    """The rows of an engine that somebody wants to see."""
+
+    def __init__(self, store: ValueStore) -> None:
+        self._store = store
+        self._texts: WeakKeyDictionary[PrefixHandle, HandleText] = WeakKeyDictionary()
+
+    @staticmethod
+    def unread(rows: Sequence[LiveRow]) -> list[LiveRow]:
+        """Those of the rows whose V this step has not read; a response that is over needs none."""
+        return [row for row in rows if _value(row) is None and not row.is_over]
+
+    def keep(
+        self, rows: Sequence[LiveRow], values: Mapping[int, float], scored: Collection[int]
+    ) -> None:
+        """Keeps what is known of the step.
+
+        Args:
+            rows: that have a name.
+            values: V by the rows' ids, where it was read for this alone.
+            scored: ids of the rows that were guided in this step.
+        """
+        for row in rows:
+            name = row.request.values_id
+            assert name is not None
+            value = _value(row)
+            advantages = row.trail.advantages if id(row) in scored else {}
+            text = self._texts.setdefault(row.history, HandleText()).digest(row.history)
+            known = values.get(id(row)) if value is None else value
+            self._store.add(name, record(text, known, advantages))
+
+
+def _value(row: LiveRow) -> float | None:
+    return row.trail.at(row.history, len(row.history))
