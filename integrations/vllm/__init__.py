@@ -6,17 +6,23 @@
 
 Requests ask for guidance in `vllm_xargs` (`extra_args` of `SamplingParams`); all others get the
 tokens that they would get without it. `VllmGenerator` lets `guided_decode.search` draw from an
-engine in this process.
+engine in this process; `take_values` fetches the values that its worker kept for its user.
 """
 
 from typing import TYPE_CHECKING
 
 from guided_decode.public_names import handed_on
 
-__all__ = ["ValueGuidedLogitsProcessor", "VllmGenerator", "load_vllm_generator"]
+__all__ = [
+    "ValueGuidedLogitsProcessor",
+    "VllmGenerator",
+    "load_vllm_generator",
+    "take_values",
+]
 
 # These modules import vLLM; those of the configuration do without.
 if TYPE_CHECKING:
+    from guided_decode.integrations.vllm.client_values.offline import take_values
     from guided_decode.integrations.vllm.generator import VllmGenerator, load_vllm_generator
     from guided_decode.integrations.vllm.processor import ValueGuidedLogitsProcessor
 else:
@@ -26,5 +32,6 @@ else:
             "ValueGuidedLogitsProcessor": "processor",
             "VllmGenerator": "generator",
             "load_vllm_generator": "generator",
+            "take_values": "client_values.offline",
         },
     )

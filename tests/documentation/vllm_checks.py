@@ -34,6 +34,9 @@ def check_launch(command: Command) -> None:
     for name in arguments.logits_processors or ():
         module, _, attribute = name.partition(":")
         getattr(importlib.import_module(module), attribute)
+    for name in (*arguments.middleware, arguments.worker_extension_cls):
+        module, _, attribute = name.rpartition(".")
+        assert not module or hasattr(importlib.import_module(module), attribute), name
     if arguments.logits_processors or arguments.additional_config:
         from guided_decode.integrations.vllm.server_config import CONFIG_VARIABLE, config_of
 

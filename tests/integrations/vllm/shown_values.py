@@ -15,7 +15,7 @@ from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.mixed_requests import CONFIGS, PROMPTS
 from tests.integrations.vllm.vllm_parts import params
 
-from guided_decode.integrations.vllm.client_values.offline import take_values  # isort: skip
+from guided_decode.integrations.vllm import take_values  # isort: skip
 
 NEW = 12
 # One without guidance, and one whose gate lets steps pass.

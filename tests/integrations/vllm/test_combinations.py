@@ -1,6 +1,6 @@
 """What of vLLM combines with guidance, where it takes a tokenizer or an engine of its own.
 
-docs/vllm.md names the test of each cell of its table; test_what_combines.py reads it.
+docs/vllm.md names the tests of each row of its table.
 """
 
 from __future__ import annotations
@@ -65,17 +65,33 @@ def test_bad_words_are_no_candidates(llm, tokenizer):
     first = answer(llm, 1).token_ids[0]
     word = tokenizer.decode([first])
     assert answer(llm, 1, bad_words=[word]).token_ids[0] != first
-    assert first not in answer(llm, 30, bad_words=[word]).token_ids
+    assert first not in answer(llm, 16, bad_words=[word]).token_ids
 
 
 def test_a_stop_string_ends_a_guided_response_and_changes_none_of_its_tokens(llm):
-    free = answer(llm, 100)
-    at = free.text.index("Answer")
-    cut = answer(llm, 100, stop=["Answer"])
-    assert cut.text == free.text[:at]
-    assert (cut.finish_reason, cut.stop_reason) == ("stop", "Answer")
+    free = answer(llm, 24)
+    stop = free.text[10:13]
+    cut = answer(llm, 24, stop=[stop])
+    assert cut.text == free.text[: free.text.index(stop)]
+    assert (cut.finish_reason, cut.stop_reason) == ("stop", stop)
     assert list(cut.token_ids) == list(free.token_ids)[: len(cut.token_ids)]
     assert len(cut.token_ids) < len(free.token_ids)
+
+
+def test_the_pieces_of_a_guided_response_are_the_whole(llm):
+    from vllm.sampling_params import RequestOutputKind
+
+    whole = answer(llm, 24)
+    engine, text, tokens, pieces = llm.llm_engine, "", [], 0
+    deltas = params(24, GUIDE, detokenize=True, output_kind=RequestOutputKind.DELTA)
+    engine.add_request("in-pieces", PROMPT, deltas)
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            text += output.outputs[0].text
+            tokens += output.outputs[0].token_ids
+            pieces += 1
+    assert (text, tokens) == (whole.text, list(whole.token_ids))
+    assert pieces > 10
 
 
 def test_what_a_users_processor_forbids_before_is_never_a_candidate(llm):
@@ -84,7 +100,8 @@ def test_what_a_users_processor_forbids_before_is_never_a_candidate(llm):
 
 
 def test_processed_log_probabilities_are_those_of_the_guided_distribution(llm, tokenizer):
-    prompt = tokenizer(PROMPT, add_special_tokens=False).input_ids
+    # As the engine reads a text.
+    prompt = tokenizer(PROMPT).input_ids
     policy = AutoModelForCausalLM.from_pretrained(tiny_tulu.model_path("sft"))
     from guided_decode import GuidanceConfig, guide, load_scorer
 

@@ -74,7 +74,7 @@ def test_32_mixed_requests_at_once_on_v2():
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_everything_else_on_v2():
-    files = ("test_engine", "test_engine_under_pressure", "test_gpu")
+    files = ("test_engine", "test_engine_under_pressure", "test_gpu", "test_combinations")
     run(*(f"{HERE}/{file}.py" for file in files))
 
 
