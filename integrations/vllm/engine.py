@@ -321,20 +321,20 @@ class GuidedEngine:
             self._members.append(row)
         return True
 
-    def _show(self, rows: Sequence[Placed], scored: Collection[int], batch: int) -> None:
+    def _show(self, rows: Sequence[Placed], guided: Collection[int], batch: int) -> None:
         """Keeps what the step read of rows whose clients asked for it; reads V where it did not.
 
-        scored: ids of the rows that were guided.
+        guided: ids of the rows that were guided.
         """
         shown = [p for p in rows if p.row.request.values_id is not None]
         if not shown or self._shown is None:
             return
-        unread = set(map(id, self._shown.unread([p.row for p in shown])))
+        unread = set(map(id, self._shown.unread([p.row for p in shown], guided)))
         due = [p for p in shown if id(p.row) in unread]
         if self._tap is not None:
             due = [p for p in due if self._stands(p.row)]
         values = self._values_if_any(due, batch) if due else {}
-        self._shown.keep([p.row for p in shown], values, scored)
+        self._shown.keep([p.row for p in shown], values, guided)
 
     def _values_if_any(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
         """As `_values`; nothing where the scorer fails and the engine is to go on."""

@@ -18,25 +18,30 @@ class ShownRows:
         self._texts: WeakKeyDictionary[PrefixHandle, HandleText] = WeakKeyDictionary()
 
     @staticmethod
-    def unread(rows: Sequence[LiveRow]) -> list[LiveRow]:
-        """Those of the rows whose V this step has not read; a response that is over needs none."""
-        return [row for row in rows if _value(row) is None and not row.is_over]
+    def unread(rows: Sequence[LiveRow], guided: Collection[int]) -> list[LiveRow]:
+        """Those of the rows whose V is still to be read.
+
+        A response that is over needs none. One that was guided and has none was asked for in vain,
+        unless its gate let the step pass. guided: ids of the rows that were guided.
+        """
+        missing = [row for row in rows if _value(row) is None and not row.is_over]
+        return [r for r in missing if id(r) not in guided or r.request.config.gate is not None]
 
     def keep(
-        self, rows: Sequence[LiveRow], values: Mapping[int, float], scored: Collection[int]
+        self, rows: Sequence[LiveRow], values: Mapping[int, float], guided: Collection[int]
     ) -> None:
         """Keeps what is known of the step.
 
         Args:
             rows: that have a name.
             values: V by the rows' ids, where it was read for this alone.
-            scored: ids of the rows that were guided in this step.
+            guided: ids of the rows that were guided in this step.
         """
         for row in rows:
             name = row.request.values_id
             assert name is not None
             value = _value(row)
-            advantages = row.trail.advantages if id(row) in scored else {}
+            advantages = row.trail.advantages if id(row) in guided else {}
             text = self._texts.setdefault(row.history, HandleText()).digest(row.history)
             known = values.get(id(row)) if value is None else value
             self._store.add(name, record(text, known, advantages))

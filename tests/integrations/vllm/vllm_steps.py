@@ -47,9 +47,9 @@ def built(**own):
     return build_engine(vllm_parts.vllm_config(vllm_parts.scorer_config(**own)), CPU)
 
 
-def engine(scorer, broadcast=None, **own):
+def engine(scorer, broadcast=None, store=None, **own):
     config = vllm_parts.scorer_config(**own)["guided_decode"]
-    return GuidedEngine(parse_config(config, "the test"), scorer, broadcast=broadcast)
+    return GuidedEngine(parse_config(config, "the test"), scorer, broadcast=broadcast, store=store)
 
 
 def rows(pruning=None, unguided=()):

@@ -1,0 +1,109 @@
+"""What a step keeps of rows for their clients: of who asked alone, and nothing that failed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+
+from tests import models, oracle
+from tests.integrations.vllm.vllm_steps import (
+    CONFIG,
+    PROMPTS,
+    Failing,
+    built,
+    engine,
+    rows,
+    step_logits,
+)
+
+from guided_decode.integrations.vllm.client_values.records import decoded  # isort: skip
+from guided_decode.integrations.vllm.client_values.store import ValueStore  # isort: skip
+from guided_decode.integrations.vllm.client_values.texts import GrowingText  # isort: skip
+from guided_decode.integrations.vllm.request import UNGUIDED  # isort: skip
+
+NAMES = [f"{'name of request':15}{i}" for i in range(len(PROMPTS))]
+
+
+@pytest.fixture(scope="module")
+def scorer():
+    return built().scorer
+
+
+def named(configs, silent=()):
+    """Rows whose clients asked, but for some."""
+    live = rows()
+    for i, (placed, config) in enumerate(zip(live, configs, strict=True)):
+        name = None if i in silent else NAMES[i]
+        placed.row.request = replace(placed.row.request, config=config, values_id=name)
+    return live
+
+
+def kept(store, i):
+    """The records of a row's request, whose text is its prompt."""
+    records = decoded(store.take(NAMES)).get(NAMES[i], [])
+    assert all(each.text == GrowingText(PROMPTS[i]).digest() for each in records)
+    return records
+
+
+def stepped(scorer, live, **own):
+    store, logits = ValueStore(), step_logits()
+    engine(scorer, store=store, **own).step(logits.clone(), live)
+    return store, logits
+
+
+def test_a_guided_row_has_its_value_and_the_advantages_of_its_candidates(scorer):
+    scorer.stats.reset()
+    store, logits = stepped(scorer, named([CONFIG] * 4, silent=[1, 2, 3]))
+    assert len(store) == 1
+    (record,) = kept(store, 0)
+    values = oracle.Values(models.tiny("llama", "token"))
+    value = values([PROMPTS[0]])[0]
+    assert record.value == pytest.approx(value, abs=1e-5)
+    chosen = oracle.candidates(logits[0].tolist(), CONFIG.top_k, CONFIG.top_p)
+    for token, after in zip(chosen, values.after(PROMPTS[0], chosen), strict=True):
+        expected = 0.0 if token == models.EOS else after - value
+        assert record.advantage(token) == pytest.approx(expected, abs=1e-5)
+    assert record.advantage(int(logits[0].argmin())) is None
+    # It was read on the way.
+    assert scorer.stats.rows_scored == 4
+
+
+@pytest.mark.parametrize("config", [UNGUIDED, CONFIG.changed(gate=1e-6)])
+def test_a_row_whose_candidates_are_not_scored_has_its_value_alone(scorer, config):
+    scorer.stats.reset()
+    store, logits = stepped(scorer, named([config] * 4, silent=[1, 2, 3]))
+    (record,) = kept(store, 0)
+    expected = oracle.Values(models.tiny("llama", "token"))([PROMPTS[0]])[0]
+    assert record.value == pytest.approx(expected, abs=1e-5)
+    assert record.advantage(int(logits[0].argmax())) is None
+    assert scorer.stats.rows_scored == 1
+    assert scorer.stats.candidate_tokens == 0
+
+
+def test_who_did_not_ask_costs_nothing(scorer):
+    scorer.stats.reset()
+    store, _ = stepped(scorer, named([UNGUIDED] * 4, silent=range(4)))
+    assert len(store) == scorer.stats.rows_scored == 0
+
+
+@pytest.mark.parametrize("fault", ["raises", "nan baseline"])
+def test_a_scorer_that_fails_leaves_no_value_and_is_counted_once(scorer, fault):
+    scorer.stats.reset()
+    store, logits = stepped(Failing(scorer, fault), named([CONFIG] * 4))
+    # The faulty row is the one of nine tokens.
+    (record,) = kept(store, 1)
+    assert math.isnan(record.value)
+    assert record.advantage(int(logits[1].argmax())) is None
+    assert scorer.stats.passthroughs == (4 if fault == "raises" else 1)
+
+
+def test_a_response_that_is_over_is_not_read(scorer):
+    live = named([UNGUIDED] * 4, silent=[1, 2, 3])
+    live[0].row.history.append(models.EOS)
+    scorer.stats.reset()
+    store, _ = stepped(scorer, live)
+    (record,) = decoded(store.take(NAMES))[NAMES[0]]
+    assert math.isnan(record.value)
+    assert scorer.stats.rows_scored == 0
