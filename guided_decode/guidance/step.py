@@ -102,7 +102,7 @@ def guide_rows(
     for each in distinct(configs):
         _check_supported(scorer, each)
     for trail in trails or ():
-        trail.advantages = {}
+        trail.begin_step()
     if observe is None and not any(config.guides for config in configs):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
@@ -139,6 +139,8 @@ def guide_rows(
     if lost:
         guided[lost] = logits[lost]
     if trails is not None:
+        for i in active:
+            trails[i].asked = i not in refused
         keep_scores(
             prefixes, trails, chosen.candidates, step.scores, step.scored, step.exempt, active
         )

@@ -23,14 +23,17 @@ class ValueTrail:
     listens: whether the row's advantages are kept as well, for whoever shows them.
     advantages: Q(s,a) − V(s) by token id, of the last prefix of which candidates were scored; 0 for
         terminals that are exempt.
+    asked: whether the scorer took the row in its last step, so that what the trail lacks then is
+        not to be had.
     """
 
-    __slots__ = ("_known", "_version", "advantages", "listens", "prompt_length")
+    __slots__ = ("_known", "_version", "advantages", "asked", "listens", "prompt_length")
 
     def __init__(self, prompt_length: int, *, listens: bool = False) -> None:
         self.prompt_length = prompt_length
         self.listens = listens
         self.advantages: dict[int, float] = {}
+        self.asked = False
         self._version = -1
         # By length; the last two.
         self._known: dict[int, float] = {}
@@ -49,6 +52,10 @@ class ValueTrail:
             self._known, self._version = {}, prefix.version
         self._known[length] = value
         self._known = {n: v for n, v in self._known.items() if n >= max(self._known) - 1}
+
+    def begin_step(self) -> None:
+        """Nothing was scored of the row's prefix yet."""
+        self.advantages, self.asked = {}, False
 
     def response(self, prefix: Prefix) -> int:
         """Tokens of the response so far."""

@@ -329,7 +329,7 @@ class GuidedEngine:
         shown = [p for p in rows if p.row.request.values_id is not None]
         if not shown or self._shown is None:
             return
-        unread = set(map(id, self._shown.unread([p.row for p in shown], guided)))
+        unread = set(map(id, self._shown.unread([p.row for p in shown], guided, self.scorer)))
         due = [p for p in shown if id(p.row) in unread]
         if self._tap is not None:
             due = [p for p in due if self._stands(p.row)]

@@ -8,6 +8,7 @@ from guided_decode.integrations.vllm.client_values.store import ValueStore
 from guided_decode.integrations.vllm.client_values.texts import HandleText
 from guided_decode.integrations.vllm.rows import LiveRow
 from guided_decode.prefix import PrefixHandle
+from guided_decode.scorer import Scorer
 
 
 class ShownRows:
@@ -18,14 +19,28 @@ class ShownRows:
         self._texts: WeakKeyDictionary[PrefixHandle, HandleText] = WeakKeyDictionary()
 
     @staticmethod
-    def unread(rows: Sequence[LiveRow], guided: Collection[int]) -> list[LiveRow]:
+    def unread(
+        rows: Sequence[LiveRow], guided: Collection[int], scorer: Scorer | None
+    ) -> list[LiveRow]:
         """Those of the rows whose V is still to be read.
 
-        A response that is over needs none. One that was guided and has none was asked for in vain,
-        unless its gate let the step pass. guided: ids of the rows that were guided.
+        A response that is over needs none. What guidance asked the scorer for in vain, or would be
+        refused, failed there.
+
+        Args:
+            rows: that have a name.
+            guided: ids of the rows that were guided in this step.
+            scorer: guides; None where nothing does.
         """
         missing = [row for row in rows if _value(row) is None and not row.is_over]
-        return [r for r in missing if id(r) not in guided or r.request.config.gate is not None]
+        if scorer is None:
+            return missing
+        return [
+            row
+            for row in missing
+            if id(row) not in guided
+            or not (row.trail.asked or scorer.refusal(row.history, 0) is not None)
+        ]
 
     def keep(
         self, rows: Sequence[LiveRow], values: Mapping[int, float], guided: Collection[int]

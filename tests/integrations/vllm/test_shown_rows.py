@@ -6,6 +6,7 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 
 from tests import models, oracle
 from tests.integrations.vllm.vllm_steps import (
@@ -70,7 +71,11 @@ def test_a_guided_row_has_its_value_and_the_advantages_of_its_candidates(scorer)
     assert scorer.stats.rows_scored == 4
 
 
-@pytest.mark.parametrize("config", [UNGUIDED, CONFIG.changed(gate=1e-6)])
+# The default tail masks, so that a row without a weight is guided and scores nothing.
+MASKED = CONFIG.changed(beta=0.0)
+
+
+@pytest.mark.parametrize("config", [UNGUIDED, MASKED, CONFIG.changed(gate=1e-6)])
 def test_a_row_whose_candidates_are_not_scored_has_its_value_alone(scorer, config):
     scorer.stats.reset()
     store, logits = stepped(scorer, named([config] * 4, silent=[1, 2, 3]))
@@ -80,6 +85,43 @@ def test_a_row_whose_candidates_are_not_scored_has_its_value_alone(scorer, confi
     assert record.advantage(int(logits[0].argmax())) is None
     assert scorer.stats.rows_scored == 1
     assert scorer.stats.candidate_tokens == 0
+
+
+class Refusing:
+    """The tiny critic, which refuses candidates behind the first prompt."""
+
+    def __init__(self, scorer):
+        self._scorer = scorer
+
+    def __getattr__(self, name):
+        return getattr(self._scorer, name)
+
+    def refusal(self, prefix, candidates):
+        return "no room" if candidates and list(prefix.tokens) == PROMPTS[0] else None
+
+    def score(self, prefixes, candidates):
+        for prefix in prefixes:
+            if self.refusal(prefix, candidates.shape[1]):
+                raise ValueError("no room")
+        return self._scorer.score(prefixes, candidates)
+
+
+@pytest.mark.parametrize("fault", ["padded", "refused"])
+@pytest.mark.parametrize("on_error", ["passthrough", "raise"])
+def test_a_row_that_does_not_reach_the_scorer_has_its_value(scorer, fault, on_error):
+    """Its likeliest token is beyond the scorer's vocabulary, or no candidate has room."""
+    scorer.stats.reset()
+    logits, live, store = step_logits(), named([CONFIG] * 4), ValueStore()
+    if fault == "padded":
+        logits = torch.cat([logits, torch.full((len(logits), 2), -torch.inf)], -1)
+        logits[0, -1] = 100.0
+    critic = Refusing(scorer) if fault == "refused" else scorer
+    engine(critic, store=store, on_error=on_error, max_beta=10.0).step(logits, live)
+    (record,) = kept(store, 0)
+    expected = oracle.Values(models.tiny("llama", "token"))([PROMPTS[0]])[0]
+    assert record.value == pytest.approx(expected, abs=1e-5)
+    assert not record.tokens
+    assert scorer.stats.passthroughs == 1
 
 
 def test_who_did_not_ask_costs_nothing(scorer):
