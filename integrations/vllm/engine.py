@@ -188,7 +188,8 @@ class GuidedEngine:
         if ended:
             guided[list(ended)] = -torch.inf
             guided[list(ended), list(ended.values())] = 0.0
-        self._show([rows[i] for i in known], {id(live[i]) for i in chosen}, batch)
+        guides = {id(live[i]) for i in chosen}
+        self._show([rows[i] for i in known], guides, {id(live[i]) for i in ended}, batch)
         for i in known:
             live[i].seen = len(live[i].history)
         return guided
@@ -274,9 +275,7 @@ class GuidedEngine:
         """Whether the hidden states that the tap saw are those of the row's whole history."""
         if self._trunk is not None and self._trunk.stands(row):
             return True
-        # V1 also calls for prompts that it prefills in chunks: only a row that grew by the token of
-        # its last step stands at its end for sure.
-        return row.seen == len(row.history) - 1
+        return row.has_grown
 
     def _check_end(self, row: LiveRow, vocab: int) -> None:
         """A row whose end token the policy cannot write is not ended by its value."""
@@ -321,10 +320,12 @@ class GuidedEngine:
             self._members.append(row)
         return True
 
-    def _show(self, rows: Sequence[Placed], guided: Collection[int], batch: int) -> None:
+    def _show(
+        self, rows: Sequence[Placed], guided: Collection[int], ended: Collection[int], batch: int
+    ) -> None:
         """Keeps what the step read of rows whose clients asked for it; reads V where it did not.
 
-        guided: ids of the rows that were guided.
+        guided, ended: ids of the rows that were guided, and of those that the step ends.
         """
         shown = [p for p in rows if p.row.request.values_id is not None]
         if not shown or self._shown is None:
@@ -334,7 +335,7 @@ class GuidedEngine:
         if self._tap is not None:
             due = [p for p in due if self._stands(p.row)]
         values = self._values_if_any(due, batch) if due else {}
-        self._shown.keep([p.row for p in shown], values, guided)
+        self._shown.keep([p.row for p in shown], values, guided, ended)
 
     def _values_if_any(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
         """As `_values`; nothing where the scorer fails and the engine is to go on."""

@@ -40,6 +40,7 @@ class LiveRow:
     seen: tokens of its history at its last step.
     sibling: its place in its group, from its first step on.
     trail: what is known of its values. abstains: its value fell so low that it is ended.
+    is_prefilled: whether it is in no step before its prompt was prefilled.
     """
 
     request: Request
@@ -49,6 +50,21 @@ class LiveRow:
     sibling: Sibling | None = None
     trail: ValueTrail = field(default_factory=lambda: ValueTrail(0))
     abstains: bool = False
+    is_prefilled: bool = False
+
+    @property
+    def has_grown(self) -> bool:
+        """Whether it grew by the token of its last step."""
+        return self.seen == len(self.history) - 1
+
+    @property
+    def samples_for_sure(self) -> bool:
+        """Whether the token that this step chooses is known to be kept.
+
+        V1 also calls for prompts that it prefills in chunks, with the whole prompt as history, and
+        drops what is sampled behind all chunks but the last.
+        """
+        return self.is_prefilled or self.has_grown
 
     @property
     def history(self) -> PrefixHandle:
@@ -197,7 +213,9 @@ class SlotRows:
         return True
 
     def _wake(self, slot: int, request: Request) -> None:
-        self._slots[slot] = _Slot(LiveRow(request, PrefixHandle(), 0), self._step)
+        self._slots[slot] = _Slot(
+            LiveRow(request, PrefixHandle(), 0, is_prefilled=True), self._step
+        )
 
     def advance(self) -> bool:
         """A step begins; whether slots were forgotten that no step has named for long."""

@@ -53,12 +53,12 @@ class ValueCollector:
         """It is over, or its client has left: nothing is kept of it."""
         self._open.pop(name, None)
 
-    async def known(self, name: str, texts: Sequence[bytes]) -> Known:
-        """What there is of these texts of an open response; it may lack some."""
+    async def known(self, name: str, texts: Sequence[bytes], tokens: Sequence[int]) -> Known:
+        """What there is of these tokens of an open response, each behind its text."""
         known = self._open[name]
         # The first call may have begun before the token came.
         for _ in range(2):
-            if not known.lacks(texts):
+            if not known.lacks(texts, tokens):
                 break
             await asyncio.wait({self.ahead()}, timeout=self._patience)
         return known

@@ -14,13 +14,15 @@ class Record(NamedTuple):
     """V of a text, and the advantages of the candidates behind it.
 
     text: its digest. value: NaN where it was not read. tokens: int64 [k]. advantages: float32 [k],
-    Q(s,a) − V(s). Both as bytes: they wait in the worker, and go to another process.
+    Q(s,a) − V(s). Both as bytes: they wait in the worker, and go to another process. final: whether
+    the row's next token was chosen in this step; else it may come again and read more.
     """
 
     text: bytes
     value: float
     tokens: bytes
     advantages: bytes
+    final: bool
 
     @property
     def size(self) -> int:
@@ -35,7 +37,9 @@ class Record(NamedTuple):
         return float(np.frombuffer(self.advantages, np.float32)[found[0]])
 
 
-def record(text: bytes, value: float | None, advantages: Mapping[int, float]) -> Record:
+def record(
+    text: bytes, value: float | None, advantages: Mapping[int, float], *, final: bool = True
+) -> Record:
     """A record; what is no finite number is left out. advantages: by token id."""
     finite = {token: each for token, each in advantages.items() if math.isfinite(each)}
     return Record(
@@ -43,6 +47,7 @@ def record(text: bytes, value: float | None, advantages: Mapping[int, float]) ->
         value if value is not None and math.isfinite(value) else math.nan,
         np.array(list(finite), np.int64).tobytes(),
         np.array(list(finite.values()), np.float32).tobytes(),
+        final,
     )
 
 
@@ -71,9 +76,15 @@ class Known:
             if each.text not in self._records or not math.isnan(each.value):
                 self._records[each.text] = each
 
-    def lacks(self, texts: Sequence[bytes]) -> bool:
-        """Whether one of these has no record."""
-        return any(text not in self._records for text in texts)
+    def lacks(self, texts: Sequence[bytes], tokens: Sequence[int]) -> bool:
+        """Whether the worker may know more of one of these tokens, each behind its text."""
+        return not all(map(self._is_whole, texts, tokens))
+
+    def _is_whole(self, text: bytes, token: int) -> bool:
+        found = self._records.get(text)
+        if found is None:
+            return False
+        return found.final or not (math.isnan(found.value) or found.advantage(token) is None)
 
     def get(self, text: bytes) -> Record | None:
         return self._records.get(text)

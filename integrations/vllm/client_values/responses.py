@@ -43,7 +43,7 @@ class ResponseValues:
                 choice[FIELD] = None
             return
         texts = texts_before(text, tokens)
-        known = await self._collector.known(self._name, texts)
+        known = await self._collector.known(self._name, texts, tokens)
         choice[FIELD] = token_values(known, texts, tokens)._asdict()
 
     def _clean(self, part: dict[str, Any]) -> None:

@@ -43,7 +43,11 @@ class ShownRows:
         ]
 
     def keep(
-        self, rows: Sequence[LiveRow], values: Mapping[int, float], guided: Collection[int]
+        self,
+        rows: Sequence[LiveRow],
+        values: Mapping[int, float],
+        guided: Collection[int],
+        ended: Collection[int],
     ) -> None:
         """Keeps what is known of the step.
 
@@ -51,6 +55,7 @@ class ShownRows:
             rows: that have a name.
             values: V by the rows' ids, where it was read for this alone.
             guided: ids of the rows that were guided in this step.
+            ended: ids of those that it ends: a sibling of the same text may know more.
         """
         for row in rows:
             name = row.request.values_id
@@ -59,7 +64,8 @@ class ShownRows:
             advantages = row.trail.advantages if id(row) in guided else {}
             text = self._texts.setdefault(row.history, HandleText()).digest(row.history)
             known = values.get(id(row)) if value is None else value
-            self._store.add(name, record(text, known, advantages))
+            final = row.samples_for_sure and id(row) not in ended
+            self._store.add(name, record(text, known, advantages, final=final))
 
 
 def _value(row: LiveRow) -> float | None:

@@ -18,7 +18,12 @@ from starlette.routing import Route
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
 from guided_decode.integrations.vllm.client_values.middleware import ValuesToClient
-from guided_decode.integrations.vllm.client_values.records import decoded, encoded, record
+from guided_decode.integrations.vllm.client_values.records import (
+    decoded,
+    encoded,
+    record,
+    token_values,
+)
 from guided_decode.integrations.vllm.client_values.store import ValueStore
 from guided_decode.integrations.vllm.client_values.texts import GrowingText, HandleText
 from guided_decode.integrations.vllm.client_values.worker import (
@@ -360,8 +365,8 @@ def test_all_who_wait_share_one_call():
             for each in records_of(SAMPLES[0]):
                 engine.store.add(name, each)
         first = GrowingText(PROMPT).digest()
-        known = await asyncio.gather(*(found.known(name, [first]) for name in names))
-        assert not any(each.lacks([first]) for each in known)
+        known = await asyncio.gather(*(found.known(name, [first], [4]) for name in names))
+        assert not any(each.lacks([first], [4]) for each in known)
         assert found.calls == engine.calls == 1
 
     asyncio.run(many())
@@ -377,14 +382,39 @@ def test_a_record_is_found_though_a_call_began_before_it_was_kept():
         assert engine.calls == 1
         ask, first = engine.store.take, GrowingText(PROMPT).digest()
         engine.store.take = lambda names: b""
-        waits = asyncio.create_task(found.known("a", [first]))
+        waits = asyncio.create_task(found.known("a", [first], [4]))
         await early
         engine.store.take = ask
         engine.store.add("a", next(iter(records_of(SAMPLES[0]))))
-        assert not (await waits).lacks([first])
+        assert not (await waits).lacks([first], [4])
         assert engine.calls == 2
 
     asyncio.run(late())
+
+
+@pytest.mark.parametrize("early", [None, 1.0])
+def test_what_came_of_a_part_of_a_prompt_is_not_the_last_word(early):
+    """V1 calls for each chunk of a prompt with the whole of it; a fetch may fall between them.
+
+    early: V as it was read then; of the policy's own hidden states it is not.
+    """
+
+    async def chunked():
+        engine = Engine()
+        found = collector(engine)
+        found.open("a")
+        text = GrowingText(PROMPT).digest()
+        engine.store.add("a", record(text, early, {11: 0.25} if early else {}, final=False))
+        await found.ahead()
+        engine.store.add("a", record(text, 1.0, {4: 0.5}, final=False))
+        known = await found.known("a", [text], [4])
+        assert token_values(known, [text], [4]) == ([1.0], [0.5])
+        assert engine.calls == 2
+        # Whoever has that token, too, has all there is.
+        await found.known("a", [text], [4])
+        assert engine.calls == 2
+
+    asyncio.run(chunked())
 
 
 def test_a_response_waits_so_long_and_no_longer():
@@ -393,8 +423,8 @@ def test_a_response_waits_so_long_and_no_longer():
         engine.hangs = True
         found = collector(engine, patience=0.01)
         found.open("a")
-        known = await asyncio.wait_for(found.known("a", [b"x"]), PATIENCE)
-        assert known.lacks([b"x"])
+        known = await asyncio.wait_for(found.known("a", [b"x"], [4]), PATIENCE)
+        assert known.lacks([b"x"], [4])
         assert engine.calls == 1
 
     asyncio.run(hung())

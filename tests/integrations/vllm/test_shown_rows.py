@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +23,8 @@ from tests.integrations.vllm.vllm_steps import (
 from guided_decode.integrations.vllm.client_values.records import decoded  # isort: skip
 from guided_decode.integrations.vllm.client_values.store import ValueStore  # isort: skip
 from guided_decode.integrations.vllm.client_values.texts import GrowingText  # isort: skip
-from guided_decode.integrations.vllm.request import UNGUIDED  # isort: skip
+from guided_decode.integrations.vllm.request import UNGUIDED, Request  # isort: skip
+from guided_decode.integrations.vllm.rows import SlotRows  # isort: skip
 
 NAMES = [f"{'name of request':15}{i}" for i in range(len(PROMPTS))]
 
@@ -122,6 +124,24 @@ def test_a_row_that_does_not_reach_the_scorer_has_its_value(scorer, fault, on_er
     assert record.value == pytest.approx(expected, abs=1e-5)
     assert not record.tokens
     assert scorer.stats.passthroughs == 1
+
+
+def test_a_record_is_final_where_its_token_is_surely_chosen(scorer):
+    live = named([CONFIG] * 4)
+    # As on V1: after a step, before any, at the end of its value; and as on V2.
+    live[0].row.seen = len(PROMPTS[0]) - 1
+    live[2].row.seen, live[2].row.abstains = len(PROMPTS[2]) - 1, True
+    live[2].row.request = replace(live[2].row.request, end_token=models.EOS)
+    live[3].row.is_prefilled = True
+    store, _ = stepped(scorer, live)
+    records = decoded(store.take(NAMES))
+    assert [records[name][0].final for name in NAMES] == [True, False, False, True]
+
+
+def test_the_rows_of_v2_have_their_prompts_behind_them():
+    slots = SlotRows(lambda params: Request(CONFIG, (models.EOS,)), states=None)
+    slots.add(3, SimpleNamespace())
+    assert [row.samples_for_sure for row in slots.live()] == [True]
 
 
 def test_who_did_not_ask_costs_nothing(scorer):
