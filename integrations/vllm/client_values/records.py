@@ -64,6 +64,18 @@ def decoded(data: bytes) -> dict[str, list[Record]]:
     return {name: [Record(*each) for each in several] for name, several in given.items()}
 
 
+def merged(one: Record, other: Record) -> Record:
+    """All that two records of one text know: V and an advantage depend on nothing but the text."""
+    tokens, advantages = one.tokens, one.advantages
+    if other.tokens != tokens:
+        ids = np.frombuffer(other.tokens, np.int64)
+        new = ~np.isin(ids, np.frombuffer(tokens, np.int64))
+        tokens += ids[new].tobytes()
+        advantages += np.frombuffer(other.advantages, np.float32)[new].tobytes()
+    value = other.value if math.isnan(one.value) else one.value
+    return Record(one.text, value, tokens, advantages, one.final or other.final)
+
+
 class Known:
     """The records of one request, by text. Samples that begin alike share them."""
 
@@ -72,9 +84,8 @@ class Known:
 
     def add(self, records: Sequence[Record]) -> None:
         for each in records:
-            # A step whose sample vLLM drops comes once more, and may have read less the first time.
-            if each.text not in self._records or not math.isnan(each.value):
-                self._records[each.text] = each
+            found = self._records.get(each.text)
+            self._records[each.text] = each if found is None else merged(found, each)
 
     def lacks(self, texts: Sequence[bytes], tokens: Sequence[int]) -> bool:
         """Whether the worker may know more of one of these tokens, each behind its text."""
@@ -84,7 +95,10 @@ class Known:
         found = self._records.get(text)
         if found is None:
             return False
-        return found.final or not (math.isnan(found.value) or found.advantage(token) is None)
+        if found.tokens:
+            # A sibling's candidates may differ by rounding, and its record be under way.
+            return found.advantage(token) is not None
+        return found.final
 
     def get(self, text: bytes) -> Record | None:
         return self._records.get(text)

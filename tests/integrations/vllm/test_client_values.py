@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import math
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from starlette.routing import Route
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
 from guided_decode.integrations.vllm.client_values.middleware import ValuesToClient
 from guided_decode.integrations.vllm.client_values.records import (
+    Known,
     decoded,
     encoded,
     record,
@@ -48,13 +50,10 @@ def advantage(t, token):
 
 
 def records_of(sample, prompt=PROMPT, scored=True):
-    """What a worker keeps of a row that wrote a sample."""
-    for t in range(len(sample)):
+    """What a worker keeps of a row that wrote a sample; its siblings' tokens are not among it."""
+    for t, token in enumerate(sample):
         text = [*prompt, *sample[:t]]
-        # Of all candidates, not only of those that were chosen.
-        chosen = {other[t] for other in SAMPLES if other[:t] == sample[:t] and t < len(other)}
-        advantages = {99: -1.0, **{token: advantage(t, token) for token in chosen}}
-        advantages = advantages if scored else {}
+        advantages = {99: -1.0, token: advantage(t, token)} if scored else {}
         yield record(GrowingText(text).digest(), value(text), advantages)
 
 
@@ -472,6 +471,27 @@ def test_what_is_no_number_is_left_out():
     (back,) = decoded(encoded({"a": [kept]}))["a"]
     assert math.isnan(back.value)
     assert [back.advantage(token) for token in (3, 4, 5, 6)] == [None, None, -1.5, None]
+
+
+def test_steps_of_one_text_know_together_what_each_knows():
+    text = GrowingText(PROMPT).digest()
+    steps = [
+        record(text, None, {}, final=False),
+        record(text, 1.5, {4: 0.25, 5: -0.5}, final=True),
+        # Pruned, and of other candidates.
+        record(text, 1.5, {}, final=False),
+        record(text, None, {5: -0.5, 6: 2.0}, final=True),
+    ]
+    for order in itertools.permutations(steps):
+        known = Known()
+        known.add(order)
+        assert token_values(known, [text] * 4, [4, 5, 6, 7]) == (
+            [1.5] * 4, [0.25, -0.5, 2.0, None]
+        )  # fmt: skip
+        found = known.get(text)
+        assert found.final
+        assert len(found.tokens) == 3 * 8
+        assert len(found.advantages) == 3 * 4
 
 
 def test_a_handles_digest_is_that_of_its_tokens_whatever_becomes_of_it():
