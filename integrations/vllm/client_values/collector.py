@@ -11,6 +11,7 @@ logger = logging.getLogger("guided_decode")
 # Given names of requests, the answer of each rank.
 Ask = Callable[[list[str]], Awaitable[Sequence[bytes]]]
 
+_NO_ANSWER = "the worker did not answer"
 # Seconds in which an engine that lives answers, also behind a long prefill.
 _PATIENCE = 30.0
 # Seconds after which the worker is relieved of what nobody waits for yet.
@@ -37,7 +38,7 @@ class ValueCollector:
         self._open: dict[str, Known] = {}
         self._call: asyncio.Task[None] | None = None
         self._relief: asyncio.Task[None] | None = None
-        self._failed = False
+        self._said: set[str] = set()
         self.calls = 0
 
     def __len__(self) -> int:
@@ -72,15 +73,20 @@ class ValueCollector:
             self._call = asyncio.create_task(self._fetch())
         return self._call
 
+    def warn(self, reason: str, detail: object) -> None:
+        """Says why responses go without values; of one reason once."""
+        if reason not in self._said:
+            logger.warning("responses go without values: %s: %s", reason, detail)
+        self._said.add(reason)
+
     async def _fetch(self) -> None:
         self.calls += 1
         try:
             answers = await self._ask(list(self._open))
         except Exception as error:
-            if not self._failed:
-                logger.warning("responses go without values: the worker did not answer: %s", error)
-            self._failed = True
+            self.warn(_NO_ANSWER, error)
             return
+        self._said.discard(_NO_ANSWER)
         for data in answers:
             for name, records in decoded(data).items():
                 if name in self._open:

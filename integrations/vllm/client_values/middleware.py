@@ -15,7 +15,7 @@ from typing import Any
 from fastapi import HTTPException
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
-from guided_decode.integrations.vllm.client_values.replies import JsonReply, StreamedReply
+from guided_decode.integrations.vllm.client_values.replies import JsonReply, StreamedReply, reply_to
 from guided_decode.integrations.vllm.client_values.requests import Asked, asked_of
 from guided_decode.integrations.vllm.client_values.responses import ResponseValues
 from guided_decode.integrations.vllm.client_values.worker import METHOD, refuse_unreadable
@@ -116,13 +116,8 @@ class _Exchange:
     async def send(self, message: Message) -> None:
         """The response as it goes on, with values where its request asked for them."""
         if message["type"] == "http.response.start" and self._values is not None:
-            headers = dict(message.get("headers", ()))
-            kind = headers.get(b"content-type", b"")
-            if message["status"] == 200 and kind.startswith(b"text/event-stream"):
-                assert self._collector is not None
-                self._reply = StreamedReply(self._values, self._collector, self._send)
-            elif message["status"] == 200 and kind.startswith(b"application/json"):
-                self._reply = JsonReply(self._values, self._send)
+            assert self._collector is not None
+            self._reply = reply_to(message, self._values, self._collector, self._send)
         await (self._send if self._reply is None else self._reply.send)(message)
 
     def close(self) -> None:

@@ -1,8 +1,10 @@
 """A response on its way to the client: rewritten whole, or event by event."""
 
-import json
+import zlib
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
+
+import msgspec
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
 from guided_decode.integrations.vllm.client_values.responses import ResponseValues
@@ -12,10 +14,49 @@ Send = Callable[[Message], Awaitable[None]]
 
 _DATA = b"data: "
 _END = b"\n\n"
+_ENCODING, _LENGTH = b"content-encoding", b"content-length"
+# zlib's for gzip.
+_GZIP = 31
 
 
-def _dumped(answer: object) -> bytes:
-    return json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode()
+def reply_to(
+    start: Message, values: ResponseValues, collector: ValueCollector, send: Send
+) -> "JsonReply | StreamedReply | None":
+    """What rewrites a response that begins so; None where it goes on as it comes.
+
+    start: its first message.
+    """
+    headers = dict(start.get("headers", ()))
+    kind, encoding = headers.get(b"content-type", b""), headers.get(_ENCODING, b"identity")
+    if start["status"] != 200:
+        return None
+    if encoding not in (b"identity", b"gzip"):
+        collector.warn("a middleware behind ours compresses them, and not by gzip", encoding)
+        return None
+    if kind.startswith(b"text/event-stream"):
+        return StreamedReply(values, collector, send)
+    return JsonReply(values, send) if kind.startswith(b"application/json") else None
+
+
+class _Plain:
+    """The pieces of a body without the compression of a middleware behind ours."""
+
+    def __init__(self, start: Message) -> None:
+        coded = any(name == _ENCODING and value != b"identity" for name, value in start["headers"])
+        self._decoder = zlib.decompressobj(_GZIP) if coded else None
+
+    def __call__(self, message: Message) -> bytes:
+        body: bytes = message.get("body", b"")
+        if self._decoder is None:
+            return body
+        body = self._decoder.decompress(body)
+        return body if message.get("more_body", False) else body + self._decoder.flush()
+
+
+def _with_headers(start: Message, *more: tuple[bytes, bytes]) -> Message:
+    """The start of a response whose body is another one now, and not compressed."""
+    others = [each for each in start["headers"] if each[0] not in (_ENCODING, _LENGTH)]
+    return {**start, "headers": [*others, *more]}
 
 
 class JsonReply:
@@ -29,20 +70,16 @@ class JsonReply:
     async def send(self, message: Message) -> None:
         """The next message of the response."""
         if message["type"] == "http.response.start":
-            self._start = message
+            self._start, self._plain = message, _Plain(message)
             return
         if message["type"] != "http.response.body":
             await self._send(message)
             return
-        self._pieces.append(message.get("body", b""))
+        self._pieces.append(self._plain(message))
         if message.get("more_body", False):
             return
-        answer = json.loads(b"".join(self._pieces))
-        await self._values.add(answer)
-        body = _dumped(answer)
-        others = [each for each in self._start["headers"] if each[0] != b"content-length"]
-        length = (b"content-length", str(len(body)).encode())
-        await self._send({**self._start, "headers": [*others, length]})
+        body = await _with_values(self._values, b"".join(self._pieces))
+        await self._send(_with_headers(self._start, (_LENGTH, str(len(body)).encode())))
         await self._send({"type": "http.response.body", "body": body})
 
 
@@ -55,12 +92,16 @@ class StreamedReply:
 
     async def send(self, message: Message) -> None:
         """The next message of the response."""
+        if message["type"] == "http.response.start":
+            self._plain = _Plain(message)
+            await self._send(_with_headers(message))
+            return
         if message["type"] != "http.response.body":
             await self._send(message)
             return
         more = message.get("more_body", False)
-        *events, self._rest = (self._rest + message.get("body", b"")).split(_END)
-        body = b"".join([await self._with_values(event) + _END for event in events])
+        *events, self._rest = (self._rest + self._plain(message)).split(_END)
+        body = b"".join([await self._event(event) + _END for event in events])
         if not more:
             body, self._rest = body + self._rest, b""
         if body or not more:
@@ -68,9 +109,17 @@ class StreamedReply:
         if more and events:
             self._collector.ahead()
 
-    async def _with_values(self, event: bytes) -> bytes:
+    async def _event(self, event: bytes) -> bytes:
         if not event.startswith(_DATA + b"{"):
             return event
-        chunk = json.loads(event[len(_DATA) :])
-        await self._values.add(chunk)
-        return _DATA + _dumped(chunk)
+        return _DATA + await _with_values(self._values, event[len(_DATA) :])
+
+
+async def _with_values(values: ResponseValues, data: bytes) -> bytes:
+    """JSON with values; what is none goes on as it came."""
+    try:
+        answer = msgspec.json.decode(data)
+    except msgspec.DecodeError:
+        return data
+    await values.add(answer)
+    return msgspec.json.encode(answer)

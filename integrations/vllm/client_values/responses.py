@@ -25,15 +25,26 @@ class ResponseValues:
         self._choices: dict[int, GrowingText] = {}
 
     async def add(self, answer: dict[str, Any]) -> None:
-        """Puts the values into a response or a chunk, as vLLM writes it with return_token_ids."""
+        """Puts the values into a response or a chunk, as vLLM writes it with return_token_ids.
+
+        The response goes on whatever fails here.
+        """
+        choices: list[dict[str, Any]] = answer.get("choices") or []
         shared = answer.get("prompt_token_ids")
-        for choice in answer.get("choices") or ():
-            prompt = choice.get("prompt_token_ids") or shared
-            if prompt is not None and choice["index"] not in self._choices:
-                self._choices[choice["index"]] = GrowingText(prompt)
-            await self._add_to(choice)
-            self._clean(choice)
-        self._clean(answer)
+        try:
+            for choice in choices:
+                self._begin(choice, choice.get("prompt_token_ids") or shared)
+                await self._add_to(choice)
+        except Exception as error:
+            self._collector.warn("they could not be put into one", repr(error))
+            for choice in choices:
+                choice[FIELD] = None
+        for part in (answer, *choices):
+            self._clean(part)
+
+    def _begin(self, choice: dict[str, Any], prompt: list[int] | None) -> None:
+        if prompt is not None and choice["index"] not in self._choices:
+            self._choices[choice["index"]] = GrowingText(prompt)
 
     async def _add_to(self, choice: dict[str, Any]) -> None:
         tokens, text = choice.get("token_ids"), self._choices.get(choice["index"])

@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import json
 import math
+import zlib
 from types import SimpleNamespace
 
 import pytest
@@ -14,7 +15,9 @@ pytest.importorskip("fastapi", reason="needs fastapi, which comes with vLLM")
 
 import httpx
 from starlette.applications import Starlette
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.middleware import Middleware
+from starlette.middleware.gzip import GZipMiddleware
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
@@ -306,6 +309,92 @@ def test_an_engine_that_fails_leaves_the_response(stream, caplog):
         found = choices_of(response)[0]["guided_decode"]
         assert found == {"prefix_values": [None] * 3, "advantages": [None] * 3}
     assert caplog.text.count("responses go without values: the worker did not answer") == 1
+
+
+class GzippedStream:
+    """Compresses streams, too, which Starlette's leaves alone."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        gzip = zlib.compressobj(wbits=31)
+
+        async def compressed(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-encoding", b"gzip")]
+            elif message.get("more_body"):
+                message["body"] = gzip.compress(message["body"]) + gzip.flush(zlib.Z_SYNC_FLUSH)
+            else:
+                message["body"] = gzip.compress(message["body"]) + gzip.flush()
+            await send(message)
+
+        await self._app(scope, receive, compressed)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_middleware_behind_ours_may_compress(path, stream):
+    server, bare = Server(), Server()
+    behind = Middleware(GzippedStream) if stream else Middleware(GZipMiddleware, minimum_size=1)
+    server.vllm.user_middleware.append(behind)
+    plain = server.post(path, stream=stream)
+    assert plain.headers["content-encoding"] == "gzip"
+    assert plain.content == bare.post(path, stream=stream).content
+    response = server.post(path, stream=stream, **ASK)
+    assert "content-encoding" not in response.headers
+    assert response.content == bare.post(path, stream=stream, **ASK).content
+
+
+class Coded:
+    """Writes responses in a code that nobody here knows."""
+
+    def __init__(self, app):
+        self._app = app
+
+    async def __call__(self, scope, receive, send):
+        async def coded(message):
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-encoding", b"rot13")]
+            await send(message)
+
+        await self._app(scope, receive, coded)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_an_unknown_compression_goes_on_as_it_is(stream, caplog):
+    server = Server()
+    server.vllm.user_middleware.append(Middleware(Coded))
+    for _ in range(2):
+        response = server.post(stream=stream, **ASK)
+        assert response.status_code == 200
+        assert "guided_decode" not in response.text
+    assert caplog.text.count("a middleware behind ours compresses them, and not by gzip") == 1
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_whatever_fails_the_response_goes_on(stream, monkeypatch, caplog):
+    server = Server()
+    monkeypatch.setattr(ValueCollector, "known", lambda *_: 1 / 0)
+    for _ in range(2):
+        response = server.post(stream=stream, **ASK)
+        chunks = chunks_of(response) if stream else [response.json()]
+        pieces = [c for chunk in chunks for c in chunk["choices"] if "guided_decode" in c]
+        assert pieces
+        assert all(c["guided_decode"] is c["token_ids"] is None for c in pieces)
+    assert response.status_code == 200
+    assert caplog.text.count("they could not be put into one: ZeroDivisionError") == 1
+
+
+def test_what_is_no_json_goes_on_as_it_came():
+    server = Server()
+
+    async def broken(request):
+        await request.json()
+        return Response("{what", media_type="application/json")
+
+    server.vllm.router.routes[:] = [Route(PATHS[0], broken, methods=["POST"])]
+    assert server.post(**ASK).text == "{what"
 
 
 def test_hidden_tokens_have_no_values():
