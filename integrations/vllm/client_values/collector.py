@@ -29,7 +29,8 @@ class ValueCollector:
         """
         Args:
             ask: the call.
-            patience: seconds that a response waits for it; what it lacks then it goes without.
+            patience: seconds that responses wait for one; what they lack then they go without, as
+                do all others until a call is answered again.
             every: seconds between calls for responses that wait for nothing yet.
         """
         self._ask = ask
@@ -39,6 +40,9 @@ class ValueCollector:
         self._call: asyncio.Task[None] | None = None
         self._relief: asyncio.Task[None] | None = None
         self._said: set[str] = set()
+        # All that were not answered yet; asyncio itself would forget them.
+        self._answers: set[asyncio.Task[None]] = set()
+        self._is_late = False
         self.calls = 0
 
     def __len__(self) -> int:
@@ -57,12 +61,16 @@ class ValueCollector:
     async def known(self, name: str, texts: Sequence[bytes], tokens: Sequence[int]) -> Known:
         """What there is of these tokens of an open response, each behind its text."""
         known = self._open[name]
-        # The first call may have begun before the token came.
-        for _ in range(2):
-            if not known.lacks(texts, tokens):
+        # One that is under way may have begun before the tokens came; the next one did not.
+        for _ in range(2 if self._is_under_way else 1):
+            if self._is_late or not known.lacks(texts, tokens):
                 break
-            await asyncio.wait({self.ahead()}, timeout=self._patience)
+            await asyncio.wait({self.ahead()})
         return known
+
+    @property
+    def _is_under_way(self) -> bool:
+        return self._call is not None and not self._call.done()
 
     def ahead(self) -> asyncio.Task[None]:
         """The call that is under way; begins one where there is none.
@@ -73,19 +81,30 @@ class ValueCollector:
             self._call = asyncio.create_task(self._fetch())
         return self._call
 
+    async def _fetch(self) -> None:
+        """A call, for so long as anyone waits for it; what it brings later is kept as well."""
+        self.calls += 1
+        answer = asyncio.create_task(self._answer())
+        self._answers.add(answer)
+        answer.add_done_callback(self._answers.discard)
+        _, late = await asyncio.wait({answer}, timeout=self._patience)
+        if late:
+            self._is_late = True
+            self.warn(_NO_ANSWER, f"nothing came within {self._patience:g} seconds")
+
     def warn(self, reason: str, detail: object) -> None:
         """Says why responses go without values; of one reason once."""
         if reason not in self._said:
             logger.warning("responses go without values: %s: %s", reason, detail)
         self._said.add(reason)
 
-    async def _fetch(self) -> None:
-        self.calls += 1
+    async def _answer(self) -> None:
         try:
             answers = await self._ask(list(self._open))
         except Exception as error:
             self.warn(_NO_ANSWER, error)
             return
+        self._is_late = False
         self._said.discard(_NO_ANSWER)
         for data in answers:
             for name, records in decoded(data).items():

@@ -116,9 +116,9 @@ class StreamedReply:
 
 
 async def _with_values(values: ResponseValues, data: bytes) -> bytes:
-    """JSON with values; what is none goes on as it came."""
+    """A JSON object with values; what is none goes on as it came."""
     try:
-        answer = msgspec.json.decode(data)
+        answer = msgspec.json.decode(data, type=dict[str, Any])
     except msgspec.DecodeError:
         return data
     await values.add(answer)

@@ -1,5 +1,6 @@
 """Where the values stand in a response, or in the chunks of one: `choices[i].guided_decode`."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
@@ -30,11 +31,8 @@ class ResponseValues:
         The response goes on whatever fails here.
         """
         choices: list[dict[str, Any]] = answer.get("choices") or []
-        shared = answer.get("prompt_token_ids")
         try:
-            for choice in choices:
-                self._begin(choice, choice.get("prompt_token_ids") or shared)
-                await self._add_to(choice)
+            await self._add(choices, answer.get("prompt_token_ids"))
         except Exception as error:
             self._collector.warn("they could not be put into one", repr(error))
             for choice in choices:
@@ -42,20 +40,31 @@ class ResponseValues:
         for part in (answer, *choices):
             self._clean(part)
 
-    def _begin(self, choice: dict[str, Any], prompt: list[int] | None) -> None:
-        if prompt is not None and choice["index"] not in self._choices:
-            self._choices[choice["index"]] = GrowingText(prompt)
-
-    async def _add_to(self, choice: dict[str, Any]) -> None:
-        tokens, text = choice.get("token_ids"), self._choices.get(choice["index"])
-        if tokens is None or text is None:
-            # The chunk that opens a choice has no tokens, and hidden reasoning shows none.
-            if "delta" not in choice:
+    async def _add(self, choices: Sequence[dict[str, Any]], prompt: list[int] | None) -> None:
+        """All choices of one answer wait together. prompt: theirs, where they share one."""
+        pieces: list[tuple[dict[str, Any], list[bytes], list[int]]] = []
+        for choice in choices:
+            text = self._text(choice, choice.get("prompt_token_ids") or prompt)
+            tokens: list[int] | None = choice.get("token_ids")
+            if text is not None and tokens is not None:
+                pieces.append((choice, texts_before(text, tokens), tokens))
+            elif "delta" not in choice:
+                # The chunk that opens a choice has no tokens, and hidden reasoning shows none.
                 choice[FIELD] = None
+        if not pieces:
             return
-        texts = texts_before(text, tokens)
-        known = await self._collector.known(self._name, texts, tokens)
-        choice[FIELD] = token_values(known, texts, tokens)._asdict()
+        before = [text for _, texts, _ in pieces for text in texts]
+        chosen = [token for _, _, tokens in pieces for token in tokens]
+        known = await self._collector.known(self._name, before, chosen)
+        for choice, texts, tokens in pieces:
+            choice[FIELD] = token_values(known, texts, tokens)._asdict()
+
+    def _text(self, choice: dict[str, Any], prompt: list[int] | None) -> GrowingText | None:
+        """The choice's, as far as it has come; None where its prompt was not told."""
+        index = choice["index"]
+        if prompt is not None and index not in self._choices:
+            self._choices[index] = GrowingText(prompt)
+        return self._choices.get(index)
 
     def _clean(self, part: dict[str, Any]) -> None:
         if self._keep_ids:

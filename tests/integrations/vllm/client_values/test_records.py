@@ -1,0 +1,78 @@
+"""What is kept of a text: merged, bounded, and found again by the text's digest."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs fastapi, which comes with vLLM")
+
+from guided_decode.integrations.vllm.client_values.records import (
+    Known,
+    decoded,
+    encoded,
+    record,
+    token_values,
+)
+from guided_decode.integrations.vllm.client_values.store import ValueStore
+from guided_decode.integrations.vllm.client_values.texts import GrowingText, HandleText
+from guided_decode.prefix import PrefixHandle
+from tests.integrations.vllm.client_values.served import PROMPT, records_of
+
+
+def test_what_nobody_fetches_is_dropped_from_the_oldest_on(caplog):
+    one = next(iter(records_of([4])))
+    store = ValueStore(most_bytes=3 * one.size)
+    for name in "abc":
+        store.add(name, one)
+    assert decoded(store.take("a")) == {"a": [one]}
+    store.add("a", one)
+    store.add("d", one)
+    # What was fetched once is the newest.
+    assert decoded(store.take("abcd")) == {name: [one] for name in "cad"}
+    assert store.bytes == len(store) == 0
+    for _ in range(1000):
+        store.add("e", one)
+    assert store.bytes <= 3 * one.size
+    assert caplog.text.count("values that no client fetched are dropped") == 1
+
+
+def test_what_is_no_number_is_left_out():
+    kept = record(b"x", math.inf, {3: math.nan, 4: math.inf, 5: -1.5})
+    (back,) = decoded(encoded({"a": [kept]}))["a"]
+    assert math.isnan(back.value)
+    assert [back.advantage(token) for token in (3, 4, 5, 6)] == [None, None, -1.5, None]
+
+
+def test_steps_of_one_text_know_together_what_each_knows():
+    text = GrowingText(PROMPT).digest()
+    steps = [
+        record(text, None, {}, final=False),
+        record(text, 1.5, {4: 0.25, 5: -0.5}, final=True),
+        # Pruned, and of other candidates.
+        record(text, 1.5, {}, final=False),
+        record(text, None, {5: -0.5, 6: 2.0}, final=True),
+    ]
+    for order in itertools.permutations(steps):
+        known = Known()
+        known.add(order)
+        assert token_values(known, [text] * 4, [4, 5, 6, 7]) == (
+            [1.5] * 4, [0.25, -0.5, 2.0, None]
+        )  # fmt: skip
+        found = known.get(text)
+        assert found.final
+        assert len(found.tokens) == 3 * 8
+        assert len(found.advantages) == 3 * 4
+
+
+def test_a_handles_digest_is_that_of_its_tokens_whatever_becomes_of_it():
+    text, handle = HandleText(), PrefixHandle(PROMPT)
+    assert text.digest(handle) == GrowingText(PROMPT).digest()
+    handle.append(4)
+    assert text.digest(handle) == GrowingText([*PROMPT, 4]).digest()
+    assert text.digest(handle) == GrowingText([*PROMPT, 4]).digest()
+    for tokens in ([*PROMPT, 5, 6], PROMPT[:2], [1, 2, 3, 4, 5]):
+        handle.sync(tokens)
+        assert text.digest(handle) == GrowingText(tokens).digest()
