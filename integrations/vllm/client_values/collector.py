@@ -5,6 +5,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from guided_decode.integrations.vllm.client_values.records import Known, decoded
+from guided_decode.integrations.vllm.client_values.turns import turns
 
 logger = logging.getLogger("guided_decode")
 
@@ -63,7 +64,7 @@ class ValueCollector:
         known = self._open[name]
         # One that is under way may have begun before the tokens came; the next one did not.
         for _ in range(2 if self._is_under_way else 1):
-            if self._is_late or not known.lacks(texts, tokens):
+            if self._is_late or not await _lacks(known, texts, tokens):
                 break
             await asyncio.wait({self.ahead()})
         return known
@@ -108,8 +109,9 @@ class ValueCollector:
         self._said.discard(_NO_ANSWER)
         for data in answers:
             for name, records in decoded(data).items():
-                if name in self._open:
-                    self._open[name].add(records)
+                known = self._open.get(name, Known())
+                async for i in turns(len(records)):
+                    known.add(records[i])
 
     async def _relieve(self) -> None:
         while True:
@@ -117,3 +119,7 @@ class ValueCollector:
             if not self._open:
                 return
             await self.ahead()
+
+
+async def _lacks(known: Known, texts: Sequence[bytes], tokens: Sequence[int]) -> bool:
+    return any([known.lacks(texts[i], tokens[i]) async for i in turns(len(texts))])

@@ -15,7 +15,6 @@ from guided_decode.integrations.vllm.client_values.records import (
     Known,
     TokenValues,
     decoded,
-    texts_before,
     token_values,
 )
 from guided_decode.integrations.vllm.client_values.texts import GrowingText
@@ -47,4 +46,4 @@ def take_values(llm: Any, outputs: Sequence[Any], name: str) -> list[list[TokenV
 
 
 def _of(known: Known, prompt: Sequence[int], tokens: Sequence[int]) -> TokenValues:
-    return token_values(known, texts_before(GrowingText(prompt), tokens), tokens)
+    return token_values(known, GrowingText(prompt).digests_before(tokens), tokens)

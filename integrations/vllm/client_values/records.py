@@ -1,13 +1,15 @@
 """What is known of one step of a row, and what becomes of that once its token is chosen."""
 
 import math
+import struct
+import sys
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import msgspec
 import numpy as np
 
-from guided_decode.integrations.vllm.client_values.texts import GrowingText
+_FLOAT32 = struct.Struct("f")
 
 
 class Record(NamedTuple):
@@ -31,10 +33,15 @@ class Record(NamedTuple):
 
     def advantage(self, token: int) -> float | None:
         """Of this candidate; None where it was not scored."""
-        found = np.flatnonzero(np.frombuffer(self.tokens, np.int64) == token)
-        if not len(found):
-            return None
-        return float(np.frombuffer(self.advantages, np.float32)[found[0]])
+        # Of so few the bytes are searched faster than an array is made of them.
+        wanted = token.to_bytes(8, sys.byteorder, signed=True)
+        at = self.tokens.find(wanted)
+        while at % 8 and at >= 0:
+            at = self.tokens.find(wanted, at + 1)
+        return None if at < 0 else _FLOAT32.unpack_from(self.advantages, at // 2)[0]
+
+
+_DECODER = msgspec.msgpack.Decoder(dict[str, list[Record]])
 
 
 def record(
@@ -58,10 +65,7 @@ def encoded(records: Mapping[str, Sequence[Record]]) -> bytes:
 
 def decoded(data: bytes) -> dict[str, list[Record]]:
     """What `encoded` wrote; of nothing, nothing."""
-    if not data:
-        return {}
-    given: dict[str, list[Any]] = msgspec.msgpack.decode(data)
-    return {name: [Record(*each) for each in several] for name, several in given.items()}
+    return _DECODER.decode(data) if data else {}
 
 
 def merged(one: Record, other: Record) -> Record:
@@ -114,15 +118,6 @@ class TokenValues(NamedTuple):
 
     prefix_values: list[float | None]
     advantages: list[float | None]
-
-
-def texts_before(text: GrowingText, tokens: Sequence[int]) -> list[bytes]:
-    """The digest before each of the tokens, which `text` then has as well."""
-    found = []
-    for token in tokens:
-        found.append(text.digest())
-        text.extend([token])
-    return found
 
 
 def token_values(known: Known, texts: Sequence[bytes], tokens: Sequence[int]) -> TokenValues:

@@ -4,8 +4,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
-from guided_decode.integrations.vllm.client_values.records import texts_before, token_values
+from guided_decode.integrations.vllm.client_values.records import TokenValues, token_values
 from guided_decode.integrations.vllm.client_values.texts import GrowingText
+from guided_decode.integrations.vllm.client_values.turns import turns
 
 FIELD = "guided_decode"
 
@@ -24,6 +25,8 @@ class ResponseValues:
         self._collector = collector
         self._keep_ids = keep_ids
         self._choices: dict[int, GrowingText] = {}
+        self._prompt: list[int] = []
+        self._begun = GrowingText()
 
     async def add(self, answer: dict[str, Any]) -> None:
         """Puts the values into a response or a chunk, as vLLM writes it with return_token_ids.
@@ -47,7 +50,10 @@ class ResponseValues:
             text = self._text(choice, choice.get("prompt_token_ids") or prompt)
             tokens: list[int] | None = choice.get("token_ids")
             if text is not None and tokens is not None:
-                pieces.append((choice, texts_before(text, tokens), tokens))
+                texts = [
+                    t async for i in turns(len(tokens)) for t in text.digests_before(tokens[i])
+                ]
+                pieces.append((choice, texts, tokens))
             elif "delta" not in choice:
                 # The chunk that opens a choice has no tokens, and hidden reasoning shows none.
                 choice[FIELD] = None
@@ -57,13 +63,21 @@ class ResponseValues:
         chosen = [token for _, _, tokens in pieces for token in tokens]
         known = await self._collector.known(self._name, before, chosen)
         for choice, texts, tokens in pieces:
-            choice[FIELD] = token_values(known, texts, tokens)._asdict()
+            found = TokenValues([], [])
+            async for i in turns(len(tokens)):
+                piece = token_values(known, texts[i], tokens[i])
+                found.prefix_values.extend(piece.prefix_values)
+                found.advantages.extend(piece.advantages)
+            choice[FIELD] = found._asdict()
 
     def _text(self, choice: dict[str, Any], prompt: list[int] | None) -> GrowingText | None:
         """The choice's, as far as it has come; None where its prompt was not told."""
         index = choice["index"]
         if prompt is not None and index not in self._choices:
-            self._choices[index] = GrowingText(prompt)
+            # Samples of one prompt, which may be long, stand side by side.
+            if prompt != self._prompt:
+                self._prompt, self._begun = prompt, GrowingText(prompt)
+            self._choices[index] = self._begun.copy()
         return self._choices.get(index)
 
     def _clean(self, part: dict[str, Any]) -> None:

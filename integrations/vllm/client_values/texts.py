@@ -33,6 +33,21 @@ class GrowingText:
         """16 bytes, of the tokens so far."""
         return self._hash.copy().digest()
 
+    def digests_before(self, tokens: Sequence[int]) -> list[bytes]:
+        """The digest before each of these token ids, [n], which it then has as well."""
+        ids, found = np.asarray(tokens, np.int64).tobytes(), []
+        for at in range(0, len(ids), 8):
+            found.append(self._hash.copy().digest())
+            self._hash.update(ids[at : at + 8])
+        self.length += len(found)
+        return found
+
+    def copy(self) -> "GrowingText":
+        """One that goes on by itself."""
+        other = GrowingText()
+        other._hash, other.length = self._hash.copy(), self.length
+        return other
+
 
 class HandleText:
     """The digest of a handle's history; only what is new is read."""

@@ -67,6 +67,25 @@ def test_steps_of_one_text_know_together_what_each_knows():
         assert len(found.advantages) == 3 * 4
 
 
+def test_the_digests_before_tokens_are_those_of_the_texts():
+    text = GrowingText(PROMPT)
+    tokens = [4, 2**40, 0]
+    whole = [*PROMPT, *tokens]
+    copy = text.copy()
+    expected = [GrowingText(whole[: len(PROMPT) + i]).digest() for i in range(4)]
+    assert text.digests_before(tokens) == expected[:3]
+    assert text.digest() == expected[3]
+    assert text.length == len(whole)
+    assert copy.digest() == expected[0]
+    assert copy.length == len(PROMPT)
+
+
+def test_a_candidate_is_found_by_its_whole_id():
+    # The bytes of 1 also stand across those of the first two.
+    one = record(b"x", 1.0, {2**56: 0.25, 0: 0.5, 1: -1.5})
+    assert [one.advantage(token) for token in (2**56, 0, 1, 2)] == [0.25, 0.5, -1.5, None]
+
+
 def test_a_handles_digest_is_that_of_its_tokens_whatever_becomes_of_it():
     text, handle = HandleText(), PrefixHandle(PROMPT)
     assert text.digest(handle) == GrowingText(PROMPT).digest()
