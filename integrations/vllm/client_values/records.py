@@ -104,6 +104,10 @@ class Known:
             return found.advantage(token) is not None
         return found.final
 
+    def absent(self, texts: Sequence[bytes]) -> int:
+        """How many of these have no record."""
+        return sum(text not in self._records for text in texts)
+
     def get(self, text: bytes) -> Record | None:
         return self._records.get(text)
 

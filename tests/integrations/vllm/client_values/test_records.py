@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 
 pytest.importorskip("fastapi", reason="needs fastapi, which comes with vLLM")
 
+from guided_decode.integrations.vllm.client_values.offline import take_values
 from guided_decode.integrations.vllm.client_values.records import (
     Known,
     decoded,
@@ -18,8 +20,9 @@ from guided_decode.integrations.vllm.client_values.records import (
 )
 from guided_decode.integrations.vllm.client_values.store import ValueStore
 from guided_decode.integrations.vllm.client_values.texts import GrowingText, HandleText
+from guided_decode.integrations.vllm.client_values.worker import EXTENSION
 from guided_decode.prefix import PrefixHandle
-from tests.integrations.vllm.client_values.served import PROMPT, records_of
+from tests.integrations.vllm.client_values.served import PROMPT, records_of, shown
 
 
 def test_what_nobody_fetches_is_dropped_from_the_oldest_on(caplog):
@@ -33,10 +36,46 @@ def test_what_nobody_fetches_is_dropped_from_the_oldest_on(caplog):
     # What was fetched once is the newest.
     assert decoded(store.take("abcd")) == {name: [one] for name in "cad"}
     assert store.bytes == len(store) == 0
-    for _ in range(1000):
-        store.add("e", one)
-    assert store.bytes <= 3 * one.size
     assert caplog.text.count("values that no client fetched are dropped") == 1
+
+
+def test_of_one_name_the_newest_stay():
+    several = list(records_of([*range(10, 20)]))
+    store = ValueStore(most_bytes=sum(each.size for each in several[-3:]))
+    for each in several:
+        store.add("a", each)
+        assert store.bytes <= 3 * each.size
+    assert decoded(store.take("a")) == {"a": several[-3:]}
+    assert store.bytes == 0
+
+
+def test_in_process_it_is_said_how_many_tokens_have_nothing(caplog):
+    sample = [4, 5, 6]
+    several = list(records_of(sample))
+    store = ValueStore(most_bytes=2 * several[0].size)
+    for each in several:
+        store.add("a", each)
+
+    class Llm:
+        llm_engine = SimpleNamespace(vllm_config=SimpleNamespace(parallel_config=SimpleNamespace(
+            data_parallel_size=1, worker_extension_cls=EXTENSION)))  # fmt: skip
+
+        def collective_rpc(self, method, args):
+            return [store.take(*args), b""]
+
+    samples = [SimpleNamespace(token_ids=each) for each in (sample, sample[:1])]
+    outputs = [SimpleNamespace(prompt_token_ids=PROMPT, outputs=samples)]
+    ((first, second),) = take_values(Llm(), outputs, "a")
+    whole = shown(sample)
+    assert first.prefix_values == [None, *whole["prefix_values"][1:]]
+    assert first.advantages == [None, *whole["advantages"][1:]]
+    assert second == ([None], [None])
+    assert "2 of 4 tokens have no values" in caplog.text
+    caplog.clear()
+    for each in several[1:]:
+        store.add("a", each)
+    take_values(Llm(), [], "a")
+    assert not caplog.text
 
 
 def test_what_is_no_number_is_left_out():
