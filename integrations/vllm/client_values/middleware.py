@@ -111,7 +111,9 @@ class _Exchange:
         self._collector = self._middleware.collector(self._scope)
         self._collector.open(name)
         self._name = name
-        self._values = ResponseValues(name, self._collector, keep_ids=asked.keeps_ids)
+        self._values = ResponseValues(
+            name, self._collector, keep_ids=asked.keeps_ids, choices=asked.choices
+        )
 
     async def send(self, message: Message) -> None:
         """The response as it goes on, with values where its request asked for them."""

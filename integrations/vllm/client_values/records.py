@@ -3,7 +3,7 @@
 import math
 import struct
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import msgspec
@@ -86,6 +86,9 @@ class Known:
     def __init__(self) -> None:
         self._records: dict[bytes, Record] = {}
 
+    def __len__(self) -> int:
+        return len(self._records)
+
     def add(self, records: Sequence[Record]) -> None:
         for each in records:
             found = self._records.get(each.text)
@@ -103,6 +106,11 @@ class Known:
             # A sibling's candidates may differ by rounding, and its record be under way.
             return found.advantage(token) is not None
         return found.final
+
+    def forget(self, texts: Iterable[bytes]) -> None:
+        """Nobody asks for these any more."""
+        for text in texts:
+            self._records.pop(text, None)
 
     def absent(self, texts: Sequence[bytes]) -> int:
         """How many of these have no record."""

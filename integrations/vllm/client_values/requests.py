@@ -7,10 +7,12 @@ _VALUES, _NAME = "guide_values", "guide_values_id"
 
 
 class Asked(NamedTuple):
-    """body: as it goes on to vLLM. keeps_ids: the client asked for token ids itself."""
+    """body: as it goes on to vLLM. keeps_ids: the client asked for token ids itself. choices: that
+    its response will have, or more."""
 
     body: bytes
     keeps_ids: bool
+    choices: int
 
 
 def asked_of(body: bytes, name: str) -> Asked | None:
@@ -40,7 +42,20 @@ def asked_of(body: bytes, name: str) -> Asked | None:
     _refuse(request, keeps_ids=keeps_ids)
     request["vllm_xargs"] = {**given, _NAME: name}
     request["return_token_ids"] = True
-    return Asked(json.dumps(request).encode(), keeps_ids)
+    return Asked(json.dumps(request).encode(), keeps_ids, _choices(request))
+
+
+def _choices(request: dict[str, Any]) -> int:
+    prompt, samples = request.get("prompt"), request.get("n")
+    prompts = 1
+    # A prompt in token ids is a list as well.
+    if isinstance(prompt, list) and not (prompt and isinstance(prompt[0], int)):
+        prompts = len(prompt)
+    try:
+        return prompts * int(samples or 1)
+    except (TypeError, ValueError):
+        # For vLLM to refuse.
+        return prompts
 
 
 def _refuse(request: dict[str, Any], *, keeps_ids: bool) -> None:

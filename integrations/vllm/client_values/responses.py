@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
+from guided_decode.integrations.vllm.client_values.passed import PassedTexts
 from guided_decode.integrations.vllm.client_values.records import TokenValues, token_values
 from guided_decode.integrations.vllm.client_values.texts import GrowingText
 from guided_decode.integrations.vllm.client_values.turns import turns
@@ -14,17 +15,21 @@ FIELD = "guided_decode"
 class ResponseValues:
     """One response: its choices' texts as far as they have come."""
 
-    def __init__(self, name: str, collector: ValueCollector, *, keep_ids: bool) -> None:
+    def __init__(
+        self, name: str, collector: ValueCollector, *, keep_ids: bool, choices: int
+    ) -> None:
         """
         Args:
             name: of its request; open in the collector.
             collector: has what the worker knows.
             keep_ids: whether the client asked for token ids itself; else they are taken out again.
+            choices: that the response has in all.
         """
         self._name = name
         self._collector = collector
         self._keep_ids = keep_ids
         self._choices: dict[int, GrowingText] = {}
+        self._passed = PassedTexts(choices)
         self._prompt: list[int] = []
         self._begun = GrowingText()
 
@@ -69,6 +74,12 @@ class ResponseValues:
                 found.prefix_values.extend(piece.prefix_values)
                 found.advantages.extend(piece.advantages)
             choice[FIELD] = found._asdict()
+            self._advance(choice, texts)
+        known.forget(self._passed.take())
+
+    def _advance(self, choice: dict[str, Any], texts: Sequence[bytes]) -> None:
+        index, ends = choice["index"], choice.get("finish_reason") is not None
+        self._passed.advance(index, texts, self._choices[index].length, ends=ends)
 
     def _text(self, choice: dict[str, Any], prompt: list[int] | None) -> GrowingText | None:
         """The choice's, as far as it has come; None where its prompt was not told."""

@@ -102,7 +102,7 @@ def test_a_hung_engine_is_waited_for_once_for_all(caplog):
             patch.setattr(asyncio, "wait", counted)
             for name in "abc":
                 found.open(name)
-                values = ResponseValues(name, found, keep_ids=False)
+                values = ResponseValues(name, found, keep_ids=False, choices=8)
                 choices = [{"index": i, "token_ids": [i]} for i in range(8)]
                 await values.add({"prompt_token_ids": PROMPT, "choices": choices})
                 nothing = {"prefix_values": [None], "advantages": [None]}
