@@ -21,7 +21,7 @@ _Receive = Callable[[], Awaitable[_Message]]
 _App = Callable[[_Message, _Receive, Callable[[_Message], Awaitable[None]]], Awaitable[None]]
 
 _FIELD = b"use_beam_search"
-# What vLLM's own model of a request takes for true: 1, "true", "yes".
+# 1, "true", "yes".
 _TRUE = TypeAdapter(bool)
 
 
@@ -92,7 +92,7 @@ class _Body:
 
 def refusal_of(request: object, *, by_default: bool) -> str | None:
     """Why a request is not served: it asks for beams and, by a key or by default, for guidance."""
-    if not isinstance(request, dict) or not _is_true(request.get("use_beam_search")):
+    if not isinstance(request, dict) or not is_true(request.get("use_beam_search")):
         return None
     given = request.get("vllm_xargs")
     own = {k: v for k, v in given.items() if is_own_key(k)} if isinstance(given, dict) else {}
@@ -113,7 +113,8 @@ def refusal_of(request: object, *, by_default: bool) -> str | None:
     return None
 
 
-def _is_true(value: object) -> bool:
+def is_true(value: object) -> bool:
+    """Whether vLLM's own model of a request takes a value for true."""
     try:
         return _TRUE.validate_python(value)
     except ValidationError:

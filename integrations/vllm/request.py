@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from guided_decode.guidance.config import GuidanceConfig
+from guided_decode.integrations.vllm.client_values.names import NAMES
 from guided_decode.integrations.vllm.request_ends import (
     Pruning,
     SamplingParams,
@@ -66,6 +67,8 @@ def check_request(params: SamplingParams, config: ServerConfig | None) -> None:
     if keys is None:
         return
     check_combination(keys)
+    if keys.values_id is not None:
+        NAMES.check(keys.values_id)
     listed = len(params.stop_token_ids or ())
     if listed > MOST_STOP_IDS:
         raise ValueError(

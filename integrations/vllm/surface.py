@@ -312,12 +312,16 @@ _CLIENT_VALUES = (
         Name(
             f"{_OPENAI}.{path}Request",
             f"{_VALUES}/requests.py",
-            has=("echo", "return_token_ids", "use_beam_search", "vllm_xargs"),
+            has=("echo", "n", "return_token_ids", "use_beam_search", "vllm_xargs"),
         )
         for path in ("chat_completion.protocol.ChatCompletion", "completion.protocol.Completion")
     ),
     *(
-        Name(f"{_OPENAI}.{path}", f"{_VALUES}/responses.py", has=("index", "token_ids", *more))
+        Name(
+            f"{_OPENAI}.{path}",
+            f"{_VALUES}/responses.py",
+            has=("finish_reason", "index", "token_ids", *more),
+        )
         for path, more in (
             ("chat_completion.protocol.ChatCompletionResponseChoice", ()),
             ("chat_completion.protocol.ChatCompletionResponseStreamChoice", ("delta",)),

@@ -8,13 +8,13 @@ worker, and is answered with token ids, by which they are found there. All other
 responses pass as they are; of their bodies only the bytes are looked through.
 """
 
-import secrets
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 
 from fastapi import HTTPException
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
+from guided_decode.integrations.vllm.client_values.names import NAMES
 from guided_decode.integrations.vllm.client_values.replies import JsonReply, StreamedReply, reply_to
 from guided_decode.integrations.vllm.client_values.requests import Asked, asked_of
 from guided_decode.integrations.vllm.client_values.responses import ResponseValues
@@ -40,14 +40,15 @@ class ValuesToClient:
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serves one connection; HTTPException comes up where its body is read."""
         is_post = scope["type"] == "http" and scope["method"] == "POST"
-        if not is_post or not scope["path"].endswith(_PATHS):
-            await self._app(scope, receive, send)
-            return
-        exchange = _Exchange(self, scope, receive, send)
-        try:
-            await self._app(scope, exchange.receive, exchange.send)
-        finally:
-            exchange.close()
+        with NAMES.serving():
+            if not is_post or not scope["path"].endswith(_PATHS):
+                await self._app(scope, receive, send)
+                return
+            exchange = _Exchange(self, scope, receive, send)
+            try:
+                await self._app(scope, exchange.receive, exchange.send)
+            finally:
+                exchange.close()
 
     def collector(self, scope: Message) -> ValueCollector:
         """What asks the worker for this server's responses.
@@ -97,23 +98,23 @@ class _Exchange:
 
     def _asked(self, body: bytes) -> bytes:
         """The body as it goes on."""
-        name = secrets.token_hex(16)
         try:
-            asked = asked_of(body, name)
+            asked = asked_of(body)
             if asked is None:
                 return body
-            self._open(name, asked)
+            return asked.body(self._open(asked))
         except ValueError as error:
             raise HTTPException(400, str(error)) from None
-        return asked.body
 
-    def _open(self, name: str, asked: Asked) -> None:
+    def _open(self, asked: Asked) -> str:
+        """The request's name."""
         self._collector = self._middleware.collector(self._scope)
+        self._name = name = NAMES.draw()
         self._collector.open(name)
-        self._name = name
         self._values = ResponseValues(
             name, self._collector, keep_ids=asked.keeps_ids, choices=asked.choices
         )
+        return name
 
     async def send(self, message: Message) -> None:
         """The response as it goes on, with values where its request asked for them."""
@@ -126,3 +127,4 @@ class _Exchange:
         """The response is over, however it ended."""
         if self._collector is not None and self._name is not None:
             self._collector.close(self._name)
+            NAMES.drop(self._name)

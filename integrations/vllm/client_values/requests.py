@@ -3,22 +3,30 @@
 import json
 from typing import Any, NamedTuple
 
+from guided_decode.integrations.vllm.beam_refusal import is_true
+
 _VALUES, _NAME = "guide_values", "guide_values_id"
 
 
 class Asked(NamedTuple):
-    """body: as it goes on to vLLM. keeps_ids: the client asked for token ids itself. choices: that
-    its response will have, or more."""
+    """A request that asks for values.
 
-    body: bytes
+    request: as it came. keeps_ids: the client asked for token ids itself. choices: that its
+    response will have.
+    """
+
+    request: dict[str, Any]
     keeps_ids: bool
     choices: int
 
+    def body(self, name: str) -> bytes:
+        """What goes on to vLLM. name: the request's, which a client's own does not give way to."""
+        given = {_NAME: name, **self.request["vllm_xargs"]}
+        return json.dumps({**self.request, "vllm_xargs": given, "return_token_ids": True}).encode()
 
-def asked_of(body: bytes, name: str) -> Asked | None:
-    """What becomes of a body that asks for values; None where it goes on as it is.
 
-    name: the request's.
+def asked_of(body: bytes) -> Asked | None:
+    """What a body asks for; None where it goes on as it is.
 
     Raises ValueError: it asks for what cannot be had.
     """
@@ -30,19 +38,11 @@ def asked_of(body: bytes, name: str) -> Asked | None:
         # For vLLM to refuse.
         return None
     given = request.get("vllm_xargs") if isinstance(request, dict) else None
-    if not isinstance(given, dict):
+    if not isinstance(given, dict) or given.get(_VALUES) not in (1, True):
         return None
-    if _NAME in given:
-        raise ValueError(
-            f"{_NAME} is for engines in process: over HTTP the server chooses it; drop it"
-        )
-    if given.get(_VALUES) not in (1, True):
-        return None
-    keeps_ids = bool(request.get("return_token_ids"))
+    keeps_ids = is_true(request.get("return_token_ids"))
     _refuse(request, keeps_ids=keeps_ids)
-    request["vllm_xargs"] = {**given, _NAME: name}
-    request["return_token_ids"] = True
-    return Asked(json.dumps(request).encode(), keeps_ids, _choices(request))
+    return Asked(request, keeps_ids, _choices(request))
 
 
 def _choices(request: dict[str, Any]) -> int:
@@ -59,12 +59,12 @@ def _choices(request: dict[str, Any]) -> int:
 
 
 def _refuse(request: dict[str, Any], *, keeps_ids: bool) -> None:
-    if request.get("use_beam_search"):
+    if is_true(request.get("use_beam_search")):
         raise ValueError(
             f"use_beam_search was given together with {_VALUES}, but vLLM's beam search drops "
             "vllm_xargs: drop one of them"
         )
-    if request.get("echo") and "prompt" in request and not keeps_ids:
+    if is_true(request.get("echo")) and "prompt" in request and not keeps_ids:
         # With token ids vLLM leaves the prompt out of the text.
         raise ValueError(
             f"echo was given together with {_VALUES}, which needs the response's token ids, and "

@@ -17,6 +17,7 @@ from guided_decode.integrations.vllm.client_values.records import record
 from guided_decode.integrations.vllm.client_values.store import ValueStore
 from guided_decode.integrations.vllm.client_values.texts import GrowingText
 from guided_decode.integrations.vllm.client_values.worker import EXTENSION
+from guided_decode.integrations.vllm.request import check_request
 
 PROMPT = [7, 8, 9]
 # Two samples; V of a text is a hundred times its length, plus its last token.
@@ -84,7 +85,7 @@ class Server:
         self.engine = engine or Engine()
         self.seen = []
         self.scored = True
-        paths = ("/v1/completions", "/v1/chat/completions")
+        paths = ("/v1/completions", "/v1/chat/completions", "/v1/responses")
         routes = [Route(path, self.answer, methods=["POST"]) for path in paths]
         self.vllm = Starlette(routes=routes)
         self.vllm.state.engine_client = self.engine
@@ -99,6 +100,12 @@ class Server:
 
     async def answer(self, request):
         body = await request.json()
+        try:
+            # As vLLM checks parameters, on whichever thread.
+            given = SimpleNamespace(extra_args=body.get("vllm_xargs"), stop_token_ids=None)
+            await asyncio.get_running_loop().run_in_executor(None, check_request, given, None)
+        except ValueError as error:
+            return JSONResponse({"error": {"message": str(error)}}, 400)
         self.seen.append(body)
         is_chat = "chat" in str(request.url)
         if body.get("stream"):
@@ -144,14 +151,14 @@ class Server:
     def event(self, choices, **more):
         return "data: " + json.dumps({"id": "x", "choices": choices, **more}) + "\n\n"
 
-    def post(self, path="/v1/chat/completions", *, then=None, **body):
+    def post(self, path="/v1/chat/completions", *, content=None, **body):
+        """content: the body as it is; else it is the JSON of the rest."""
+        content = json.dumps(body) if content is None else content
+
         async def posted():
             transport = httpx.ASGITransport(app=self.vllm)
             async with httpx.AsyncClient(transport=transport, base_url="http://here") as client:
-                response = await client.post(path, json=body)
-            if then is not None:
-                await then()
-            return response
+                return await client.post(path, content=content)
 
         return asyncio.run(posted())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import zlib
 from types import SimpleNamespace
 
@@ -17,10 +18,12 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from guided_decode.integrations.vllm.client_values.collector import ValueCollector
+from guided_decode.integrations.vllm.client_values.names import NAMES
 from guided_decode.integrations.vllm.client_values.worker import (
     ValuesOfWorker,
     refuse_unreadable,
 )
+from guided_decode.integrations.vllm.request import check_request
 from tests import PATIENCE
 from tests.integrations.vllm.client_values.served import (
     ASK,
@@ -42,6 +45,8 @@ def test_each_choice_has_a_value_and_an_advantage_a_token(path):
     # The token ids were for us alone.
     assert all(choice["token_ids"] is None for choice in choices)
     assert len(server.engine.store) == len(server.values._collector) == 0
+    assert not NAMES._names
+    assert not NAMES._served
 
 
 @pytest.mark.parametrize("path", PATHS)
@@ -104,9 +109,8 @@ def test_the_request_goes_on_with_a_name_of_its_own():
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        ({"vllm_xargs": {"guide_values": 1, "guide_values_id": "x" * 32}},
-         "guide_values_id is for engines in process"),
         ({**ASK, "use_beam_search": True}, "vLLM's beam search drops vllm_xargs"),
+        ({**ASK, "use_beam_search": "yes"}, "vLLM's beam search drops vllm_xargs"),
         ({**ASK, "prompt": "x", "echo": True}, "with them vLLM echoes no text"),
     ],
 )  # fmt: skip
@@ -116,6 +120,29 @@ def test_what_cannot_be_had_is_refused(more, message):
     assert response.status_code == 400
     assert message in response.text
     assert not server.seen
+
+
+def test_what_vllm_takes_for_false_is_false():
+    off = {"use_beam_search": "false", "echo": "0", "return_token_ids": "no"}
+    (first, _) = choices_of(Server().post("/v1/completions", **ASK, prompt="x", **off))
+    assert first["guided_decode"] == shown(SAMPLES[0])
+    assert first["token_ids"] is None
+
+
+OWN = '{"vllm_xargs": {"guide_values": 1, "guide_values_id": "0123456789abcdef"}}'
+
+
+@pytest.mark.parametrize("path", [*PATHS, "/v1/responses"])
+@pytest.mark.parametrize("body", [OWN, OWN.replace("_", "\\u005f").replace("vllm\\u005f", "vllm_")])
+def test_a_name_of_the_clients_own_is_refused_on_every_route(path, body):
+    server = Server()
+    response = server.post(path, content=body)
+    assert response.status_code == 400
+    assert "guide_values_id is for engines in process" in response.text
+    assert not server.seen
+    # In process, where nobody is served, it is the caller's to choose.
+    given = json.loads(OWN)["vllm_xargs"]
+    check_request(SimpleNamespace(extra_args=given, stop_token_ids=None), None)
 
 
 @pytest.mark.parametrize(
