@@ -63,15 +63,20 @@ def read_config(file: Path) -> tuple[dict[str, Section], Problems]:
     return sections, problems
 
 
-def is_config(file: Path) -> bool:
-    """Whether a file is one of these; vLLM's own option of that name takes other files."""
+def names_in(file: Path) -> set[str] | None:
+    """The names at the top of a file, of whichever program; None where it cannot be read."""
     try:
         node = read_mapping(file, _EXPECTED)
     except (Refusal, OSError):
-        # Who reads it says what is wrong.
-        return True
-    names = {key.value for key, _ in node.value} if kind_of(node) == "map" else set()
-    return bool(names & set(SECTIONS)) or not names
+        return None
+    return {key.value for key, _ in node.value} if kind_of(node) == "map" else set()
+
+
+def is_config(file: Path) -> bool:
+    """Whether a file is one of these; vLLM's own option of that name takes other files."""
+    names = names_in(file)
+    # Who reads it says what is wrong.
+    return not names or bool(names & set(SECTIONS))
 
 
 def unknown(name: str, known: Any, what: str) -> str:

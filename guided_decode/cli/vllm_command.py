@@ -9,8 +9,10 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
+from guided_decode.cli.config_file import names_in
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.vllm_options import VllmOptions
 
@@ -167,11 +169,20 @@ def launch(
     command += options.tokens
     if MIDDLEWARE not in options.values("--middleware"):
         command += ["--middleware", MIDDLEWARE]
-    if not options.has("--worker-extension-cls"):
+    if not _is_extended(options):
         command += ["--worker-extension-cls", EXTENSION]
     command += ["--logits-processors", *processors]
     command += ["--additional-config", json.dumps({**other_config, CONFIG_KEY: config})]
     return Launch(command, environment)
+
+
+def _is_extended(options: VllmOptions) -> bool:
+    """Whether the user has an extension of workers, typed or in a config file of vLLM's."""
+    name = "worker-extension-cls"
+    files = [names_in(Path(file)) or set() for file in options.values("--config")]
+    return options.has(f"--{name}") or any(
+        given.replace("_", "-") == name for names in files for given in names
+    )
 
 
 def _cpu_options(options: VllmOptions) -> list[str]:

@@ -317,6 +317,18 @@ def test_workers_can_be_asked_for_values_unless_they_are_extended_otherwise():
 
 
 @needs_vllm
+@pytest.mark.parametrize("name", ["worker-extension-cls", "worker_extension_cls"])
+def test_an_extension_in_vllms_own_config_file_stays(name, tmp_path):
+    file = tmp_path / "vllm.yaml"
+    file.write_text(f"seed: 3\n{name}: a.B\n")
+    own = Dry("--config", file)
+    assert own.after("--config") == str(file)
+    assert "--worker-extension-cls" not in own.command
+    file.write_text("seed: 3\n")
+    assert "--worker-extension-cls" in Dry("--config", file).command
+
+
+@needs_vllm
 def test_json_and_processors_of_the_user_are_kept():
     given = {"mine": {"a": 1}, "guided_decode": {"beta": 3.0, "gate": 0.9, "bos": "drop"}}
     dry = Dry("--additional-config", json.dumps(given), "--beta", "4",
