@@ -336,6 +336,18 @@ def test_a_request_that_is_not_guided_has_values_and_no_advantage(official, serv
     assert "guided_decode" not in official.chat.completions.create(**asked).choices[0].model_extra
 
 
+def test_a_name_of_the_clients_own_is_refused(server):
+    own = {"vllm_xargs": {"guide_values": 1, "guide_values_id": "0123456789abcdef"}}
+    for path, body in (
+        ("/v1/chat/completions", chat(MESSAGES[0])),
+        ("/v1/completions", {"prompt": MESSAGES[0]}),
+        ("/v1/responses", {"input": MESSAGES[0]}),
+    ):
+        response = server.post(path, **body, **own)
+        assert response.status_code == 400, response.text
+        assert "guide_values_id is for engines in process" in response.text
+
+
 def test_the_example_client(server, monkeypatch, capsys):
     monkeypatch.setenv("OPENAI_BASE_URL", f"http://127.0.0.1:{server.port}/v1")
     runpy.run_path(str(EXAMPLE))
