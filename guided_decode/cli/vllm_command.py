@@ -19,10 +19,9 @@ MIDDLEWARE = "guided_decode.integrations.vllm.beam_refusal.RefuseGuidedBeams"
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
+_SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
+_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _REFUSED = {
-    ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"): (
-        "drafted tokens are not guided yet: drop it"
-    ),
     ("--enable-prompt-embeds",): "guidance needs the prompts' token ids: drop it",
     ("--enable-batch-sharded-sampling",): (
         "each rank would sample other rows, and one rank guides them all: drop it"
@@ -74,12 +73,47 @@ def installed_vllm() -> Distribution:
     )
 
 
-def refuse_unserved(options: VllmOptions) -> None:
+def refuse_unserved(options: VllmOptions, distribution: Distribution) -> None:
     """Raises Refusal: an option of vLLM that guidance does not go with."""
+    _refuse_speculation(options, distribution)
     for names, reason in _REFUSED.items():
         for given in options.names:
             if given.partition(".")[0] in names:
                 raise Refusal(f"{given} was given, but {reason}")
+
+
+def _refuse_speculation(options: VllmOptions, distribution: Distribution) -> None:
+    """Drafts are guided on Model Runner V2; the engine itself refuses what it finds out later."""
+    from guided_decode.integrations.vllm.speculation import ONLY_ON_V1
+
+    given = next((n for n in options.names if n.partition(".")[0] in _SPECULATION), None)
+    if given is None:
+        return
+    runner, method = os.environ.get(_RUNNER_VARIABLE), _draft_method(options)
+    why = None
+    if runner == "0":
+        why = f"{_RUNNER_VARIABLE}=0 chooses vLLM's V1 runner"
+    elif distribution.is_cpu and runner != "1":
+        why = "on a CPU vLLM takes its V1 runner"
+    elif method in ONLY_ON_V1:
+        why = f"vLLM has the method {method} on its V1 runner only"
+    if why is not None:
+        raise Refusal(
+            f"{given} was given, but {why}, which refuses custom logits processors beside "
+            "speculative decoding: drop it (drafts are guided on Model Runner V2)"
+        )
+
+
+def _draft_method(options: VllmOptions) -> str | None:
+    """What drafts, where that was said."""
+    named = options.values("--spec-method", "--speculative-config.method", "-sc.method")
+    if named:
+        return named[0]
+    try:
+        given = json.loads(" ".join(options.values("--speculative-config", "-sc")))
+    except json.JSONDecodeError:
+        return None
+    return given.get("method") if isinstance(given, dict) else None
 
 
 def additional_config(options: VllmOptions) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from guided_decode.guidance.value_trail import check_has_values
 from guided_decode.integrations.vllm import warm_up
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
+from guided_decode.integrations.vllm.speculation import most_drafts, refuse_speculation
 from guided_decode.integrations.vllm.trunk_build import own_trunk, trunk_tap
 from guided_decode.scorer import Scorer
 
@@ -23,15 +24,19 @@ logger = logging.getLogger("guided_decode")
 _FORWARD_TOKENS = 8192
 
 
-def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngine:
+def build_engine(
+    vllm_config: "VllmConfig", device: torch.device, *, is_v1: bool = True
+) -> GuidedEngine:
     """The guidance of one worker; the scorer is loaded on the rank that scores only.
+
+    is_v1: whether the worker's model runner is vLLM's V1, not Model Runner V2.
 
     Raises ValueError: the configuration is wrong, the scorer does not fit, or the engine has what
     guidance cannot serve.
     """
     _log_with_vllm()
     config = config_of(vllm_config.additional_config)
-    refuse_unsupported(vllm_config)
+    refuse_unsupported(vllm_config, is_v1=is_v1, by_trunk=config.is_trunk_head)
     _warn_of_later_processors(vllm_config.model_config)
     parallel = vllm_config.parallel_config
     config = _within_vocabulary(config, vllm_config.model_config.get_vocab_size())
@@ -56,17 +61,23 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
         groups=values and not _is_one_of_many(parallel),
         values=values,
         broadcast=broadcast,
+        drafts=most_drafts(vllm_config),
     )
 
 
-def refuse_unsupported(vllm_config: "VllmConfig") -> None:
-    """Raises ValueError: what this engine does, why guidance cannot serve it, what to do."""
+def refuse_unsupported(
+    vllm_config: "VllmConfig", *, is_v1: bool = True, by_trunk: bool = False
+) -> None:
+    """Raises ValueError: what this engine does, why guidance cannot serve it, what to do.
+
+    is_v1: as of `build_engine`. by_trunk: the scorer is a head on the policy's own trunk.
+    """
+    refuse_speculation(vllm_config, is_v1=is_v1, by_trunk=by_trunk)
     model = vllm_config.model_config
-    if vllm_config.speculative_config is not None:
+    if getattr(model, "is_diffusion", False):
         raise ValueError(
-            "speculative decoding is on: drafted tokens are not guided yet (Model Runner V2 has a "
-            "row for each of them), and vLLM's V1 runner refuses custom logits processors beside "
-            "it; start the server without --speculative-config"
+            "this policy is a diffusion model, whose sampler is its own and writes tokens in no "
+            "order: expected one that writes a token after the other"
         )
     if model.enable_prompt_embeds:
         raise ValueError(

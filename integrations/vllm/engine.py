@@ -3,7 +3,7 @@
 import logging
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -14,7 +14,7 @@ from guided_decode.guidance.step import guide_rows, is_device_error
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
 from guided_decode.integrations.vllm.own_trunk import OwnTrunk
 from guided_decode.integrations.vllm.request import Request, SamplingParams, admit
-from guided_decode.integrations.vllm.rows import LiveRow, Placed
+from guided_decode.integrations.vllm.rows import At, LiveRow, Placed
 from guided_decode.integrations.vllm.server_config import ServerConfig
 from guided_decode.integrations.vllm.siblings import Arrival, SiblingGroups
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap
@@ -41,6 +41,7 @@ class GuidedEngine:
         groups: bool = True,
         values: bool = True,
         broadcast: Broadcast | None = None,
+        drafts: int = 0,
     ) -> None:
         """
         Args:
@@ -53,6 +54,7 @@ class GuidedEngine:
                 on several engines, and not by an implicit reward, which has no value of a prefix.
             values: whether prefixes have values, the same on all ranks.
             broadcast: hands a tensor of the leading rank to all; None with one rank.
+            drafts: the most drafted tokens of a request and step.
         """
         self.config = config
         self.scorer = trunk if scorer is None and tap is not None else scorer
@@ -64,6 +66,7 @@ class GuidedEngine:
         self._compares = groups
         self._values_prefixes = values
         self._broadcast = broadcast
+        self._drafts = drafts
         self._members: list[LiveRow] = []
         source = tap if scorer is None else scorer
         self._leads = source is not None
@@ -168,10 +171,12 @@ class GuidedEngine:
             self._count_unknown(len(rows) - len(known))
         if self._trunk is not None:
             self._trunk.begin([rows[i] for i in known], batch)
-        self._read_values([rows[i] for i in known], batch, own.shape[-1])
         live = [row for _, row in rows]
+        self._count_tokens([live[i] for i in known])
+        self._read_values([rows[i] for i in known], batch, own.shape[-1])
         ended = {i: token for i in known if (token := _ends_now(live[i])) is not None}
-        chosen = [i for i in known if i not in ended and live[i].request.is_guided]
+        over = _behind_ends(live, ended)
+        chosen = [i for i in known if live[i].request.is_guided and i not in over]
         if self._trunk is not None:
             chosen = [i for i in chosen if self._trunk.stands(live[i])]
         if chosen and self.config.on_error == "raise":
@@ -205,6 +210,14 @@ class GuidedEngine:
             self._count_failure(left.count(False), "a request leaves no token to sample")
         return [i for i, some in zip(chosen, left, strict=True) if some]
 
+    def _count_tokens(self, rows: Sequence[LiveRow]) -> None:
+        """What the last steps of these requests wrote."""
+        for row in rows:
+            new = len(row.history) - row.seen
+            if row.main is None and row.seen and new > 0:
+                self.counts.steps += 1
+                self.counts.tokens += new
+
     def _guide(self, own: Tensor, rows: list[LiveRow], chosen: list[int]) -> Tensor:
         """New logits, [rows, vocab]: guided where chosen, else the rows' own."""
         if not chosen:
@@ -214,6 +227,7 @@ class GuidedEngine:
         for row in live:
             self.counts.wasted_rows += len(row.history) == row.seen
         self.counts.guided_rows += len(live)
+        self.counts.draft_rows += sum(row.main is not None for row in live)
         index = None if len(chosen) == len(rows) else _on(chosen, own.device)
         guided = guide_rows(
             self.scorer,
@@ -233,10 +247,12 @@ class GuidedEngine:
             row.trail.prompt_length = row.prompt_length
             self._check_end(row, vocab)
         self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
-        siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}
-        due = [p for p in rows if id(p.row) in siblings or self._is_read(p.row)]
+        siblings = [At(p, n) for p in rows for n in self._boundaries(p.row, vocab)]
+        logged = [At(p, n) for p in rows for n in self._logged(p.row)]
+        due = [At(p, len(p.row.response)) for p in rows if self._is_read(p.row)]
+        due = list(dict.fromkeys([*siblings, *logged, *due]))
         if self._tap is not None:
-            due = [p for p in due if self._stands(p.row)]
+            due = [at for at in due if at.is_end and self._stands(at.placed.row)]
         if not due:
             return
         try:
@@ -247,23 +263,26 @@ class GuidedEngine:
             self._count_failure(len(due), error)
             return
         arrivals = [
-            Arrival(p.row.sibling, p.row.response, values[id(p.row)])
-            for p in due
-            if id(p.row) in values and id(p.row) in siblings and p.row.sibling is not None
+            Arrival(at.placed.row.sibling, at.placed.row.response[: at.length], values[at])
+            for at in siblings
+            if at in values and at.placed.row.sibling is not None
         ]
         self.counts.pruned_siblings += self.groups.record(arrivals)
-        self._abstain([(p.row, values[id(p.row)]) for p in due if id(p.row) in values])
+        self._abstain([(at.placed.row, value) for at, value in values.items() if at.is_end])
         if self._log is not None:
-            logged = [p.row for p in due if id(p.row) in values and self._is_logged(p.row)]
-            self._log.write([(row, values[id(row)]) for row in logged])
+            known = [at for at in logged if at in values]
+            self._log.write([(at.placed.row, at.length, values[at]) for at in known])
 
     def _abstain(self, values: Sequence[tuple[LiveRow, float]]) -> None:
-        """Ends the rows whose value has fallen too low; they are counted once."""
+        """Ends the rows whose value has fallen too low; they are counted once.
+
+        One behind drafts is counted when these are known to be accepted.
+        """
         for row, value in values:
             row.trail.add(row.history, len(row.history), value)
             tokens = len(row.response)
             if row.request.abstains_at(tokens) and row.request.config.ends(value, tokens):
-                self.counts.abstained_rows += not row.abstains
+                self.counts.abstained_rows += row.main is None and not row.abstains
                 row.abstains = True
 
     def _stands(self, row: LiveRow) -> bool:
@@ -278,12 +297,12 @@ class GuidedEngine:
         """A row whose end token the policy cannot write is not ended by its value."""
         request = row.request
         if request.end_token is not None and request.end_token >= vocab:
-            self.counts.clamps += 1
+            self.counts.clamps += row.main is None
             config = request.config.changed(abstain=None)
             row.request = replace(request, config=config, end_token=None)
 
     def _is_read(self, row: LiveRow) -> bool:
-        """Whether the value is wanted for anything but siblings."""
+        """Whether the value is wanted for anything but siblings and the log."""
         request, response = row.request, row.response
         # With async scheduling a response that is over is in one more step.
         if len(response) and int(response[-1]) in request.terminals:
@@ -291,18 +310,33 @@ class GuidedEngine:
         if request.abstains_at(len(response)):
             return not row.abstains
         # Of the policy's own hidden states it is there for the asking; of the last step it is not.
-        falls = self._tap is not None and request.config.value_gate_fall is not None
-        return falls or self._is_logged(row)
+        return self._tap is not None and request.config.value_gate_fall is not None
 
-    def _is_due(self, row: LiveRow, vocab: int) -> bool:
-        """Whether a sibling is at a boundary."""
-        if not self._is_member(row, vocab) or row.sibling is None or row.sibling.is_pruned:
-            return False
-        return self.groups.is_due(row.sibling, len(row.response))
+    def _new_lengths(self, row: LiveRow) -> Iterator[int]:
+        """The lengths of its response that it has reached with the tokens of its last step."""
+        end = len(row.response)
+        # Who comes back may have written several tokens before it left.
+        begin = row.seen - row.prompt_length if row.seen else end - 1 - self._drafts
+        yield from range(max(0, min(begin + 1, end)), end + 1)
 
-    def _is_logged(self, row: LiveRow) -> bool:
-        length = len(row.history)
-        return self._log is not None and row.seen != length and self._log.wants(len(row.response))
+    def _boundaries(self, row: LiveRow, vocab: int) -> list[int]:
+        """The boundaries at which a sibling is, or was before the last tokens of its last step."""
+        if row.request.pruning is None or not self._is_member(row, vocab):
+            return []
+        sibling = row.sibling
+        if sibling is None or sibling.is_pruned:
+            return []
+        return [n for n in self._new_lengths(row) if self.groups.is_due(sibling, n)]
+
+    def _logged(self, row: LiveRow) -> list[int]:
+        """The lengths whose values the log has."""
+        # With async scheduling a response that is over is in one more step.
+        over = len(row.response) and int(row.response[-1]) in row.request.terminals
+        if self._log is None or row.main is not None or row.seen == len(row.history):
+            return []
+        if over or row.abstains:
+            return []
+        return [n for n in self._new_lengths(row) if self._log.wants(n)]
 
     def _is_member(self, row: LiveRow, vocab: int) -> bool:
         """Whether the row has a place in its group; it takes one at its first step."""
@@ -318,19 +352,19 @@ class GuidedEngine:
             self._members.append(row)
         return True
 
-    def _values(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
-        """V(prefix) by the rows' ids; a row that cannot be scored has none."""
+    def _values(self, due: Sequence[At], batch: int) -> dict[At, float]:
+        """V there; a prefix that cannot be scored has none."""
         if self._tap is not None:
-            found = self._tap.values([at for at, _ in due], batch)
-            usable = [row for _, row in due]
+            found = self._tap.values([at.placed.at for at in due], batch)
+            usable = list(due)
         else:
             assert self.scorer is not None
             scorer = self.scorer
-            usable = [row for _, row in due if scorer.refusal(row.history, 0) is None]
+            usable = [at for at in due if scorer.refusal(at.prefix, 0) is None]
             none = torch.empty(len(usable), 0, dtype=torch.int64)
-            found = scorer.score([row.history for row in usable], none).baseline.tolist()
+            found = scorer.score([at.prefix for at in usable], none).baseline.tolist()
         pairs = zip(usable, found, strict=True)
-        values = {id(row): value for row, value in pairs if math.isfinite(value)}
+        values = {at: value for at, value in pairs if math.isfinite(value)}
         if len(values) < len(due):
             self._count_failure(len(due) - len(values), "a prefix has no value")
         return values
@@ -357,6 +391,20 @@ class GuidedEngine:
 def _on(rows: list[int], device: torch.device) -> Tensor:
     """Row numbers on a device, int64; unlike an index by a list, without a wait for it."""
     return torch.tensor(rows).to(device, non_blocking=True)
+
+
+def _behind_ends(rows: Sequence[LiveRow], ended: Collection[int]) -> set[int]:
+    """The rows that are ended, and those behind them, which nobody samples from."""
+    found = set(ended)
+    over: set[int] = set()
+    for i, row in enumerate(rows):
+        # A row stands behind all before it of its request.
+        main = row if row.main is None else row.main
+        if i in ended:
+            over.add(id(main))
+        elif row.main is not None and id(main) in over:
+            found.add(i)
+    return found
 
 
 def _ends_now(row: LiveRow) -> int | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from guided_decode.checkpoints.quantised_layers import is_plain
@@ -12,6 +14,7 @@ from tests.integrations.vllm.vllm_steps import CPU, built, engine
 
 from guided_decode.integrations.vllm import warm_up  # isort: skip
 from guided_decode.integrations.vllm.build import build_engine, refuse_unsupported  # isort: skip
+from guided_decode.integrations.vllm.speculation import refuse_speculation  # isort: skip
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,10 @@ from guided_decode.integrations.vllm.build import build_engine, refuse_unsupport
     [
         (lambda c: setattr(c, "speculative_config", object()), "speculative decoding is on"),
         (lambda c: setattr(c.model_config, "enable_prompt_embeds", True), "--enable-prompt-embeds"),
+        (
+            lambda c: setattr(c, "model_config", SimpleNamespace(is_diffusion=True)),
+            "this policy is a diffusion model",
+        ),
         (
             lambda c: setattr(c.parallel_config, "enable_batch_sharded_sampling", True),
             "batch-sharded sampling is on",
@@ -31,6 +38,21 @@ def test_engines_that_are_refused(change, reason):
     change(config)
     with pytest.raises(ValueError, match=reason):
         refuse_unsupported(config)
+
+
+def test_speculation_that_is_refused_on_model_runner_v2():
+    def drafting(**own):
+        given = {"num_speculative_tokens": 3, "rejection_sample_method": "standard"}
+        return SimpleNamespace(speculative_config=SimpleNamespace(**given | own))
+
+    refuse_speculation(drafting(), is_v1=False, by_trunk=False)
+    with pytest.raises(ValueError, match="this engine runs on vLLM's V1 runner, which refuses"):
+        refuse_speculation(drafting(), is_v1=True, by_trunk=False)
+    coins = drafting(rejection_sample_method="synthetic")
+    with pytest.raises(ValueError, match="synthetic accepts drafts whatever their logits are"):
+        refuse_speculation(coins, is_v1=False, by_trunk=False)
+    with pytest.raises(ValueError, match="kind=trunk-head came with speculative decoding"):
+        refuse_speculation(drafting(), is_v1=False, by_trunk=True)
 
 
 def test_a_scorer_that_does_not_fit_is_refused_with_what_can_be_done():

@@ -1,0 +1,243 @@
+"""The live rows of Model Runner V2: requests by slot, their tokens in the runner's own buffers.
+
+With speculative decoding a request has a row for each of its drafted tokens, too: its history is
+the request's with the drafts up to there. A row that nobody will sample from, because a draft
+before it cannot be accepted, is no live row.
+"""
+
+import logging
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from torch import Tensor
+
+from guided_decode.growable import Ints
+from guided_decode.integrations.vllm.request import Request, SamplingParams
+from guided_decode.integrations.vllm.rows import Admit, LiveRow, Placed
+from guided_decode.integrations.vllm.slot_tokens import NEVER, RowTokens, SlotTokens
+from guided_decode.prefix import PrefixHandle
+
+if TYPE_CHECKING:
+    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
+
+logger = logging.getLogger("guided_decode")
+
+# Steps after which a slot that no step names has ended: V2 does not say when a request ends.
+_FORGET_AFTER = 16
+
+
+@dataclass(slots=True)
+class _Slot:
+    """seen: the step that named it last. drafts: its rows behind one draft, two drafts, ..."""
+
+    row: LiveRow
+    seen: int
+    drafts: list[LiveRow] = field(default_factory=list)
+
+
+class SlotRows:
+    """Requests by slot."""
+
+    def __init__(
+        self,
+        admit: Admit,
+        states: "LogitsProcRequestState",
+        *,
+        drafts: int = 0,
+        rewrites: bool = False,
+    ) -> None:
+        """
+        Args:
+            admit: what a request gets.
+            states: the runner's buffers.
+            drafts: the most drafted tokens of a request and step.
+            rewrites: others may write histories too; each is read whole at every step.
+        """
+        self._admit = admit
+        self._states = states
+        self._tokens = SlotTokens(states, drafts)
+        self._rewrites = rewrites
+        self._slots: dict[int, _Slot] = {}
+        # What slots asked for that no step has named for long.
+        self._asleep: dict[int, Request] = {}
+        self._step = 0
+        self._abstained = 0
+
+    def add(self, slot: int, params: SamplingParams) -> bool:
+        """A request takes a slot; whether it asks for anything."""
+        self._forget(slot)
+        self._asleep.pop(slot, None)
+        request = self._admit(params)
+        if request is None:
+            return False
+        self._wake(slot, request)
+        return True
+
+    def _wake(self, slot: int, request: Request) -> None:
+        self._slots[slot] = _Slot(LiveRow(request, PrefixHandle(), 0), self._step)
+
+    def _forget(self, slot: int) -> Request | None:
+        """What the slot asked for, which its request has left."""
+        known = self._slots.pop(slot, None)
+        if known is None:
+            return None
+        if any(row.abstains for row in known.drafts):
+            self._settle(known, self._tokens.history(slot))
+        return known.row.request
+
+    def advance(self) -> bool:
+        """A step begins; whether slots were forgotten that no step has named for long."""
+        self._step += 1
+        ended = [i for i, slot in self._slots.items() if self._step - slot.seen > _FORGET_AFTER]
+        for i in ended:
+            # What it asked for stays, should it only have waited.
+            request = self._forget(i)
+            assert request is not None
+            self._asleep[i] = request
+        return bool(ended)
+
+    def live(self) -> list[LiveRow]:
+        """Every row of ours that has a slot, without those behind drafts."""
+        return [slot.row for slot in self._slots.values()]
+
+    def handles(self, batch: Any) -> list[PrefixHandle | None]:
+        """As of `BatchRows`."""
+        ours = (self._slots.get(slot) for slot in batch.idx_mapping_np.tolist())
+        return [None if each is None else each.row.handle for each in ours]
+
+    def take_abstained(self) -> int:
+        """How many requests were ended behind a draft, since this was last asked."""
+        abstained, self._abstained = self._abstained, 0
+        return abstained
+
+    def rows(self, context: "LogitsContext", logits: Tensor) -> list[Placed]:
+        """The rows of this step that may be sampled from, with their histories up to date."""
+        named = context.idx_mapping_np.tolist()
+        for slot in named:
+            if slot in self._asleep:
+                self._wake(slot, self._asleep.pop(slot))
+        if not any(slot in self._slots for slot in named):
+            return []
+        lengths = dict(zip(named, context.seq_lens_upper_bound_np.tolist(), strict=True))
+        unknown = {slot: n for slot, n in lengths.items() if self._wants_whole(slot, n)}
+        given, histories = self._tokens.read(context, logits, unknown)
+        placed: list[Placed] = []
+        behind = -1
+        for at, each in enumerate(given):
+            if each.offset == 0:
+                behind = -1
+            slot = self._slots.get(each.slot)
+            # Behind a row that is not live there is no other.
+            if slot is None or behind != each.offset - 1:
+                continue
+            if each.offset == 0:
+                row = self._main(slot, each, histories)
+            else:
+                row = self._behind(slot, each)
+            if row is not None:
+                behind = each.offset
+                placed.append(Placed(at, row))
+        return placed
+
+    def _wants_whole(self, slot: int, length: int) -> bool:
+        """Whether a history is read from its beginning. length: at least what it has."""
+        known = self._slots.get(slot)
+        if known is None or length < self._states.prefill_len.np[slot]:
+            return False
+        return self._rewrites or not len(known.row.history)
+
+    def _main(self, slot: _Slot, given: RowTokens, histories: dict[int, Ints]) -> LiveRow | None:
+        """The row without drafts; None while its prompt is being prefilled."""
+        length = given.position + 1
+        if length < self._states.prefill_len.np[given.slot]:
+            return None
+        slot.seen = self._step
+        row, history = slot.row, histories.get(given.slot)
+        known = len(row.history)
+        if history is None and not _follow(row.history, length, given.tail):
+            if 0 <= length - known < len(given.tail):
+                logger.warning(
+                    "a history was rewritten by a scheduler or sampler that is not vLLM's own: "
+                    "from now on each is read whole at every step"
+                )
+                self._rewrites = True
+            history = self._tokens.history(given.slot, length)
+        if history is not None:
+            version = row.history.version
+            row.history.sync(history[:length])
+            row.prompt_length = int(self._states.prompt_len.np[given.slot])
+            if row.history.version != version:
+                slot.drafts.clear()
+        self._settle(slot, row.history.tokens)
+        _take_over(slot, known)
+        return row
+
+    def _settle(self, slot: _Slot, history: Ints) -> None:
+        """Counts a request that was ended behind a draft, once its history shows it."""
+        for row in slot.drafts:
+            if row.abstains:
+                row.abstains = False
+                tokens = row.history.tokens
+                ended = [*tokens, row.request.end_token]
+                self._abstained += np.array_equal(history[: len(ended)], ended)
+
+    def _behind(self, slot: _Slot, given: RowTokens) -> LiveRow | None:
+        """The row behind one draft more than the row before; None where that is never accepted."""
+        main, draft, offset = slot.row, given.draft, given.offset
+        if draft < 0 or draft in main.request.terminals or not _may_follow(main, given.rank):
+            return None
+        before = main if offset == 1 else slot.drafts[offset - 2]
+        if len(slot.drafts) < offset:
+            slot.drafts.append(LiveRow(main.request, PrefixHandle(), main.prompt_length, main=main))
+        row = slot.drafts[offset - 1]
+        # What it had of the request's own history has not changed since.
+        _branch(row.history, before.history.tokens, draft, max(0, len(row.history) - offset))
+        row.prompt_length = main.prompt_length
+        # Siblings are compared by what was accepted.
+        row.request = replace(main.request, pruning=None) if main.request.pruning else main.request
+        return row
+
+
+def _follow(handle: PrefixHandle, length: int, tail: Ints) -> bool:
+    """Appends what is new, if the history ends in `tail` and is else as it was; whether it did."""
+    known, width = len(handle), len(tail)
+    new = length - known
+    compared = min(width - new, known)
+    if not 0 <= new < width or not np.array_equal(
+        tail[width - new - compared : width - new], handle.tokens[known - compared :]
+    ):
+        return False
+    handle.extend(tail[width - new :])
+    return True
+
+
+def _branch(handle: PrefixHandle, before: Ints, draft: int, same: int) -> None:
+    """Makes the handle `before` and the draft; its first `same` tokens are known to be right.
+
+    The look-up goes on where it differs.
+    """
+    end = min(len(handle), len(before))
+    differs = handle.tokens[same:end] != before[same:end]
+    handle.rewind(same + int(differs.argmax()) if differs.any() else end)
+    handle.extend(np.append(before[len(handle) :], draft))
+
+
+def _may_follow(row: LiveRow, rank: int) -> bool:
+    """Whether a draft can be sampled that so many tokens have a larger logit than."""
+    config = row.request.config
+    # What guidance masks is never accepted; a row that goes on as it came is none of its own.
+    masks = config.guides and config.tail == "mask" and config.top_k is not None
+    return rank < (config.top_k if masks else NEVER)  # type: ignore[operator]
+
+
+def _take_over(slot: _Slot, known: int) -> None:
+    """V of the text that ends in an accepted draft, which was read when it was one."""
+    main = slot.row
+    length = len(main.history) - 1
+    accepted = length - known
+    if known and 0 < accepted <= len(slot.drafts):
+        row = slot.drafts[accepted - 1]
+        value = row.trail.at(row.history, length) if len(row.history) == length else None
+        if value is not None:
+            main.trail.add(main.history, length, value)

@@ -1,0 +1,44 @@
+"""Speculative decoding: where guidance goes with it.
+
+Model Runner V2 has a row of logits for each drafted token, and verifies the drafts by what
+guidance made of them (`slot_rows`). vLLM's V1 runner refuses any custom processor beside it.
+"""
+
+from typing import Any
+
+# Methods that vLLM 0.32 has on its V1 runner only.
+ONLY_ON_V1 = ("suffix", "medusa", "mlp_speculator", "custom_class")
+
+
+def most_drafts(vllm_config: Any) -> int:
+    """The most drafted tokens of a request and step; 0 without speculative decoding."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else int(speculative.num_speculative_tokens)
+
+
+def refuse_speculation(vllm_config: Any, *, is_v1: bool, by_trunk: bool) -> None:
+    """Raises ValueError: what this engine drafts by, why guidance cannot serve it, what to do.
+
+    by_trunk: the scorer is a head on the policy's own trunk.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if is_v1:
+        raise ValueError(
+            "speculative decoding is on, and this engine runs on vLLM's V1 runner, which refuses "
+            "custom logits processors beside it: start the server without --speculative-config, "
+            "or on Model Runner V2 (vLLM 0.32 or newer, a method other than "
+            f"{', '.join(ONLY_ON_V1)}, no VLLM_USE_V2_MODEL_RUNNER=0)"
+        )
+    if speculative.rejection_sample_method == "synthetic":
+        raise ValueError(
+            "rejection_sample_method=synthetic accepts drafts whatever their logits are, so that "
+            "no token would be guided: start the server with the standard or the block method"
+        )
+    if by_trunk:
+        raise ValueError(
+            "kind=trunk-head came with speculative decoding: the head reads the hidden states of "
+            "one row a request, and an engine that drafts has several; start the server without "
+            "--speculative-config, or with a critic of its own"
+        )
