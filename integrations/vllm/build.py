@@ -11,6 +11,7 @@ from guided_decode.checkpoints.loading import load_scorer
 from guided_decode.guidance.value_trail import check_has_values
 from guided_decode.integrations.vllm import warm_up
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
+from guided_decode.integrations.vllm.foreign import later_processors
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
 from guided_decode.integrations.vllm.speculation import most_drafts, refuse_speculation
 from guided_decode.integrations.vllm.trunk_build import own_trunk, trunk_tap
@@ -98,10 +99,7 @@ def refuse_unsupported(
 
 def _warn_of_later_processors(model: Any) -> None:
     """What comes after guidance may forbid all that guidance left."""
-    given = list(getattr(model, "logits_processors", None) or ())
-    names = [one if isinstance(one, str) else one.__name__ for one in given]
-    own = [i for i, name in enumerate(names) if name.endswith("ValueGuidedLogitsProcessor")]
-    later = names[own[0] + 1 :] if own else []
+    later = later_processors(model)
     if later:
         logger.warning(
             "%s comes after guidance in --logits-processors: if it forbids the candidates, no "
@@ -167,7 +165,7 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
             f"{scorer.vocab_size} tokens: set a smaller one"
         )
     if on.type != "cpu" and not config.is_remote:
-        most = vllm_config.scheduler_config.max_num_seqs
+        most = vllm_config.scheduler_config.max_num_seqs * (1 + most_drafts(vllm_config))
         with _explained(config, on):
             warm_up.graphs(scorer, config, most, model.max_model_len)
     if device.type != "cpu":
@@ -210,7 +208,8 @@ def _load_here(
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     # A step's scorer activations then stay below those of the policy, which vLLM profiles.
     forward = config.max_forward_tokens or min(_FORWARD_TOKENS, scheduler.max_num_batched_tokens)
-    row_tokens = model.max_model_len + config.max_top_k
+    drafts = most_drafts(vllm_config)
+    row_tokens = model.max_model_len + drafts + (1 + drafts) * config.max_top_k
     on = torch.device(config.device) if config.device else device
     with _explained(config, on):
         scorer = load_scorer(

@@ -1,5 +1,6 @@
 """One step of an engine: siblings compared, rows guided, the same result on all its ranks."""
 
+import itertools
 import logging
 import math
 import time
@@ -252,7 +253,7 @@ class GuidedEngine:
         due = [At(p, len(p.row.response)) for p in rows if self._is_read(p.row)]
         due = list(dict.fromkeys([*siblings, *logged, *due]))
         if self._tap is not None:
-            due = [at for at in due if at.is_end and self._stands(at.placed.row)]
+            due = [at for at in due if self._has_value(at)]
         if not due:
             return
         try:
@@ -269,6 +270,7 @@ class GuidedEngine:
         ]
         self.counts.pruned_siblings += self.groups.record(arrivals)
         self._abstain([(at.placed.row, value) for at, value in values.items() if at.is_end])
+        _tell_the_rows_behind([row for _, row in rows])
         if self._log is not None:
             known = [at for at in logged if at in values]
             self._log.write([(at.placed.row, at.length, values[at]) for at in known])
@@ -285,9 +287,14 @@ class GuidedEngine:
                 self.counts.abstained_rows += row.main is None and not row.abstains
                 row.abstains = True
 
+    def _has_value(self, at: At) -> bool:
+        """Whether V there is to be had without a scorer."""
+        row = at.placed.row
+        return self._stands(row) if at.is_end else row.prompt_length + at.length in row.passed
+
     def _stands(self, row: LiveRow) -> bool:
         """Whether the hidden states that the tap saw are those of the row's whole history."""
-        if self._trunk is not None and self._trunk.stands(row):
+        if row.is_whole or (self._trunk is not None and self._trunk.stands(row)):
             return True
         # V1 also calls for prompts that it prefills in chunks: only a row that grew by the token of
         # its last step stands at its end for sure.
@@ -309,8 +316,12 @@ class GuidedEngine:
             return False
         if request.abstains_at(len(response)):
             return not row.abstains
+        if self._tap is None:
+            return False
         # Of the policy's own hidden states it is there for the asking; of the last step it is not.
-        return self._tap is not None and request.config.value_gate_fall is not None
+        compared = row.main is not None and row.main.request.pruning is not None
+        logged = row.main is not None and self._log is not None
+        return compared or logged or request.config.value_gate_fall is not None
 
     def _new_lengths(self, row: LiveRow) -> Iterator[int]:
         """The lengths of its response that it has reached with the tokens of its last step."""
@@ -355,8 +366,13 @@ class GuidedEngine:
     def _values(self, due: Sequence[At], batch: int) -> dict[At, float]:
         """V there; a prefix that cannot be scored has none."""
         if self._tap is not None:
-            found = self._tap.values([at.placed.at for at in due], batch)
-            usable = list(due)
+            usable = [at for at in due if at.is_end]
+            found = self._tap.values([at.placed.at for at in usable], batch) if usable else []
+            passed = [at for at in due if not at.is_end]
+            found += [
+                at.placed.row.passed[at.placed.row.prompt_length + at.length] for at in passed
+            ]
+            usable += passed
         else:
             assert self.scorer is not None
             scorer = self.scorer
@@ -391,6 +407,16 @@ class GuidedEngine:
 def _on(rows: list[int], device: torch.device) -> Tensor:
     """Row numbers on a device, int64; unlike an index by a list, without a wait for it."""
     return torch.tensor(rows).to(device, non_blocking=True)
+
+
+def _tell_the_rows_behind(rows: Sequence[LiveRow]) -> None:
+    """Of the row before it a row behind a draft knows V, if that was read."""
+    for before, row in itertools.pairwise(rows):
+        if row.main is None:
+            continue
+        value = before.trail.at(before.history, len(before.history))
+        if value is not None:
+            row.trail.add(row.history, len(before.history), value)
 
 
 def _behind_ends(rows: Sequence[LiveRow], ended: Collection[int]) -> set[int]:

@@ -1,4 +1,8 @@
-"""Schedulers and samplers that are not vLLM's own, which may rewrite the histories of requests."""
+"""What is not vLLM's own, or comes after guidance, and may change what guidance relies on.
+
+Schedulers and samplers of others may rewrite the histories of requests; what acts on the logits
+after guidance may forbid what it left, or let through what it masked.
+"""
 
 import logging
 import sys
@@ -29,6 +33,21 @@ def may_rewrite(vllm_config: Any) -> bool:
             " and ".join(found),
         )
     return bool(found)
+
+
+def later_processors(model_config: Any) -> list[str]:
+    """The processors that --logits-processors lists after guidance."""
+    given = list(getattr(model_config, "logits_processors", None) or ())
+    names = [one if isinstance(one, str) else one.__name__ for one in given]
+    own = [i for i, name in enumerate(names) if name.endswith("ValueGuidedLogitsProcessor")]
+    return names[own[0] + 1 :] if own else []
+
+
+def may_overrule(vllm_config: Any) -> bool:
+    """Whether a token that guidance masks may be sampled all the same."""
+    # A budget of thinking tokens forces their end.
+    budgets = getattr(vllm_config, "reasoning_config", None) is not None
+    return budgets or bool(later_processors(vllm_config.model_config))
 
 
 def _state_chooser() -> Any:

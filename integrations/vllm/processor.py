@@ -39,7 +39,7 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
             ValueError: the configuration is wrong, or the engine has what guidance cannot serve.
         """
         from guided_decode.integrations.vllm.build import build_engine
-        from guided_decode.integrations.vllm.foreign import may_rewrite
+        from guided_decode.integrations.vllm.foreign import may_overrule, may_rewrite
         from guided_decode.integrations.vllm.rows import BatchRows
         from guided_decode.integrations.vllm.slot_rows import SlotRows
         from guided_decode.integrations.vllm.speculation import most_drafts
@@ -50,10 +50,15 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         )
         admit, rewrites = self.engine.admit, may_rewrite(vllm_config)
         self._batch = BatchRows(admit, rewrites=rewrites) if is_v1 else None
-        drafts = most_drafts(vllm_config)
-        self._slots = (
-            None if is_v1 else SlotRows(admit, runner[0], drafts=drafts, rewrites=rewrites)
-        )
+        self._slots = None
+        if not is_v1:
+            self._slots = SlotRows(
+                admit,
+                runner[0],
+                drafts=most_drafts(vllm_config),
+                rewrites=rewrites,
+                overruled=may_overrule(vllm_config),
+            )
         trunk = self.engine.trunk
         if trunk is not None:
             rows = self._slots if self._batch is None else self._batch

@@ -37,6 +37,11 @@ class LiveRow:
     sibling: its place in its group, from its first step on.
     trail: what is known of its values. abstains: its value fell so low that it is ended.
     main: of a row behind drafted tokens, which may be rejected, its request's row without them.
+    is_whole: whether a step that has the row has all of its history; V1 also has rows whose prompt
+        is being prefilled.
+    passed: V where accepted drafts of its last step ended, by the tokens of its history.
+    place: which request of the batch is its own in this step; None where each has one row, and it
+        is its row's number.
     """
 
     request: Request
@@ -47,6 +52,9 @@ class LiveRow:
     trail: ValueTrail = field(default_factory=lambda: ValueTrail(0))
     abstains: bool = False
     main: "LiveRow | None" = None
+    is_whole: bool = False
+    passed: dict[int, float] = field(default_factory=dict)
+    place: int | None = None
 
     @property
     def history(self) -> PrefixHandle:

@@ -46,6 +46,7 @@ class SlotRows:
         *,
         drafts: int = 0,
         rewrites: bool = False,
+        overruled: bool = False,
     ) -> None:
         """
         Args:
@@ -53,11 +54,13 @@ class SlotRows:
             states: the runner's buffers.
             drafts: the most drafted tokens of a request and step.
             rewrites: others may write histories too; each is read whole at every step.
+            overruled: what acts after guidance may let through what is masked.
         """
         self._admit = admit
         self._states = states
         self._tokens = SlotTokens(states, drafts)
         self._rewrites = rewrites
+        self._overruled = overruled
         self._slots: dict[int, _Slot] = {}
         # What slots asked for that no step has named for long.
         self._asleep: dict[int, Request] = {}
@@ -75,7 +78,7 @@ class SlotRows:
         return True
 
     def _wake(self, slot: int, request: Request) -> None:
-        self._slots[slot] = _Slot(LiveRow(request, PrefixHandle(), 0), self._step)
+        self._slots[slot] = _Slot(LiveRow(request, PrefixHandle(), 0, is_whole=True), self._step)
 
     def _forget(self, slot: int) -> Request | None:
         """What the slot asked for, which its request has left."""
@@ -123,10 +126,10 @@ class SlotRows:
         unknown = {slot: n for slot, n in lengths.items() if self._wants_whole(slot, n)}
         given, histories = self._tokens.read(context, logits, unknown)
         placed: list[Placed] = []
-        behind = -1
+        place = behind = -1
         for at, each in enumerate(given):
             if each.offset == 0:
-                behind = -1
+                place, behind = place + 1, -1
             slot = self._slots.get(each.slot)
             # Behind a row that is not live there is no other.
             if slot is None or behind != each.offset - 1:
@@ -137,6 +140,7 @@ class SlotRows:
                 row = self._behind(slot, each)
             if row is not None:
                 behind = each.offset
+                row.place = place
                 placed.append(Placed(at, row))
         return placed
 
@@ -185,11 +189,14 @@ class SlotRows:
     def _behind(self, slot: _Slot, given: RowTokens) -> LiveRow | None:
         """The row behind one draft more than the row before; None where that is never accepted."""
         main, draft, offset = slot.row, given.draft, given.offset
-        if draft < 0 or draft in main.request.terminals or not _may_follow(main, given.rank):
+        if draft < 0 or draft in main.request.terminals:
+            return None
+        if not self._overruled and not _may_follow(main, given.rank):
             return None
         before = main if offset == 1 else slot.drafts[offset - 2]
         if len(slot.drafts) < offset:
-            slot.drafts.append(LiveRow(main.request, PrefixHandle(), main.prompt_length, main=main))
+            new = LiveRow(main.request, PrefixHandle(), 0, main=main, is_whole=True)
+            slot.drafts.append(new)
         row = slot.drafts[offset - 1]
         # What it had of the request's own history has not changed since.
         _branch(row.history, before.history.tokens, draft, max(0, len(row.history) - offset))
@@ -232,12 +239,18 @@ def _may_follow(row: LiveRow, rank: int) -> bool:
 
 
 def _take_over(slot: _Slot, known: int) -> None:
-    """V of the text that ends in an accepted draft, which was read when it was one."""
+    """V of the texts that end in accepted drafts, which was read when they were drafts.
+
+    known: tokens of the history at the last step.
+    """
     main = slot.row
-    length = len(main.history) - 1
-    accepted = length - known
-    if known and 0 < accepted <= len(slot.drafts):
-        row = slot.drafts[accepted - 1]
-        value = row.trail.at(row.history, length) if len(row.history) == length else None
-        if value is not None:
+    main.passed = {}
+    if not known:
+        return
+    for row in slot.drafts[: len(main.history) - 1 - known]:
+        length = len(row.history)
+        value = row.trail.at(row.history, length)
+        # Those that were no live rows in the last step have other lengths.
+        if value is not None and known < length < len(main.history):
+            main.passed[length] = value
             main.trail.add(main.history, length, value)

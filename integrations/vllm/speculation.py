@@ -6,6 +6,9 @@ guidance made of them (`slot_rows`). vLLM's V1 runner refuses any custom process
 
 from typing import Any
 
+# Methods beside which the policy's own trunk looks ahead; others have a model that reads its
+# hidden states, or that shares its KV cache.
+BESIDE_TRUNK = ("ngram", "ngram_gpu")
 # Methods that vLLM 0.32 has on its V1 runner only.
 ONLY_ON_V1 = ("suffix", "medusa", "mlp_speculator", "custom_class")
 
@@ -36,9 +39,9 @@ def refuse_speculation(vllm_config: Any, *, is_v1: bool, by_trunk: bool) -> None
             "rejection_sample_method=synthetic accepts drafts whatever their logits are, so that "
             "no token would be guided: start the server with the standard or the block method"
         )
-    if by_trunk:
+    if by_trunk and speculative.method not in BESIDE_TRUNK:
         raise ValueError(
-            "kind=trunk-head came with speculative decoding: the head reads the hidden states of "
-            "one row a request, and an engine that drafts has several; start the server without "
+            f"kind=trunk-head came with drafts by {speculative.method}, whose model shares the "
+            "policy's hidden states or its KV cache: draft by ngram, start the server without "
             "--speculative-config, or with a critic of its own"
         )

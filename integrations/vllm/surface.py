@@ -33,9 +33,15 @@ _CONFIGURATION = (
     Name(
         "vllm.config.SpeculativeConfig",
         _SPECULATION,
-        has=("num_speculative_tokens", "rejection_sample_method"),
+        has=("method", "num_speculative_tokens", "rejection_sample_method"),
     ),
-    Name("vllm.config.VllmConfig", _FOREIGN, has=("scheduler_config",)),
+    Name(
+        "vllm.config.VllmConfig",
+        _FOREIGN,
+        has=("model_config", "scheduler_config"),
+        may_have=("reasoning_config",),
+    ),
+    Name("vllm.config.ModelConfig", _FOREIGN, may_have=("logits_processors",)),
     Name("vllm.config.SchedulerConfig", _FOREIGN, has=("scheduler_cls",)),
     Name(
         "vllm.config.ModelConfig",
@@ -44,7 +50,7 @@ _CONFIGURATION = (
             "enable_prompt_embeds", "max_model_len", "skip_tokenizer_init", "tokenizer",
             "tokenizer_revision", "trust_remote_code",
         ),
-        may_have=("is_diffusion", "logits_processors", "supports_multimodal_inputs"),
+        may_have=("is_diffusion", "supports_multimodal_inputs"),
     ),
     Name("vllm.config.ModelConfig.get_vocab_size", _BUILD, takes=called()),
     Name("vllm.config.ModelConfig.try_get_generation_config", _BUILD, takes=called()),

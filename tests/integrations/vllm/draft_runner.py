@@ -55,11 +55,15 @@ class Job:
 class DraftRunner:
     """Requests in slots, their drafts, and what guidance makes of the rows of a step."""
 
-    def __init__(self, monkeypatch, config, rows: int, longest: int, vocab: int) -> None:
+    def __init__(
+        self, monkeypatch, config, rows: int, longest: int, vocab: int, later: Sequence[str] = ()
+    ) -> None:
+        """later: processors that come after guidance, by name."""
         # Pinned memory needs a GPU; vLLM's own fallback does not.
         monkeypatch.setattr(buffer_utils, "is_uva_available", lambda: False)
         self.states = RequestState(rows, longest, 256, DRAFTS, vocab, CPU)
-        flags = config.model_config.logits_processors
+        flags = list(config.model_config.logits_processors)
+        config.model_config.logits_processors = [*flags, *later]
         (self.processor,) = build_custom_logits_processors(config, self.states, False, flags)
         self.jobs: dict[str, Job] = {}
 

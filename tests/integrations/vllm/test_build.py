@@ -42,7 +42,8 @@ def test_engines_that_are_refused(change, reason):
 
 def test_speculation_that_is_refused_on_model_runner_v2():
     def drafting(**own):
-        given = {"num_speculative_tokens": 3, "rejection_sample_method": "standard"}
+        given = {"num_speculative_tokens": 3, "rejection_sample_method": "standard",
+                 "method": "ngram"}  # fmt: skip
         return SimpleNamespace(speculative_config=SimpleNamespace(**given | own))
 
     refuse_speculation(drafting(), is_v1=False, by_trunk=False)
@@ -51,8 +52,9 @@ def test_speculation_that_is_refused_on_model_runner_v2():
     coins = drafting(rejection_sample_method="synthetic")
     with pytest.raises(ValueError, match="synthetic accepts drafts whatever their logits are"):
         refuse_speculation(coins, is_v1=False, by_trunk=False)
-    with pytest.raises(ValueError, match="kind=trunk-head came with speculative decoding"):
-        refuse_speculation(drafting(), is_v1=False, by_trunk=True)
+    refuse_speculation(drafting(), is_v1=False, by_trunk=True)
+    with pytest.raises(ValueError, match="kind=trunk-head came with drafts by eagle3, whose model"):
+        refuse_speculation(drafting(method="eagle3"), is_v1=False, by_trunk=True)
 
 
 def test_a_scorer_that_does_not_fit_is_refused_with_what_can_be_done():

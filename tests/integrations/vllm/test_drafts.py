@@ -259,3 +259,18 @@ def test_siblings_are_compared_where_they_passed_a_boundary(monkeypatch):
     values = BRUTE.values([[*PROMPTS[4], *text[:4]] for text in texts])
     assert forced == [value < max(values) for value in values]
     assert runner.processor.engine.counts.pruned_siblings == 2
+
+
+def test_a_masked_draft_is_followed_where_it_may_come_through_all_the_same(monkeypatch):
+    for later in ([], ["mine:Forcing"]):
+        made = config()
+        runner = DraftRunner(monkeypatch, made, ROWS, LONGEST, models.VOCAB, later)
+        job = guided_job("forced", PROMPTS[1])
+        runner.add(job)
+        step(runner, job)
+        runner.write(job, [10])
+        job.prefilled, job.drafts = len(job.ids), [50]
+        logits = torch.zeros(2, models.VOCAB)
+        logits[:, TOKENS] = 5.0
+        after = runner.apply([job], logits.clone())
+        assert torch.equal(after[1], logits[1]) is not bool(later)

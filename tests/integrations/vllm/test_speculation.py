@@ -14,6 +14,7 @@ from tests import models, oracle
 from tests.integrations.vllm import saving_requests, vllm_parts
 from tests.integrations.vllm.mixed_requests import CONFIGS
 from tests.integrations.vllm.test_runner_v2 import HERE, is_chosen, run, starts_it
+from tests.integrations.vllm.trunk_heads import BLOCK, PolicyWithHead, tap_config
 from tests.integrations.vllm.vllm_parts import params
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
@@ -110,11 +111,15 @@ def test_rows_end_and_gates_open_where_they_do_without_speculation(speculating):
 
 @is_chosen
 def test_siblings_are_pruned(speculating):
+    assert_siblings(speculating)
+
+
+def assert_siblings(llm):
     group = {"guide_group": "group-that-drafts", "guide_group_size": 6, "guide_keep": 2,
              "guide_every": 5, "guide_beta": 1.0, "guide_top_k": 6}  # fmt: skip
     asked = params(20, group, n=6, temperature=1.0, seed=3, ignore_eos=True, stop_token_ids=[100],
-                   logit_bias={100: -100.0})  # fmt: skip
-    (output,) = speculating.generate([{"prompt_token_ids": PROMPTS[0]}], asked, use_tqdm=False)
+                   allowed_token_ids=FEW)  # fmt: skip
+    (output,) = llm.generate([{"prompt_token_ids": PROMPTS[0]}], asked, use_tqdm=False)
     assert sum(sample.stop_reason == 100 for sample in output.outputs) == 4
 
 
@@ -156,9 +161,25 @@ def test_sampled_tokens_behind_drafts_have_the_guided_distribution(speculating):
     assert chisquare(observed, expected).pvalue > 1e-3
 
 
+@is_chosen
+def test_the_policys_own_trunk_looks_ahead_behind_drafts():
+    """Guided, ended and compared by a head on the policy's trunk, as without speculation."""
+    with vllm_parts.engine(tap_config(), block_size=BLOCK) as llm:
+        wanted = vllm_parts.generate(llm, PROMPTS, SAMPLING)
+    more = {"block_size": BLOCK, "speculative_config": NGRAM}
+    with vllm_parts.engine(tap_config(), **more) as llm:
+        assert vllm_parts.generate(llm, PROMPTS, SAMPLING) == wanted
+        report = vllm_parts.worker_report(llm)
+        assert report["passthroughs"] == report["clamps"] == report["live"] == 0
+        assert report["draft_rows"] > 0
+        assert report["steps"] < report["tokens"]
+        saving_requests.assert_engine(llm, saving_requests.made(PolicyWithHead()))
+        assert_siblings(llm)
+
+
 @starts_it
 @pytest.mark.parametrize(
-    "which", ["mixed_batch", "other_engines", "rows_end", "siblings", "distribution"]
+    "which", ["mixed_batch", "other_engines", "rows_end", "siblings", "distribution", "trunk"]
 )
 def test_on_v2(which):
     run(f"{HERE}/test_speculation.py", "-k", which)
