@@ -68,6 +68,7 @@ class GuidedEngine:
         self._values_prefixes = values
         self._broadcast = broadcast
         self._drafts = drafts
+        self._goes_on = False
         self._members: list[LiveRow] = []
         source = tap if scorer is None else scorer
         self._leads = source is not None
@@ -112,13 +113,15 @@ class GuidedEngine:
             self._members = [row for row in self._members if id(row) in here]
         self._publish(len(live))
 
-    def step(self, logits: Tensor, rows: Sequence[Placed]) -> Tensor:
+    def step(self, logits: Tensor, rows: Sequence[Placed], *, goes_on: bool = False) -> Tensor:
         """Writes the guided logits of these rows into `logits`, [rows, vocab], and returns it.
 
-        rows: by their index in the logits, from the lowest.
+        rows: by their index in the logits, from the lowest. goes_on: the step has other rows, too,
+        which came before.
         """
         if not rows:
             return logits
+        self._goes_on = goes_on
         begun = time.perf_counter()
         every = len(rows) == len(logits)
         index = None if every else _on([i for i, _ in rows], logits.device)
@@ -247,7 +250,8 @@ class GuidedEngine:
         for _, row in rows:
             row.trail.prompt_length = row.prompt_length
             self._check_end(row, vocab)
-        self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
+        siblings_here = (row.sibling for _, row in rows if row.sibling is not None)
+        self.groups.begin_step(siblings_here, goes_on=self._goes_on)
         siblings = [At(p, n) for p in rows for n in self._boundaries(p.row, vocab)]
         logged = [At(p, n) for p in rows for n in self._logged(p.row)]
         due = [At(p, len(p.row.response)) for p in rows if self._is_read(p.row)]

@@ -113,6 +113,6 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
             assert self._slots is not None
             rows = self._slots.rows(context, logits)
             self.engine.counts.abstained_rows += self._slots.take_abstained()
-            return self.engine.step(logits, rows)
+            return self.engine.step(logits, rows, goes_on=self._slots.goes_on)
         assert self._batch is not None
         return self.engine.step(logits, self._batch.rows())

@@ -65,6 +65,10 @@ class SlotRows:
         # What slots asked for that no step has named for long.
         self._asleep: dict[int, Request] = {}
         self._step = 0
+        # The step that rows were last read in, and whether the last ones were not its first: vLLM
+        # verifies drafts in parts where all logits would take a GiB.
+        self._read_in = -1
+        self.goes_on = False
         self._abstained = 0
 
     def add(self, slot: int, params: SamplingParams) -> bool:
@@ -122,6 +126,7 @@ class SlotRows:
                 self._wake(slot, self._asleep.pop(slot))
         if not any(slot in self._slots for slot in named):
             return []
+        self.goes_on, self._read_in = self._read_in == self._step, self._step
         lengths = dict(zip(named, context.seq_lens_upper_bound_np.tolist(), strict=True))
         unknown = {slot: n for slot, n in lengths.items() if self._wants_whole(slot, n)}
         given, histories = self._tokens.read(context, logits, unknown)

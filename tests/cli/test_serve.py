@@ -509,3 +509,18 @@ def test_without_vllm_it_says_how_to_install_it(monkeypatch):
 def test_the_command_line_does_not_import_vllm():
     code = "import guided_decode.cli.app, sys; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_drafts_are_for_model_runner_v2(monkeypatch):
+    drafts = '{"method": "ngram", "num_speculative_tokens": 3}'
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert Dry("--speculative-config", drafts).after("--speculative-config") == drafts
+    only_on_v1 = "vLLM has the method suffix on its V1 runner only, which refuses"
+    for given in (
+        ["-sc", '{"method": "suffix"}'],
+        ["--spec-method", "suffix"],
+        ["--speculative-config.method", "suffix"],
+    ):
+        refused(run(*given, "--dry-run"), only_on_v1)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    refused(run("--spec-method", "ngram", "--dry-run"), "VLLM_USE_V2_MODEL_RUNNER=0 chooses")

@@ -66,9 +66,14 @@ def spent(before, after):
 
 
 @is_chosen
-@pytest.mark.parametrize("own", ["async", "tight"])
-def test_in_other_engines(without, own):
-    """Drafts that are not known to be rejected yet; prompts in pieces, preemption, evictions."""
+@pytest.mark.parametrize("own", ["async", "tight", "in parts"])
+def test_in_other_engines(without, own, monkeypatch):
+    """Drafts that are not known to be rejected yet; prompts in pieces, preemption, evictions; more
+    logits than vLLM verifies at once."""
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    if own == "in parts":
+        monkeypatch.setattr(rejection_sampler, "MAX_CHUNK_BYTES", 9 * models.VOCAB * 4)
     more = {"speculative_config": {**NGRAM, "method": "ngram_gpu"}}
     config = vllm_parts.scorer_config()
     if own == "tight":
@@ -126,7 +131,7 @@ def assert_siblings(llm):
 @is_chosen
 def test_sampled_tokens_behind_drafts_have_the_guided_distribution(speculating):
     """Leviathan's rule on guided logits: drafts change which draws are made, not their law."""
-    prompt, draws, length = [10, 12, 11, 13, 10, 11, 12, 10, 13, 13, 11, 10, 12, 12], 600, 3
+    prompt, draws, length = [10, 12, 11, 13, 10, 11, 12, 10, 13, 13, 11, 10, 12, 12], 300, 3
     config, allowed = GuidanceConfig(beta=1.0, top_k=3), [10, 11, 12, 13]
     brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
     lm = oracle.LogProbs(vllm_parts.policy())
@@ -140,7 +145,7 @@ def test_sampled_tokens_behind_drafts_have_the_guided_distribution(speculating):
             for token in allowed:
                 longer[(*written, token)] = p * float(row.double().softmax(-1)[token])
         likely = longer
-    asked = params(length, vllm_parts.asked(config), temperature=1.0, n=60, seed=0,
+    asked = params(length, vllm_parts.asked(config), temperature=1.0, n=30, seed=0,
                    ignore_eos=True, allowed_token_ids=allowed)  # fmt: skip
     before = vllm_parts.worker_report(speculating)
     found: Counter[tuple[int, ...]] = Counter()
@@ -149,7 +154,8 @@ def test_sampled_tokens_behind_drafts_have_the_guided_distribution(speculating):
         (output,) = speculating.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
         found.update(tuple(sample.token_ids) for sample in output.outputs)
     counts = spent(before, vllm_parts.worker_report(speculating))
-    assert counts["tokens"] > 1.1 * counts["steps"], "hardly a draft was accepted"
+    # A response whose drafts are accepted ends a step earlier.
+    assert counts["steps"] < 0.8 * draws * (length - 1), "hardly a draft was accepted"
     every = list(itertools.product(allowed, repeat=length))
     assert not any(found[each] for each in every if likely[each] == 0)
     kept = [each for each in every if likely[each] * draws >= 5]
