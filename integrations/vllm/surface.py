@@ -30,7 +30,7 @@ _CONFIGURATION = (
         has=("additional_config", "model_config", "parallel_config", "scheduler_config"),
     ),
     Name("vllm.config.VllmConfig", _SPECULATION, has=("speculative_config",)),
-    Name(
+    _of_v2(
         "vllm.config.SpeculativeConfig",
         _SPECULATION,
         has=("method", "num_speculative_tokens", "rejection_sample_method"),
