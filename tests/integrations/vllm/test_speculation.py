@@ -2,12 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from collections import Counter
-
 import pytest
-import torch
-from scipy.stats import chisquare
 
 from guided_decode import GuidanceConfig
 from tests import models, oracle
@@ -129,45 +124,6 @@ def assert_siblings(llm):
 
 
 @is_chosen
-def test_sampled_tokens_behind_drafts_have_the_guided_distribution(speculating):
-    """Leviathan's rule on guided logits: drafts change which draws are made, not their law."""
-    prompt, draws, length = [10, 12, 11, 13, 10, 11, 12, 10, 13, 13, 11, 10, 12, 12], 300, 3
-    config, allowed = GuidanceConfig(beta=1.0, top_k=3), [10, 11, 12, 13]
-    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
-    lm = oracle.LogProbs(vllm_parts.policy())
-    likely: dict[tuple[int, ...], float] = {(): 1.0}
-    for _ in range(length):
-        longer = {}
-        for written, p in likely.items():
-            logits = torch.full((models.VOCAB,), -torch.inf)
-            logits[allowed] = lm.logits([*prompt, *written])[allowed]
-            row = torch.tensor(brute.row([*prompt, *written], logits, config).logits)
-            for token in allowed:
-                longer[(*written, token)] = p * float(row.double().softmax(-1)[token])
-        likely = longer
-    asked = params(length, vllm_parts.asked(config), temperature=1.0, n=30, seed=0,
-                   ignore_eos=True, allowed_token_ids=allowed)  # fmt: skip
-    before = vllm_parts.worker_report(speculating)
-    found: Counter[tuple[int, ...]] = Counter()
-    for seed in range(0, draws, asked.n):
-        asked.seed = seed
-        (output,) = speculating.generate([{"prompt_token_ids": prompt}], asked, use_tqdm=False)
-        found.update(tuple(sample.token_ids) for sample in output.outputs)
-    counts = spent(before, vllm_parts.worker_report(speculating))
-    # A response whose drafts are accepted ends a step earlier.
-    assert counts["steps"] < 0.8 * draws * (length - 1), "hardly a draft was accepted"
-    every = list(itertools.product(allowed, repeat=length))
-    assert not any(found[each] for each in every if likely[each] == 0)
-    kept = [each for each in every if likely[each] * draws >= 5]
-    observed = [found[each] for each in kept]
-    expected = [likely[each] * draws for each in kept]
-    assert len(kept) >= 4
-    observed.append(draws - sum(observed))
-    expected.append(draws - sum(expected))
-    assert chisquare(observed, expected).pvalue > 1e-3
-
-
-@is_chosen
 def test_the_policys_own_trunk_looks_ahead_behind_drafts():
     """Guided, ended and compared by a head on the policy's trunk, as without speculation."""
     with vllm_parts.engine(tap_config(), block_size=BLOCK) as llm:
@@ -184,8 +140,6 @@ def test_the_policys_own_trunk_looks_ahead_behind_drafts():
 
 
 @starts_it
-@pytest.mark.parametrize(
-    "which", ["mixed_batch", "other_engines", "rows_end", "siblings", "distribution", "trunk"]
-)
+@pytest.mark.parametrize("which", ["mixed_batch", "other_engines", "rows_end", "siblings", "trunk"])
 def test_on_v2(which):
     run(f"{HERE}/test_speculation.py", "-k", which)
