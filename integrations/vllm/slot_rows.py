@@ -127,7 +127,9 @@ class SlotRows:
         if not any(slot in self._slots for slot in named):
             return []
         self.goes_on, self._read_in = self._read_in == self._step, self._step
-        lengths = dict(zip(named, context.seq_lens_upper_bound_np.tolist(), strict=True))
+        # Longer than the requests where a full CUDA graph pads the step.
+        bounds = context.seq_lens_upper_bound_np[: len(named)].tolist()
+        lengths = dict(zip(named, bounds, strict=True))
         unknown = {slot: n for slot, n in lengths.items() if self._wants_whole(slot, n)}
         given, histories = self._tokens.read(context, logits, unknown)
         placed: list[Placed] = []

@@ -5,6 +5,7 @@ The writes that vLLM makes with Triton are made here; its data classes and its l
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,7 @@ class DraftRunner:
         config.model_config.logits_processors = [*flags, *later]
         (self.processor,) = build_custom_logits_processors(config, self.states, False, flags)
         self.jobs: dict[str, Job] = {}
+        self.random = random.Random(0)
 
     def add(self, job: Job) -> None:
         """The request takes a slot, in which another's tokens may still be."""
@@ -121,7 +123,8 @@ class DraftRunner:
             expanded_local_pos=torch.tensor([i for n in rows for i in range(n)]).int(),
             input_ids=torch.tensor(ids).int(),
             pos=torch.tensor(positions),
-            seq_lens_upper_bound_np=np.array(bounds, np.int32),
+            # A step that runs as a full CUDA graph has it padded to the graph's requests.
+            seq_lens_upper_bound_np=np.array(bounds + [0] * self.random.randint(0, 2), np.int32),
         )
         self.processor.apply_staged_writes()
         return self.processor.apply(logits, context)

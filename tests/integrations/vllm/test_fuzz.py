@@ -233,7 +233,8 @@ class SlotRunner:
             expanded_local_pos=torch.zeros_like(rows),
             input_ids=torch.tensor([job.ids[job.prefilled - 1] for job in order]).int(),
             pos=torch.from_numpy(lengths - 1),
-            seq_lens_upper_bound_np=lengths,
+            # Padded, as a full CUDA graph has it.
+            seq_lens_upper_bound_np=np.append(lengths, np.zeros(len(order) % 3, np.int32)),
         )
         self.processor.apply_staged_writes()
         return self.processor.apply(logits, context)
