@@ -44,7 +44,7 @@ def later_processors(model_config: Any) -> list[str]:
 
 
 def may_overrule(vllm_config: Any) -> bool:
-    """Whether a token that guidance masks may be sampled all the same."""
+    """Whether a token that is forbidden may be sampled all the same."""
     # A budget of thinking tokens forces their end.
     budgets = getattr(vllm_config, "reasoning_config", None) is not None
     return budgets or bool(later_processors(vllm_config.model_config))

@@ -1,8 +1,9 @@
 """The live rows of Model Runner V2: requests by slot, their tokens in the runner's own buffers.
 
 With speculative decoding a request has a row for each of its drafted tokens, too: its history is
-the request's with the drafts up to there. A row that nobody will sample from, because a draft
-before it cannot be accepted, is no live row.
+the request's with the drafts up to there. A row behind a draft that was forbidden before guidance,
+or that ends the request, is no live row: nobody will sample from it. A draft that guidance masks is
+followed: only the rank that scores will know which these are.
 """
 
 import logging
@@ -15,7 +16,7 @@ from torch import Tensor
 from guided_decode.growable import Ints
 from guided_decode.integrations.vllm.request import Request, SamplingParams
 from guided_decode.integrations.vllm.rows import Admit, LiveRow, Placed
-from guided_decode.integrations.vllm.slot_tokens import NEVER, RowTokens, SlotTokens
+from guided_decode.integrations.vllm.slot_tokens import RowTokens, SlotTokens
 from guided_decode.prefix import PrefixHandle
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class SlotRows:
             states: the runner's buffers.
             drafts: the most drafted tokens of a request and step.
             rewrites: others may write histories too; each is read whole at every step.
-            overruled: what acts after guidance may let through what is masked.
+            overruled: what acts after guidance may let through what is forbidden.
         """
         self._admit = admit
         self._states = states
@@ -198,7 +199,7 @@ class SlotRows:
         main, draft, offset = slot.row, given.draft, given.offset
         if draft < 0 or draft in main.request.terminals:
             return None
-        if not self._overruled and not _may_follow(main, given.rank):
+        if given.is_forbidden and not self._overruled:
             return None
         before = main if offset == 1 else slot.drafts[offset - 2]
         if len(slot.drafts) < offset:
@@ -235,14 +236,6 @@ def _branch(handle: PrefixHandle, before: Ints, draft: int, same: int) -> None:
     differs = handle.tokens[same:end] != before[same:end]
     handle.rewind(same + int(differs.argmax()) if differs.any() else end)
     handle.extend(np.append(before[len(handle) :], draft))
-
-
-def _may_follow(row: LiveRow, rank: int) -> bool:
-    """Whether a draft can be sampled that so many tokens have a larger logit than."""
-    config = row.request.config
-    # What guidance masks is never accepted; a row that goes on as it came is none of its own.
-    masks = config.guides and config.tail == "mask" and config.top_k is not None
-    return rank < (config.top_k if masks else NEVER)  # type: ignore[operator]
 
 
 def _take_over(slot: _Slot, known: int) -> None:

@@ -14,26 +14,22 @@ if TYPE_CHECKING:
 
 # Tokens that a history is compared by with what is known of it, besides those that are new.
 _COMPARED = 8
-# The rank of a draft that is forbidden.
-NEVER = 1 << 40
-# Rows of logits that are looked at together: what is made of them is as large as they are.
-_ROWS = 64
 
 
 class RowTokens(NamedTuple):
     """A row of the logits.
 
     slot: of its request. offset: how many drafted tokens there are before it. position: of its last
-    token. draft: that token, if it is a draft; -1 is a placeholder. rank: how many tokens have a
-    larger logit than the draft has; `NEVER` where it is forbidden. tail: the last tokens of the
-    request's history, drafts left out.
+    token. draft: that token, if it is a draft; -1 is a placeholder. is_forbidden: whether the row
+    before it came with that token at −inf. tail: the last tokens of the request's history, drafts
+    left out.
     """
 
     slot: int
     offset: int
     position: int
     draft: int
-    rank: int
+    is_forbidden: bool
     tail: Ints
 
 
@@ -69,16 +65,16 @@ class SlotTokens:
         places = (positions - offsets)[:, None] + back
         tails = ids[slots[:, None], places.clamp(min=0)].long()
         has_drafts = len(slots) > len(context.idx_mapping_np)
-        ranks = _ranks(logits, tokens, offsets) if has_drafts else torch.zeros_like(slots)
-        rows = torch.stack([slots, offsets, positions, tokens, ranks], 1)
+        forbidden = _forbidden(logits, tokens) if has_drafts else torch.zeros_like(slots)
+        rows = torch.stack([slots, offsets, positions, tokens, forbidden], 1)
         pieces = [torch.cat([rows, tails], 1).flatten()]
         pieces += [ids[slot, :length].long() for slot, length in whole.items()]
         flat: Ints = torch.cat(pieces).cpu().numpy()
         start = rows.shape[0] * (rows.shape[1] + self._width)
         found = []
         for each in flat[:start].reshape(len(rows), -1):
-            slot, offset, position, draft, rank = each[:5].tolist()
-            found.append(RowTokens(slot, offset, position, draft, rank, each[5:]))
+            slot, offset, position, draft, is_forbidden = each[:5].tolist()
+            found.append(RowTokens(slot, offset, position, draft, bool(is_forbidden), each[5:]))
         histories = {}
         for slot, piece in zip(whole, pieces[1:], strict=True):
             histories[slot] = flat[start : start + len(piece)]
@@ -95,13 +91,7 @@ class SlotTokens:
         return history
 
 
-def _ranks(logits: Tensor, tokens: Tensor, offsets: Tensor) -> Tensor:
-    """Where each row's draft stands among the logits of the row before it, int64 [rows]."""
-    ranks = torch.zeros_like(tokens)
-    drafts = tokens.clamp(min=0)[1:, None]
-    for start in range(0, len(logits) - 1, _ROWS):
-        before = logits[start : min(start + _ROWS, len(logits) - 1)]
-        own = before.gather(1, drafts[start : start + len(before)])
-        found = (before > own).sum(1).masked_fill(own[:, 0] == -torch.inf, NEVER)
-        ranks[1 + start : 1 + start + len(before)] = found
-    return ranks.masked_fill(offsets == 0, 0)
+def _forbidden(logits: Tensor, tokens: Tensor) -> Tensor:
+    """Whether the row before came with each row's token at −inf, int64 [rows]."""
+    before = logits[:-1].gather(1, tokens.clamp(min=0)[1:, None])[:, 0]
+    return torch.cat([tokens.new_zeros(1), (before == -torch.inf).long()])

@@ -98,12 +98,28 @@ class DraftRunner:
         self.states.all_token_ids.gpu[slot, : len(job.ids)] = torch.tensor(job.ids).int()
         self.states.total_len.gpu[slot] = len(job.ids)
 
-    def apply(self, order: Sequence[Job], logits: Tensor, *, late: int = 0) -> Tensor:
+    def apply(
+        self, order: Sequence[Job], logits: Tensor, *, late: int = 0, in_parts: bool = False
+    ) -> Tensor:
         """Guided logits, [rows, vocab]: a request's rows follow one another.
 
         late: by so much the host's idea of a length is above it, as drafts that are not known to
-        be rejected yet make it.
+        be rejected yet make it. in_parts: the step is verified in several, as one is whose logits
+        are more than a GiB.
         """
+        self.processor.apply_staged_writes()
+        guided, at, start = [], 0, 0
+        while start < len(order):
+            most = len(order) - start
+            part = order[start : start + (self.random.randint(1, most) if in_parts else most)]
+            own = logits[at : at + sum(job.rows for job in part)]
+            # vLLM skips what nobody asked anything of.
+            asks = not in_parts or any(job.config is not None for job in part)
+            guided.append(self._part(part, own.clone(), late) if asks else own)
+            start, at = start + len(part), at + len(own)
+        return torch.cat(guided)
+
+    def _part(self, order: Sequence[Job], logits: Tensor, late: int) -> Tensor:
         slots = np.array([self.slot(job) for job in order], np.intp)
         ids, positions = [], []
         for job in order:
@@ -126,7 +142,6 @@ class DraftRunner:
             # A step that runs as a full CUDA graph has it padded to the graph's requests.
             seq_lens_upper_bound_np=np.array(bounds + [0] * self.random.randint(0, 2), np.int32),
         )
-        self.processor.apply_staged_writes()
         return self.processor.apply(logits, context)
 
 

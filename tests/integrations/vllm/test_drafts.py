@@ -16,6 +16,8 @@ from tests.integrations.vllm.draft_runner import DRAFTS, DraftRunner, Job, confi
 from guided_decode.integrations.vllm.request import Request  # isort: skip
 
 ROWS, LONGEST, STOP, END = 5, 60, 99, 98
+# Of the policy's logits: padded further than the scorer's vocabulary.
+WIDTH = models.VOCAB + 4
 BRUTE = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
 # Few tokens and few prompts: sequences come again, so brute force is quick and rows share prefixes.
 TOKENS = [10, 11, 12, 13]
@@ -26,7 +28,7 @@ CONFIGS = [
     GuidanceConfig(rule="prune", margin=0.5, top_k=4),
     GuidanceConfig(beta=1.5, top_k=4, gate=0.5),
     GuidanceConfig(beta=1.0, top_k=4, value_gate=0.0, value_gate_fall=0.3),
-    GuidanceConfig(beta=1.0, top_k=4, abstain=-0.9, abstain_after=2),
+    GuidanceConfig(beta=1.0, top_k=4, abstain=-0.6, abstain_after=2),
 ]
 
 
@@ -50,9 +52,10 @@ class Drafting:
         return Job(f"{self.count}", self.random.choice(PROMPTS), asked, sampling)
 
     def logits(self, rows: int) -> torch.Tensor:
-        """The few tokens are likely."""
-        logits = torch.randn(rows, models.VOCAB, generator=self.noise)
+        """The few tokens are likely, and after the likeliest those that no scorer knows."""
+        logits = torch.randn(rows, WIDTH, generator=self.noise)
         logits[:, TOKENS] += 3 + torch.randn(rows, len(TOKENS), generator=self.noise)
+        logits[:, models.VOCAB :] = logits[:, : models.VOCAB].amax(-1, keepdim=True) - 0.01
         return logits
 
     def come_and_go(self) -> None:
@@ -77,7 +80,12 @@ class Drafting:
             job.prefilled += left if was_whole else self.random.choice([left, min(left, 3)])
             self.draft(job, was_whole=was_whole)
         before = self.logits(sum(job.rows for job in order))
-        after = self.runner.apply(order, before.clone(), late=self.random.choice([0, DRAFTS]))
+        after = self.runner.apply(
+            order,
+            before,
+            late=self.random.choice([0, DRAFTS]),
+            in_parts=self.random.random() < 0.3,
+        )
         at = 0
         for job in order:
             rows = slice(at, at + job.rows)
@@ -137,14 +145,17 @@ class Drafting:
             assert after[END] == 0.0
             assert int((after == -torch.inf).sum()) == len(after) - 1
         else:
-            row = BRUTE.row(ids, before, job.config, [STOP, END], len(job.prompt))
-            oracle.assert_row_equal(after, row)
+            known = slice(0, models.VOCAB)
+            row = BRUTE.row(ids, before[known], job.config, [STOP, END], len(job.prompt))
+            oracle.assert_row_equal(after[known], row)
+            beyond = before if job.config.tail == "keep" else torch.full_like(before, -torch.inf)
+            assert torch.equal(after[models.VOCAB :], beyond[models.VOCAB :])
 
 
 @pytest.mark.parametrize("cache_tokens", [None, pytest.param(90, marks=pytest.mark.slow)])
 def test_300_random_acceptances(monkeypatch, cache_tokens):
     own = {} if cache_tokens is None else {"cache_tokens": cache_tokens}
-    runner = DraftRunner(monkeypatch, config(**own), ROWS, LONGEST, models.VOCAB)
+    runner = DraftRunner(monkeypatch, config(**own), ROWS, LONGEST, WIDTH)
     drafting = Drafting(runner, seed=5)
     counts = runner.processor.engine.counts
     cache, stats = runner.processor.engine.scorer.cache, runner.processor.engine.scorer.stats
@@ -261,16 +272,35 @@ def test_siblings_are_compared_where_they_passed_a_boundary(monkeypatch):
     assert runner.processor.engine.counts.pruned_siblings == 2
 
 
-def test_a_masked_draft_is_followed_where_it_may_come_through_all_the_same(monkeypatch):
+def test_every_draft_is_followed_that_the_policys_own_limits_allow(monkeypatch):
+    """Whether it is no candidate, or its row goes on as it came: it may be accepted all the same.
+
+    What comes after guidance may let even a forbidden one through.
+    """
+    made = config()
     for later in ([], ["mine:Forcing"]):
-        made = config()
-        runner = DraftRunner(monkeypatch, made, ROWS, LONGEST, models.VOCAB, later)
-        job = guided_job("forced", PROMPTS[1])
-        runner.add(job)
-        step(runner, job)
-        runner.write(job, [10])
-        job.prefilled, job.drafts = len(job.ids), [50]
-        logits = torch.zeros(2, models.VOCAB)
-        logits[:, TOKENS] = 5.0
-        after = runner.apply([job], logits.clone())
-        assert torch.equal(after[1], logits[1]) is not bool(later)
+        runner = DraftRunner(monkeypatch, made, ROWS, LONGEST, WIDTH, later)
+        for draft, is_forbidden, is_lost in ((50, False, False), (50, False, True),
+                                             (50, True, False)):  # fmt: skip
+            job = guided_job("drafts", PROMPTS[1])
+            runner.add(job)
+            step(runner, job)
+            runner.write(job, [10])
+            job.prefilled, job.drafts = len(job.ids), [draft]
+            logits = torch.zeros(2, WIDTH)
+            logits[:, TOKENS] = 5.0
+            if is_forbidden:
+                logits[0, draft] = -torch.inf
+            if is_lost:
+                logits[0, -1] = 9.0  # the scorer does not know the likeliest token
+            before = runner.processor.engine.scorer.stats.passthroughs
+            after = runner.apply([job], logits)
+            row = BRUTE.row([*job.ids, draft], logits[1, : models.VOCAB], job.config, [STOP])
+            if is_forbidden and not later:
+                assert torch.equal(after[1], logits[1])
+            else:
+                oracle.assert_row_equal(after[1, : models.VOCAB], row)
+            assert torch.equal(after[0], logits[0]) is is_lost
+            lost = runner.processor.engine.scorer.stats.passthroughs - before
+            assert lost == is_lost
+            runner.remove(job)
