@@ -45,3 +45,27 @@ def refuse_speculation(vllm_config: Any, *, is_v1: bool, by_trunk: bool) -> None
             "policy's hidden states or its KV cache: draft by ngram, start the server without "
             "--speculative-config, or with a critic of its own"
         )
+    if by_trunk:
+        _refuse_parts(vllm_config)
+
+
+def _refuse_parts(vllm_config: Any) -> None:
+    """Raises ValueError: a step may have more logits than vLLM verifies at once.
+
+    In the parts of such a step nothing says which of the policy's hidden states are whose.
+    """
+    from vllm.v1.worker.gpu.spec_decode.rejection_sampler import get_max_chunk_logits
+
+    scheduler, drafts = vllm_config.scheduler_config, most_drafts(vllm_config)
+    vocab = vllm_config.model_config.get_vocab_size()
+    requests, most = scheduler.max_num_seqs, get_max_chunk_logits(vocab)
+    # Each row is that of a token that was scheduled.
+    rows = min(requests * (1 + drafts), scheduler.max_num_batched_tokens)
+    if rows > most:
+        raise ValueError(
+            f"kind=trunk-head came with max_num_seqs={requests} and {drafts} drafts each: a step "
+            f"has up to {rows} rows, and with a vocabulary of {vocab} tokens vLLM verifies more "
+            f"than {most} in parts, in which the policy's hidden states are not known for theirs: "
+            f"start the server with --max-num-seqs {max(1, most // (1 + drafts))}, or with fewer "
+            "drafts (num_speculative_tokens), or with a critic of its own"
+        )

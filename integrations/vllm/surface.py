@@ -29,7 +29,22 @@ _CONFIGURATION = (
         _BUILD,
         has=("additional_config", "model_config", "parallel_config", "scheduler_config"),
     ),
-    Name("vllm.config.VllmConfig", _SPECULATION, has=("speculative_config",)),
+    Name(
+        "vllm.config.VllmConfig",
+        _SPECULATION,
+        has=("model_config", "scheduler_config", "speculative_config"),
+    ),
+    Name("vllm.config.ModelConfig.get_vocab_size", _SPECULATION, takes=called()),
+    Name(
+        "vllm.config.SchedulerConfig",
+        _SPECULATION,
+        has=("max_num_batched_tokens", "max_num_seqs"),
+    ),
+    _of_v2(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler.get_max_chunk_logits",
+        _SPECULATION,
+        takes=called("vocab_size"),
+    ),
     _of_v2(
         "vllm.config.SpeculativeConfig",
         _SPECULATION,

@@ -102,6 +102,7 @@ READ = [
     ("integrations/vllm/slot_rows.py", "_states", "LogitsProcRequestState"),
     ("integrations/vllm/slot_tokens.py", "context", "LogitsContext"),
     ("integrations/vllm/slot_tokens.py", "_states", "LogitsProcRequestState"),
+    ("integrations/vllm/speculation.py", "scheduler", "SchedulerConfig"),
     ("integrations/vllm/speculation.py", "speculative", "SpeculativeConfig"),
     ("integrations/vllm/trunk_tap.py", "model_class", "VllmModelForTextGeneration"),
     ("guided_decode/forward/packed_model.py", "model", "PreTrainedModel"),

@@ -40,12 +40,17 @@ def test_engines_that_are_refused(change, reason):
         refuse_unsupported(config)
 
 
-def test_speculation_that_is_refused_on_model_runner_v2():
-    def drafting(**own):
-        given = {"num_speculative_tokens": 3, "rejection_sample_method": "standard",
-                 "method": "ngram"}  # fmt: skip
-        return SimpleNamespace(speculative_config=SimpleNamespace(**given | own))
+def drafting(max_num_seqs: int = 32, vocab: int = models.VOCAB, **own):
+    given = {"num_speculative_tokens": 3, "rejection_sample_method": "standard",
+             "method": "ngram"}  # fmt: skip
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(**given | own),
+        model_config=SimpleNamespace(get_vocab_size=lambda: vocab),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192),
+    )
 
+
+def test_speculation_that_is_refused_on_model_runner_v2():
     refuse_speculation(drafting(), is_v1=False, by_trunk=False)
     with pytest.raises(ValueError, match="this engine runs on vLLM's V1 runner, which refuses"):
         refuse_speculation(drafting(), is_v1=True, by_trunk=False)
@@ -55,6 +60,20 @@ def test_speculation_that_is_refused_on_model_runner_v2():
     refuse_speculation(drafting(), is_v1=False, by_trunk=True)
     with pytest.raises(ValueError, match="kind=trunk-head came with drafts by eagle3, whose model"):
         refuse_speculation(drafting(method="eagle3"), is_v1=False, by_trunk=True)
+
+
+def test_a_trunk_head_is_refused_where_vllm_may_verify_in_parts():
+    """Llama 3's vocabulary: a GiB of float32 logits has 2092 rows."""
+    refuse_speculation(drafting(523, 128256), is_v1=False, by_trunk=True)
+    refuse_speculation(drafting(1024, 128256), is_v1=False, by_trunk=False)
+    with pytest.raises(
+        ValueError, match=r"524 and 3 drafts each: a step has up to 2096 rows"
+    ) as at:
+        refuse_speculation(drafting(524, 128256), is_v1=False, by_trunk=True)
+    assert "verifies more than 2092 in parts" in str(at.value)
+    assert "--max-num-seqs 523, or with fewer drafts" in str(at.value)
+    with pytest.raises(ValueError, match="up to 8192 rows, and with a vocabulary of 128256"):
+        refuse_speculation(drafting(4096, 128256), is_v1=False, by_trunk=True)
 
 
 def test_a_scorer_that_does_not_fit_is_refused_with_what_can_be_done():
