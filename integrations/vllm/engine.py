@@ -327,11 +327,13 @@ class GuidedEngine:
         logged = row.main is not None and self._log is not None
         return compared or logged or request.config.value_gate_fall is not None
 
-    def _new_lengths(self, row: LiveRow) -> Iterator[int]:
-        """The lengths of its response that it has reached with the tokens of its last step."""
+    def _new_lengths(self, row: LiveRow, *, before: int = 0) -> Iterator[int]:
+        """The lengths of its response that it has reached with the tokens of its last step.
+
+        before: in its first step here, so many shorter ones too.
+        """
         end = len(row.response)
-        # Who comes back may have written several tokens before it left.
-        begin = row.seen - row.prompt_length if row.seen else end - 1 - self._drafts
+        begin = row.seen - row.prompt_length if row.seen else end - 1 - before
         yield from range(max(0, min(begin + 1, end)), end + 1)
 
     def _boundaries(self, row: LiveRow, vocab: int) -> list[int]:
@@ -341,7 +343,9 @@ class GuidedEngine:
         sibling = row.sibling
         if sibling is None or sibling.is_pruned:
             return []
-        return [n for n in self._new_lengths(row) if self.groups.is_due(sibling, n)]
+        # Who comes back may have passed one by the last tokens that it wrote before it left.
+        lengths = self._new_lengths(row, before=self._drafts)
+        return [n for n in lengths if self.groups.is_due(sibling, n)]
 
     def _logged(self, row: LiveRow) -> list[int]:
         """The lengths whose values the log has."""

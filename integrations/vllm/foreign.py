@@ -6,11 +6,13 @@ after guidance may forbid what it left, or let through what it masked.
 
 import logging
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 logger = logging.getLogger("guided_decode")
 
 _RUNNER_V2 = "vllm.v1.worker.gpu.model_runner"
+_STATE = "vllm.v1.worker.gpu.model_states.default"
 
 
 def may_rewrite(vllm_config: Any) -> bool:
@@ -18,13 +20,11 @@ def may_rewrite(vllm_config: Any) -> bool:
 
     Its histories are then read whole at every step, and so stay right.
     """
+    given = [("the scheduler", vllm_config.scheduler_config.scheduler_cls)]
+    given += [("what chooses the sampler", each) for each in _sampler_choosers(vllm_config)]
     found = [
         f"{what} is {name}"
-        for what, name in (
-            ("the scheduler", _name(vllm_config.scheduler_config.scheduler_cls)),
-            # A model's state, which this function chooses, may bring a sampler of its own.
-            ("what chooses the sampler", _name(_state_chooser())),
-        )
+        for what, name in ((what, _name(each)) for what, each in given)
         if name is not None and not name.startswith("vllm.")
     ]
     if found:
@@ -50,8 +50,19 @@ def may_overrule(vllm_config: Any) -> bool:
     return budgets or bool(later_processors(vllm_config.model_config))
 
 
-def _state_chooser() -> Any:
-    return getattr(sys.modules.get(_RUNNER_V2), "init_model_state", None)
+def _sampler_choosers(vllm_config: Any) -> Iterator[Any]:
+    """What has a word in which sampler Model Runner V2 takes, if that runs."""
+    runner = sys.modules.get(_RUNNER_V2)
+    if runner is None:
+        return
+    # A model's state, which this function chooses, may bring a sampler of its own.
+    yield getattr(runner, "init_model_state", None)
+    state = getattr(sys.modules.get(_STATE), "DefaultModelState", None)
+    yield getattr(state, "custom_sampler", None)
+    from vllm.model_executor.model_loader.utils import get_model_architecture
+
+    model = get_model_architecture(vllm_config.model_config)[0]
+    yield getattr(model, "get_model_state_cls", None)
 
 
 def _name(given: Any) -> str | None:

@@ -247,10 +247,16 @@ def _take_over(slot: _Slot, known: int) -> None:
     main.passed = {}
     if not known:
         return
-    for row in slot.drafts[: len(main.history) - 1 - known]:
+    tokens = main.history.tokens
+    for offset, row in enumerate(slot.drafts[: len(tokens) - 1 - known], 1):
         length = len(row.history)
+        if not known < length < len(tokens):
+            continue
+        # A sampler of others may have written something else than was drafted.
+        drafted = slice(length - offset, length)
+        if not np.array_equal(row.history.tokens[drafted], tokens[drafted]):
+            continue
         value = row.trail.at(row.history, length)
-        # Those that were no live rows in the last step have other lengths.
-        if value is not None and known < length < len(main.history):
+        if value is not None:
             main.passed[length] = value
             main.trail.add(main.history, length, value)

@@ -352,6 +352,17 @@ _V2_RUNNER = (
     _of_v2(f"{_V2}.LogitsProcRequestState", _SLOT_ROWS, has=("prefill_len", "prompt_len")),
     _of_v2(f"{_V2}.LogitsProcRequestState", _SLOT_TOKENS, has=("all_token_ids", "total_len")),
     _of_v2("vllm.v1.worker.gpu.model_runner.init_model_state", _FOREIGN),
+    _of_v2(
+        "vllm.v1.worker.gpu.model_states.resolve_model_state_cls",
+        _FOREIGN,
+        why="asks the model's own get_model_state_cls",
+    ),
+    _of_v2("vllm.v1.worker.gpu.model_states.default.DefaultModelState.custom_sampler", _FOREIGN),
+    Name(
+        "vllm.model_executor.model_loader.utils.get_model_architecture",
+        _FOREIGN,
+        takes=called("model_config"),
+    ),
     _of_v2(f"{_V2}.LogitsProcRequestState", _PROCESSOR, has=("device",)),
     _of_v2(
         "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor",

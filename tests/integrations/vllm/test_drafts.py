@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 
@@ -182,7 +183,7 @@ def guided_job(name: str, prompt: list[int], asked=CONFIGS[0], **extra) -> Job:
 
 def step(runner: DraftRunner, job: Job) -> None:
     """One row, as it is by brute force."""
-    job.prefilled = len(job.ids)
+    job.prefilled, job.drafts = len(job.ids), []
     before = torch.randn(1, models.VOCAB, generator=torch.Generator().manual_seed(len(job.ids)))
     after = runner.apply([job], before.clone())
     row = BRUTE.row(job.ids, before[0], job.config, [STOP], len(job.prompt))
@@ -218,18 +219,71 @@ def test_histories_that_others_rewrite_are_read_again(monkeypatch, caplog, is_kn
 
 
 def test_the_sampler_is_not_vllms_own_where_something_else_chooses_it(monkeypatch):
-    from types import ModuleType, SimpleNamespace
+    from types import ModuleType
+
+    from transformers import LlamaForCausalLM
 
     from guided_decode.integrations.vllm.foreign import may_rewrite
 
-    plain = SimpleNamespace(scheduler_config=SimpleNamespace(scheduler_cls=None))
+    import vllm.v1.worker.gpu.model_states.default as states  # isort: skip
+    import vllm.model_executor.model_loader.utils as loader  # isort: skip
+
+    plain = config()
     assert not may_rewrite(plain)
     plain.scheduler_config.scheduler_cls = "vllm.v1.core.sched.async_scheduler.AsyncScheduler"
-    assert not may_rewrite(plain)
     runner = ModuleType("vllm.v1.worker.gpu.model_runner")
-    runner.init_model_state = lambda *args: None
+    runner.init_model_state = states.DefaultModelState
     monkeypatch.setitem(sys.modules, runner.__name__, runner)
+    assert not may_rewrite(plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(runner, "init_model_state", lambda *args: None)
+        assert may_rewrite(plain)
+    with monkeypatch.context() as patch:
+        patch.setattr(states.DefaultModelState, "custom_sampler", lambda *args: None)
+        assert may_rewrite(plain)
+
+    class Own(LlamaForCausalLM):
+        @staticmethod
+        def get_model_state_cls():
+            return None
+
+    monkeypatch.setattr(loader, "get_model_architecture", lambda model: (Own, ""))
     assert may_rewrite(plain)
+
+
+def test_the_value_behind_a_draft_is_none_of_what_was_written_in_its_place(monkeypatch):
+    """As a sampler of others may."""
+    runner = DraftRunner(monkeypatch, config(), ROWS, LONGEST, models.VOCAB)
+    job = guided_job("other", PROMPTS[3], GuidanceConfig(beta=1.0, top_k=3, value_gate_fall=0.1))
+    runner.add(job)
+    step(runner, job)
+    (row,) = runner.processor.live
+    for draft, written in ((10, 10), (11, 12)):
+        runner.write(job, [13])
+        job.prefilled, job.drafts = len(job.ids), [draft]
+        runner.apply([job], torch.zeros(2, models.VOCAB))
+        runner.write(job, [written, 13])
+        step(runner, job)
+        known = row.trail.at(row.history, len(job.ids) - 1)
+        assert known == pytest.approx(BRUTE.values([job.ids[:-1]])[0], abs=1e-5)
+
+
+def test_a_value_is_logged_once_also_of_a_request_that_comes_back(monkeypatch, tmp_path):
+    log = tmp_path / "values"
+    made = config(value_log=str(log), value_log_every=1)
+    runner = DraftRunner(monkeypatch, made, ROWS, LONGEST, models.VOCAB)
+    job = guided_job("comes back", PROMPTS[2])
+    runner.add(job)
+    for written in ([10], [11, 12, 13], [10, 10]):
+        step(runner, job)
+        runner.write(job, written)
+    step(runner, job)
+    runner.remove(job)
+    job.output.append(11)
+    runner.add(job)
+    step(runner, job)
+    logged = [json.loads(line)["response"] for line in log.read_text().splitlines()]
+    assert logged == list(range(8))
 
 
 def test_histories_that_others_rewrite_are_read_again_on_v1():
