@@ -116,8 +116,8 @@ def assert_nothing_is_left(processor) -> None:
     cache = processor.engine.scorer.cache
     cache.check()
     assert cache.pinned == 0
-    assert len(processor.engine.groups) == 0
-    assert not processor.engine._members
+    assert len(processor.engine.values.groups) == 0
+    assert processor.engine.values.members == 0
 
 
 def run_v1(batch: InputBatch, processor, jobs: Jobs, brute, steps: int) -> int:

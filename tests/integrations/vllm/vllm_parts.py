@@ -119,7 +119,7 @@ def report(worker: Any) -> dict[str, Any] | None:
         "pinned": 0 if cache is None else cache.pinned,
         "live": len(own.live),
         "answered": 0 if own.engine.trunk is None else own.engine.trunk.held.answered,
-        "groups": len(own.engine.groups),
+        "groups": len(own.engine.values.groups),
     }
 
 
