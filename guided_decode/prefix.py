@@ -1,4 +1,4 @@
-"""Prefix handles: append-only token histories that a scorer looks up by their new tokens only."""
+"""Prefix handles: token histories that a scorer looks up by their new tokens only."""
 
 import copy
 import operator
@@ -12,6 +12,8 @@ from torch import Tensor
 from guided_decode.growable import GrowableInts, Ints
 
 _HIGHEST = np.iinfo(np.int64).max
+# Of so many of its last changes a handle knows what each left of it.
+_KEPT = 8
 _EXPECTED = "expected one dimension of integer token ids, without padding"
 
 
@@ -51,7 +53,7 @@ def _as_int(token: int) -> int:
 class HandleState(NamedTuple):
     """What a handle held at one moment: tokens, int64 [n], stay so whatever is appended since.
 
-    lowest, highest: bounds of the ids, 0 among them. version: grows with each `reset`.
+    lowest, highest: bounds of the ids, 0 among them. version: grows with each `reset` and `rewind`.
     """
 
     tokens: Ints
@@ -69,12 +71,14 @@ class PrefixHandle:
     whole, and a scorer reads the history as it is at one moment. A copy has a history of its own.
     """
 
-    __slots__ = ("__weakref__", "_ids", "_lock", "highest", "lowest", "version")
+    __slots__ = ("__weakref__", "_ids", "_kept", "_lock", "highest", "lowest", "version")
 
     def __init__(self, tokens: "Sequence[int] | Ints | Tensor" = ()) -> None:
         self.version = 0
         self.lowest = self.highest = 0
         self._ids = GrowableInts()
+        # Of the last changes, newest last: the tokens that each left as they were.
+        self._kept: list[int] = []
         self._lock = threading.RLock()
         self.extend(tokens)
 
@@ -141,5 +145,40 @@ class PrefixHandle:
         with self._lock:
             self._ids = GrowableInts()
             self.lowest = self.highest = 0
-            self.version += 1
+            self._changed(0)
             self.extend(ids)
+
+    def rewind(self, length: int) -> None:
+        """Forgets what is behind the first `length` tokens; a scorer's look-up goes on from there.
+
+        For a history whose end was a guess. Views and states that were taken before are no longer
+        valid: no other thread may be reading the handle.
+
+        Raises ValueError: it has fewer tokens.
+        """
+        with self._lock:
+            if not 0 <= length <= len(self):
+                raise ValueError(
+                    f"rewind({length}) of a handle with {len(self)} tokens: expected a length "
+                    "from 0 to that"
+                )
+            if length == len(self):
+                return
+            dropped = self._ids.truncate(length)
+            if self.lowest in dropped or self.highest in dropped:
+                left = self._ids.view
+                self.lowest = min(0, int(left.min(initial=0)))
+                self.highest = max(0, int(left.max(initial=0)))
+            self._changed(length)
+
+    def kept(self, version: int) -> int:
+        """How many of the first tokens are as they were at this version; 0 where nobody knows."""
+        with self._lock:
+            changes = self.version - version
+            if not 0 <= changes <= len(self._kept):
+                return 0
+            return min([len(self), *self._kept[len(self._kept) - changes :]])
+
+    def _changed(self, kept: int) -> None:
+        self.version += 1
+        self._kept = [*self._kept[1 - _KEPT :], kept]

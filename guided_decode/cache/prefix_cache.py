@@ -253,10 +253,16 @@ class PrefixCache(OneProcess):
         valid = (
             anchor.generation == self.tree.generation
             and anchor.epoch == anchor.node.epoch
-            and anchor.version == state.version
             and anchor.skip == skip
         )
-        return (anchor.node, anchor.depth, anchor.row) if valid else (self.tree.root, 0, anchor.row)
+        depth = anchor.depth
+        if valid and anchor.version != state.version:
+            assert handle is not None
+            depth = min(depth, handle.kept(anchor.version) - skip)
+            if depth > 0:
+                self.tree.give_up(anchor.node, depth)
+        known = valid and depth > 0
+        return (anchor.node, depth, anchor.row) if known else (self.tree.root, 0, anchor.row)
 
     def _open_row(self, length: int) -> int | None:
         row = self.tables.open_row(length)

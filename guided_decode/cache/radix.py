@@ -6,7 +6,8 @@ a position hang on it as one block, an array of tokens with their slots; the one
 moves from its block into the tree with its slot.
 
 What the current batch touched (`stamp == clock`) is pinned: it is never evicted. Unchosen
-candidates are evicted before any prefix, prefixes by least recent use and from their ends.
+candidates are evicted before any prefix, then ends of prefixes that were taken back (drafts that
+were rejected), then prefixes by least recent use and from their ends.
 """
 
 import heapq
@@ -138,6 +139,13 @@ class RadixTree:
         while self.pool.free_slots < slots and self._evict_leaf(slots - self.pool.free_slots):
             pass
         return self.pool.free_slots >= slots
+
+    def give_up(self, node: Node, depth: int) -> None:
+        """A prefix no longer ends in this node, but at `depth` on the way to it: what is behind
+        goes before any other prefix, where no other row is read there."""
+        if node.start >= depth and not node.children and node.last_used < self.clock:
+            node.stamp = 0
+            self._push_leaf(node)
 
     def drop_candidates(self) -> None:
         """Frees every scored candidate that was not chosen: nobody will ask for them."""

@@ -55,7 +55,7 @@ def serve(
     """Start vLLM's OpenAI server with guidance; every other option goes to vLLM as it is."""
     distribution = installed_vllm()
     options = VllmOptions([*context.args, *_of_vllm(config or [])])
-    refuse_unserved(options)
+    refuse_unserved(options, distribution)
     other = additional_config(options)
     in_json = other.pop("guided_decode", {})
     names = paired(policy or _single(options.take("--model")), scorer or in_json.get("scorer"))

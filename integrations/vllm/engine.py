@@ -1,10 +1,8 @@
 """One step of an engine: siblings compared, rows guided, the same result on all its ranks."""
 
 import logging
-import math
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,11 +13,11 @@ from guided_decode.integrations.vllm.client_values.rows import ShownRows
 from guided_decode.integrations.vllm.client_values.store import ValueStore
 from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
 from guided_decode.integrations.vllm.own_trunk import OwnTrunk
+from guided_decode.integrations.vllm.prefix_values import PrefixValues
 from guided_decode.integrations.vllm.request import Request, admit
 from guided_decode.integrations.vllm.request_ends import SamplingParams
 from guided_decode.integrations.vllm.rows import LiveRow, Placed
 from guided_decode.integrations.vllm.server_config import ServerConfig
-from guided_decode.integrations.vllm.siblings import Arrival, SiblingGroups
 from guided_decode.integrations.vllm.trunk_tap import TrunkTap
 from guided_decode.integrations.vllm.value_log import ValueLog
 from guided_decode.scorer import Scorer
@@ -45,6 +43,7 @@ class GuidedEngine:
         values: bool = True,
         store: ValueStore | None = None,
         broadcast: Broadcast | None = None,
+        drafts: int = 0,
     ) -> None:
         """
         Args:
@@ -59,10 +58,10 @@ class GuidedEngine:
             store: takes the values that clients asked for; None where nobody could fetch them, the
                 same on all ranks.
             broadcast: hands a tensor of the leading rank to all; None with one rank.
+            drafts: the most drafted tokens of a request and step.
         """
         self.config = config
         self.scorer = trunk if scorer is None and tap is not None else scorer
-        self.groups = SiblingGroups()
         self.counts = StepCounts()
         self._tap = tap
         self._trunk = trunk
@@ -71,15 +70,24 @@ class GuidedEngine:
         self._values_prefixes = values
         self._shown = None if store is None else ShownRows(store)
         self._broadcast = broadcast
-        self._members: list[LiveRow] = []
         source = tap if scorer is None else scorer
         self._leads = source is not None
         self._stats = ScorerStats() if source is None else source.stats
         self._metrics = None
-        self._log = None
+        log = None
         if self._leads:
             self._metrics = Metrics(self.counts, self._stats, log_every=config.log_every)
-            self._log = None if config.value_log is None else ValueLog(config)
+            log = None if config.value_log is None else ValueLog(config)
+        self.values = PrefixValues(
+            config,
+            self.counts,
+            self._count_failure,
+            scorer=self.scorer,
+            tap=tap,
+            trunk=trunk,
+            log=log,
+            drafts=drafts,
+        )
 
     @property
     def trunk(self) -> OwnTrunk | None:
@@ -108,18 +116,14 @@ class GuidedEngine:
 
     def release(self, live: Collection[LiveRow]) -> None:
         """Forgets the siblings that are no longer in the batch."""
-        if self._members:
-            here = set(map(id, live))
-            for row in self._members:
-                if id(row) not in here and row.sibling is not None:
-                    self.groups.leave(row.sibling)
-            self._members = [row for row in self._members if id(row) in here]
+        self.values.release(live)
         self._publish(len(live))
 
-    def step(self, logits: Tensor, rows: Sequence[Placed]) -> Tensor:
+    def step(self, logits: Tensor, rows: Sequence[Placed], *, goes_on: bool = False) -> Tensor:
         """Writes the guided logits of these rows into `logits`, [rows, vocab], and returns it.
 
-        rows: by their index in the logits, from the lowest.
+        rows: by their index in the logits, from the lowest. goes_on: the step has other rows, too,
+        which came before.
         """
         if not rows:
             return logits
@@ -128,7 +132,7 @@ class GuidedEngine:
         index = None if every else _on([i for i, _ in rows], logits.device)
         own = logits if index is None else logits.index_select(0, index)
         if self._leads:
-            guided = self._lead(own, rows, len(logits))
+            guided = self._lead(own, rows, len(logits), goes_on=goes_on)
         else:
             guided = torch.empty_like(own)
             if self._trunk is not None:
@@ -145,11 +149,13 @@ class GuidedEngine:
         self._publish(len(rows))
         return logits
 
-    def _lead(self, own: Tensor, rows: Sequence[Placed], batch: int) -> Tensor:
+    def _lead(
+        self, own: Tensor, rows: Sequence[Placed], batch: int, *, goes_on: bool = False
+    ) -> Tensor:
         """The step on the rank that leads. What fails here fails for all ranks, or for none."""
         try:
             try:
-                return self._guided(own, rows, batch)
+                return self._guided(own, rows, batch, goes_on=goes_on)
             finally:
                 if self._trunk is not None:
                     self._trunk.end()
@@ -170,16 +176,18 @@ class GuidedEngine:
         if not self._leads and not bool(status.item()):
             raise RuntimeError("the rank that scores failed: its log has the reason")
 
-    def _guided(self, own: Tensor, rows: Sequence[Placed], batch: int) -> Tensor:
+    def _guided(self, own: Tensor, rows: Sequence[Placed], batch: int, *, goes_on: bool) -> Tensor:
         known = [i for i, (_, row) in enumerate(rows) if row.handle is not None]
         if len(known) < len(rows):
             self._count_unknown(len(rows) - len(known))
         if self._trunk is not None:
             self._trunk.begin([rows[i] for i in known], batch)
-        self._read_values([rows[i] for i in known], batch, own.shape[-1])
         live = [row for _, row in rows]
+        self._count_tokens([live[i] for i in known])
+        self.values.read([rows[i] for i in known], batch, own.shape[-1], goes_on=goes_on)
         ended = {i: token for i in known if (token := _ends_now(live[i])) is not None}
-        chosen = [i for i in known if i not in ended and live[i].request.is_guided]
+        over = _behind_ends(live, ended)
+        chosen = [i for i in known if live[i].request.is_guided and i not in over]
         if self._trunk is not None:
             chosen = [i for i in chosen if self._trunk.stands(live[i])]
         if chosen and self.config.on_error == "raise":
@@ -215,6 +223,14 @@ class GuidedEngine:
             self._count_failure(left.count(False), "a request leaves no token to sample")
         return [i for i, some in zip(chosen, left, strict=True) if some]
 
+    def _count_tokens(self, rows: Sequence[LiveRow]) -> None:
+        """What the last steps of these requests wrote."""
+        for row in rows:
+            new = len(row.history) - row.seen
+            if row.main is None and row.seen and new > 0:
+                self.counts.steps += 1
+                self.counts.tokens += new
+
     def _guide(self, own: Tensor, rows: list[LiveRow], chosen: list[int]) -> Tensor:
         """New logits, [rows, vocab]: guided where chosen, else the rows' own."""
         if not chosen:
@@ -224,6 +240,7 @@ class GuidedEngine:
         for row in live:
             self.counts.wasted_rows += len(row.history) == row.seen
         self.counts.guided_rows += len(live)
+        self.counts.draft_rows += sum(row.main is not None for row in live)
         index = None if len(chosen) == len(rows) else _on(chosen, own.device)
         guided = guide_rows(
             self.scorer,
@@ -236,90 +253,6 @@ class GuidedEngine:
         )
         return guided if index is None else own.index_copy(0, index, guided)
 
-    def _read_values(self, rows: Sequence[Placed], batch: int, vocab: int) -> None:
-        """V(prefix) where it is due: siblings record it, and are pruned by it; the log has it; rows
-        that abstain are ended by it."""
-        for _, row in rows:
-            row.trail.prompt_length = row.prompt_length
-            row.trail.listens = row.request.values_id is not None
-            self._check_end(row, vocab)
-        self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
-        siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}
-        due = [p for p in rows if id(p.row) in siblings or self._is_read(p.row)]
-        if self._tap is not None:
-            due = [p for p in due if self._stands(p.row)]
-        if not due:
-            return
-        values = self._values_if_any(due, batch)
-        arrivals = [
-            Arrival(p.row.sibling, p.row.response, values[id(p.row)])
-            for p in due
-            if id(p.row) in values and id(p.row) in siblings and p.row.sibling is not None
-        ]
-        self.counts.pruned_siblings += self.groups.record(arrivals)
-        self._abstain([(p.row, values[id(p.row)]) for p in due if id(p.row) in values])
-        if self._log is not None:
-            logged = [p.row for p in due if id(p.row) in values and self._is_logged(p.row)]
-            self._log.write([(row, values[id(row)]) for row in logged])
-
-    def _abstain(self, values: Sequence[tuple[LiveRow, float]]) -> None:
-        """Ends the rows whose value has fallen too low; they are counted once."""
-        for row, value in values:
-            row.trail.add(row.history, len(row.history), value)
-            tokens = len(row.response)
-            if row.request.abstains_at(tokens) and row.request.config.ends(value, tokens):
-                self.counts.abstained_rows += not row.abstains
-                row.abstains = True
-
-    def _stands(self, row: LiveRow) -> bool:
-        """Whether the hidden states that the tap saw are those of the row's whole history."""
-        if self._trunk is not None and self._trunk.stands(row):
-            return True
-        return row.has_grown
-
-    def _check_end(self, row: LiveRow, vocab: int) -> None:
-        """A row whose end token the policy cannot write is not ended by its value."""
-        request = row.request
-        if request.end_token is not None and request.end_token >= vocab:
-            self.counts.clamps += 1
-            config = request.config.changed(abstain=None)
-            row.request = replace(request, config=config, end_token=None)
-
-    def _is_read(self, row: LiveRow) -> bool:
-        """Whether the value is wanted for anything but siblings."""
-        request, response = row.request, row.response
-        if row.is_over:
-            return False
-        if request.abstains_at(len(response)):
-            return not row.abstains
-        # Of the policy's own hidden states it is there for the asking; of the last step it is not.
-        falls = self._tap is not None and request.config.value_gate_fall is not None
-        return falls or self._is_logged(row)
-
-    def _is_due(self, row: LiveRow, vocab: int) -> bool:
-        """Whether a sibling is at a boundary."""
-        if not self._is_member(row, vocab) or row.sibling is None or row.sibling.is_pruned:
-            return False
-        return self.groups.is_due(row.sibling, len(row.response))
-
-    def _is_logged(self, row: LiveRow) -> bool:
-        length = len(row.history)
-        return self._log is not None and row.seen != length and self._log.wants(len(row.response))
-
-    def _is_member(self, row: LiveRow, vocab: int) -> bool:
-        """Whether the row has a place in its group; it takes one at its first step."""
-        pruning = row.request.pruning
-        assert pruning is not None
-        if row.sibling is None:
-            if pruning.token < vocab:
-                row.sibling = self.groups.join(pruning, row.prompt, row.response)
-            if row.sibling is None:
-                self.counts.clamps += 1
-                row.request = replace(row.request, pruning=None)
-                return False
-            self._members.append(row)
-        return True
-
     def _show(
         self, rows: Sequence[Placed], guided: Collection[int], ended: Collection[int], batch: int
     ) -> None:
@@ -331,38 +264,8 @@ class GuidedEngine:
         if not shown or self._shown is None:
             return
         unread = set(map(id, self._shown.unread([p.row for p in shown], guided, self.scorer)))
-        due = [p for p in shown if id(p.row) in unread]
-        if self._tap is not None:
-            due = [p for p in due if self._stands(p.row)]
-        values = self._values_if_any(due, batch) if due else {}
+        values = self.values.at_ends([p for p in shown if id(p.row) in unread], batch)
         self._shown.keep([p.row for p in shown], values, guided, ended)
-
-    def _values_if_any(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
-        """As `_values`; nothing where the scorer fails and the engine is to go on."""
-        try:
-            return self._values(due, batch)
-        except Exception as error:
-            if self.config.on_error == "raise" or is_device_error(error):
-                raise
-            self._count_failure(len(due), error)
-            return {}
-
-    def _values(self, due: Sequence[Placed], batch: int) -> dict[int, float]:
-        """V(prefix) by the rows' ids; a row that cannot be scored has none."""
-        if self._tap is not None:
-            found = self._tap.values([at for at, _ in due], batch)
-            usable = [row for _, row in due]
-        else:
-            assert self.scorer is not None
-            scorer = self.scorer
-            usable = [row for _, row in due if scorer.refusal(row.history, 0) is None]
-            none = torch.empty(len(usable), 0, dtype=torch.int64)
-            found = scorer.score([row.history for row in usable], none).baseline.tolist()
-        pairs = zip(usable, found, strict=True)
-        values = {id(row): value for row, value in pairs if math.isfinite(value)}
-        if len(values) < len(due):
-            self._count_failure(len(due) - len(values), "a prefix has no value")
-        return values
 
     def _count_unknown(self, rows: int) -> None:
         if not self.counts.unguided_rows:
@@ -380,12 +283,26 @@ class GuidedEngine:
 
     def _publish(self, live: int) -> None:
         if self._metrics is not None:
-            self._metrics.publish(live_rows=live, groups=len(self.groups))
+            self._metrics.publish(live_rows=live, groups=len(self.values.groups))
 
 
 def _on(rows: list[int], device: torch.device) -> Tensor:
     """Row numbers on a device, int64; unlike an index by a list, without a wait for it."""
     return torch.tensor(rows).to(device, non_blocking=True)
+
+
+def _behind_ends(rows: Sequence[LiveRow], ended: Collection[int]) -> set[int]:
+    """The rows that are ended, and those behind them, which nobody samples from."""
+    found = set(ended)
+    over: set[int] = set()
+    for i, row in enumerate(rows):
+        # A row stands behind all before it of its request.
+        main = row if row.main is None else row.main
+        if i in ended:
+            over.add(id(main))
+        elif row.main is not None and id(main) in over:
+            found.add(i)
+    return found
 
 
 def _ends_now(row: LiveRow) -> int | None:

@@ -16,6 +16,9 @@ logger = logging.getLogger("guided_decode")
 
 _HELP = {
     "guided_rows": "rows handed to guidance",
+    "draft_rows": "of these, rows behind drafted tokens (speculative decoding)",
+    "steps": "steps of requests, each a forward of the policy for them; their first left out",
+    "tokens": "tokens that these wrote: steps by tokens are forwards a token",
     "wasted_rows": "rows guided whose sample was dropped (prompts still being prefilled)",
     "unguided_rows": "rows that asked but whose tokens vLLM did not hand over",
     "clamps": "wishes of requests that were not granted in full",
@@ -44,6 +47,9 @@ class StepCounts:
     """What the processor counts itself; the rest is the scorer's."""
 
     guided_rows: int = 0
+    draft_rows: int = 0
+    steps: int = 0
+    tokens: int = 0
     wasted_rows: int = 0
     unguided_rows: int = 0
     clamps: int = 0
@@ -90,12 +96,12 @@ class Metrics:
         logger.info(
             "guided rows: %d (%d gated, %d wasted, %d passed through), scorer tokens: %d, cache "
             "hit rate: %.1f%%, evicted: %d, clamps: %d, pruned siblings: %d, abstained: %d, "
-            "seconds: %.2f (%.2f in the scorer)",
+            "forwards a token: %.2f, seconds: %.2f (%.2f in the scorer)",
             new["guided_rows"], new["rows_gated"], new["wasted_rows"],
             new["passthroughs"] + new["unguided_rows"], forwarded,
             100 * new["cache_hits"] / max(1.0, new["cache_hits"] + forwarded),
             new["evictions"], new["clamps"], new["pruned_siblings"], new["abstained_rows"],
-            new["seconds"], new["scorer_seconds"],
+            new["steps"] / max(1.0, new["tokens"]), new["seconds"], new["scorer_seconds"],
         )  # fmt: skip
 
 

@@ -21,9 +21,11 @@ from guided_decode.integrations.vllm.runner_seat import RunnerSeat
 
 
 class LookAhead(NamedTuple):
-    """One candidate. at: its request's row of the step. length: tokens of its prefix."""
+    """One candidate. at: its row of the step. request: its request's place in the batch. length:
+    tokens of its prefix."""
 
     at: int
+    request: int
     length: int
     token: int
 
@@ -133,15 +135,18 @@ class OwnForward:
         from vllm.forward_context import set_forward_context
 
         given = torch.tensor(asked, dtype=torch.int64)
-        at, lengths, tokens = (each.contiguous() for each in given.to(self.device).unbind(1))
+        requests, lengths, tokens = (
+            each.contiguous() for each in given[:, 1:].to(self.device).unbind(1)
+        )
+        on_host = given[:, 2]
         blocks = self._take_blocks(len(asked))
         metadata: dict[str, Any] = {}
         slots: dict[str, Tensor] = {}
         for index, group in enumerate(self.groups):
-            table = self._table(index, at, lengths, given[:, 1], blocks[index])
+            table = self._table(index, requests, lengths, on_host, blocks[index])
             size = self.block_size(index)
             slot = blocks[index] * size + lengths % size
-            common = _common_metadata(table, slot, lengths, given[:, 1])
+            common = _common_metadata(table, slot, lengths, on_host)
             for attention in self.runner.attn_groups[index]:
                 with _without_graphs(attention.get_metadata_builder()):
                     built = attention.build_metadata(common)
@@ -172,13 +177,13 @@ class OwnForward:
         return starts[:, None] + torch.arange(candidates, device=self.device)
 
     def _table(
-        self, group: int, at: Tensor, lengths: Tensor, on_host: Tensor, blocks: Tensor
+        self, group: int, requests: Tensor, lengths: Tensor, on_host: Tensor, blocks: Tensor
     ) -> Tensor:
         """Block tables of candidates, int32 [candidates, blocks], each with its own last block."""
         size = self.block_size(group)
-        table = self.block_table(group).index_select(0, at)
+        table = self.block_table(group).index_select(0, requests)
         last = (lengths // size)[:, None]
-        begun = (on_host % size).nonzero().flatten().to(at.device)
+        begun = (on_host % size).nonzero().flatten().to(lengths.device)
         if len(begun):
             source = table.gather(1, last).flatten().long()
             self.copy_blocks(group, source[begun], blocks[begun])

@@ -64,7 +64,8 @@ class OwnTrunk:
         self.held = held
         self._broadcast = broadcast
         self._rows: dict[int, PrefixHandle] = {}
-        self._at: dict[int, int] = {}
+        # By the rows' handles: which row of the step, and which request of the batch.
+        self._at: dict[int, tuple[int, int]] = {}
         self._batch = 0
 
     def begin(self, rows: Sequence[Placed], batch: int) -> None:
@@ -73,10 +74,11 @@ class OwnTrunk:
         self._forward.begin()
         self._batch = batch
         # V1 also calls for prompts that it prefills in chunks, whose sample it drops.
-        self._rows = {
-            at: row.history for at, row in rows if self._forward.has_prefix(at, len(row.history))
+        whole = [p for p in rows if self._forward.has_prefix(p.at, len(p.row.history))]
+        self._rows = {p.at: p.row.history for p in whole}
+        self._at = {
+            id(p.row.history): (p.at, p.at if p.row.place is None else p.row.place) for p in whole
         }
-        self._at = {id(handle): at for at, handle in self._rows.items()}
 
     def stands(self, row: LiveRow) -> bool:
         """Whether this step's logits are those after the row's whole history."""
@@ -105,20 +107,19 @@ class OwnTrunk:
                 reason = "a prefix came that is no row of this step: expected its row's handle"
             if reason is not None:
                 raise ValueError(reason)
-        at = [self._at[id(prefix)] for prefix in prefixes]
-        baseline = torch.tensor(self.tap.values(at, self._batch), dtype=torch.float32)
+        places = [self._at[id(prefix)] for prefix in prefixes]
+        baseline = torch.tensor(
+            self.tap.values([at for at, _ in places], self._batch), dtype=torch.float32
+        )
         values = torch.full(candidates.shape, torch.nan, dtype=torch.float32)
         known = candidates.cpu()
-        places = (known >= 0).nonzero()
+        rows, columns = (known >= 0).nonzero(as_tuple=True)
         asked = [
-            LookAhead(at[row], len(prefixes[row]), token)
-            for row, token in zip(
-                places[:, 0].tolist(), known[places[:, 0], places[:, 1]].tolist(), strict=True
-            )
+            LookAhead(places[row][0], places[row][1], len(prefixes[row]), token)
+            for row, token in zip(rows.tolist(), known[rows, columns].tolist(), strict=True)
         ]
         if asked:
-            found = self.tap.head(self._hidden(asked)).float().cpu()
-            values[places[:, 0], places[:, 1]] = found
+            values[rows, columns] = self.tap.head(self._hidden(asked)).float().cpu()
         self.stats.add(candidate_tokens=len(asked), seconds=time.perf_counter() - begun)
         return Scores(values, baseline)
 
@@ -150,7 +151,7 @@ class OwnTrunk:
         """On a rank that takes over: the same forwards as the rank that leads, until its `end`."""
         assert self._broadcast is not None
         while count := int(self._tell(0).item()):
-            given = self._broadcast(self._on_device([LookAhead(0, 0, 0)] * count))
+            given = self._broadcast(self._on_device([LookAhead(0, 0, 0, 0)] * count))
             try:
                 self._forward.hidden([LookAhead(*each) for each in given.tolist()])
             except Exception as error:

@@ -40,13 +40,26 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
             ValueError: the configuration is wrong, or the engine has what guidance cannot serve.
         """
         from guided_decode.integrations.vllm.build import build_engine
-        from guided_decode.integrations.vllm.rows import BatchRows, SlotRows
+        from guided_decode.integrations.vllm.foreign import may_overrule, may_rewrite
+        from guided_decode.integrations.vllm.rows import BatchRows
+        from guided_decode.integrations.vllm.slot_rows import SlotRows
+        from guided_decode.integrations.vllm.speculation import most_drafts
 
         is_v1 = len(runner) == 2
-        self.engine = build_engine(vllm_config, runner[0] if is_v1 else runner[0].device)
-        admit = self.engine.admit
-        self._batch = BatchRows(admit) if is_v1 else None
-        self._slots = None if is_v1 else SlotRows(admit, runner[0])
+        self.engine = build_engine(
+            vllm_config, runner[0] if is_v1 else runner[0].device, is_v1=is_v1
+        )
+        admit, rewrites = self.engine.admit, may_rewrite(vllm_config)
+        self._batch = BatchRows(admit, rewrites=rewrites) if is_v1 else None
+        self._slots = None
+        if not is_v1:
+            self._slots = SlotRows(
+                admit,
+                runner[0],
+                drafts=most_drafts(vllm_config),
+                rewrites=rewrites,
+                overruled=may_overrule(vllm_config),
+            )
         trunk = self.engine.trunk
         if trunk is not None:
             rows = self._slots if self._batch is None else self._batch
@@ -82,6 +95,7 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         """V2: a request takes a slot; whether any of its rows may change."""
         assert self._slots is not None
         asks = self._slots.add(req_idx, sampling_params)
+        self.engine.counts.abstained_rows += self._slots.take_abstained()
         self.engine.release(self.live)
         return asks
 
@@ -89,6 +103,7 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         """V2: a step begins."""
         assert self._slots is not None
         if self._slots.advance():
+            self.engine.counts.abstained_rows += self._slots.take_abstained()
             self.engine.release(self.live)
 
     def apply(
@@ -97,6 +112,8 @@ class ValueGuidedLogitsProcessor(BatchInterface, SlotInterface):
         """Guided logits in place; [rows, vocab] float32."""
         if context is not None:
             assert self._slots is not None
-            return self.engine.step(logits, self._slots.rows(context))
+            rows = self._slots.rows(context, logits)
+            self.engine.counts.abstained_rows += self._slots.take_abstained()
+            return self.engine.step(logits, rows, goes_on=self._slots.goes_on)
         assert self._batch is not None
         return self.engine.step(logits, self._batch.rows())

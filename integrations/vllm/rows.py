@@ -21,14 +21,11 @@ from guided_decode.prefix import PrefixHandle
 
 if TYPE_CHECKING:
     from vllm.v1.sample.logits_processor import BatchUpdate
-    from vllm.v1.worker.gpu.sample.logits_processor import LogitsContext, LogitsProcRequestState
 
 Admit = Callable[[SamplingParams], Request | None]
 
 # Rows that left the batch whose last values are kept, should they only wait.
 _KEEP_VALUES = 64
-# Steps after which a slot that no step names has ended: V2 does not say when a request ends.
-_FORGET_AFTER = 16
 
 
 @dataclass(slots=True, eq=False)
@@ -41,6 +38,10 @@ class LiveRow:
     sibling: its place in its group, from its first step on.
     trail: what is known of its values. abstains: its value fell so low that it is ended.
     is_prefilled: whether it is in no step before its prompt was prefilled.
+    main: of a row behind drafted tokens, which may be rejected, its request's row without them.
+    passed: V where accepted drafts of its last step ended, by the tokens of its history.
+    place: which request of the batch is its own in this step; None where each has one row, and it
+        is its row's number.
     """
 
     request: Request
@@ -51,6 +52,9 @@ class LiveRow:
     trail: ValueTrail = field(default_factory=lambda: ValueTrail(0))
     abstains: bool = False
     is_prefilled: bool = False
+    main: "LiveRow | None" = None
+    passed: dict[int, float] = field(default_factory=dict)
+    place: int | None = None
 
     @property
     def has_grown(self) -> bool:
@@ -99,11 +103,33 @@ class Placed(NamedTuple):
     row: LiveRow
 
 
+class At(NamedTuple):
+    """A row's response when it had so many tokens."""
+
+    placed: Placed
+    length: int
+
+    @property
+    def is_end(self) -> bool:
+        """Whether that is all that it has."""
+        return self.length == len(self.placed.row.response)
+
+    @property
+    def prefix(self) -> PrefixHandle | torch.Tensor:
+        """The prompt and so many tokens."""
+        row = self.placed.row
+        if self.is_end:
+            return row.history
+        return torch.from_numpy(row.history.tokens[: row.prompt_length + self.length])
+
+
 class BatchRows:
     """V1 runner: requests by batch index, their outputs as lists that vLLM goes on writing to."""
 
-    def __init__(self, admit: Admit) -> None:
+    def __init__(self, admit: Admit, *, rewrites: bool = False) -> None:
+        """rewrites: others may write histories too; each is read whole at every step."""
         self._admit = admit
+        self._rewrites = rewrites
         self._rows: dict[int, tuple[LiveRow, Sequence[int]]] = {}
         # vLLM takes a request out of the batch for every step that does not schedule it.
         self._left: deque[LiveRow] = deque(maxlen=_KEEP_VALUES)
@@ -127,7 +153,7 @@ class BatchRows:
 
     def rows(self) -> list[Placed]:
         """The rows of this step, with their histories up to date."""
-        return [Placed(i, _followed(row, out)) for i, (row, out) in sorted(self._rows.items())]
+        return [Placed(i, self._followed(*each)) for i, each in sorted(self._rows.items())]
 
     def handles(self, batch: Any) -> list[PrefixHandle | None]:
         """The histories of the runner's batch, before its step; None where a row is not ours."""
@@ -166,109 +192,23 @@ class BatchRows:
                 return known
         return None
 
-
-def _followed(row: LiveRow, output: Sequence[int]) -> LiveRow:
-    """The row with its handle at prompt + output; None where the output is not known."""
-    handle = row.handle
-    if handle is None:
+    def _followed(self, row: LiveRow, output: Sequence[int]) -> LiveRow:
+        """The row with its handle at prompt + output; None where the output is not known."""
+        handle = row.handle
+        if handle is None:
+            return row
+        known = len(handle) - row.prompt_length
+        new = len(output) - known
+        # Of a rewritten history the last token that is known may be another one.
+        is_as_it_was = not known or (new >= 0 and output[known - 1] == handle.tokens[-1])
+        if self._rewrites or not is_as_it_was or new not in (0, 1) or (new and output[-1] < 0):
+            # Back from a preemption, or tokens were taken back after a failed transfer of the
+            # cache, or others write histories too.
+            ids = np.array([*row.prompt, *output], np.int64)
+            if len(output) and int(ids[row.prompt_length :].min()) < 0:
+                # Placeholders: this runner hands over no outputs.
+                return LiveRow(row.request, None, 0)
+            handle.sync(ids)
+        elif new:
+            handle.append(output[-1])
         return row
-    known = len(handle) - row.prompt_length
-    if len(output) == known + 1 and output[-1] >= 0:
-        handle.append(output[-1])
-    elif len(output) != known or (known and output[-1] != handle.tokens[-1]):
-        # Back from a preemption, or tokens were taken back after a failed transfer of the cache.
-        ids = np.array([*row.prompt, *output], np.int64)
-        if len(output) and int(ids[row.prompt_length :].min()) < 0:
-            # Placeholders: this runner hands over no outputs.
-            return LiveRow(row.request, None, 0)
-        handle.sync(ids)
-    return row
-
-
-@dataclass(slots=True)
-class _Slot:
-    row: LiveRow
-    seen: int
-
-
-class SlotRows:
-    """V2 runner: requests by slot, their tokens in the runner's own buffers."""
-
-    def __init__(self, admit: Admit, states: "LogitsProcRequestState") -> None:
-        self._admit = admit
-        self._states = states
-        self._slots: dict[int, _Slot] = {}
-        # What slots asked for that no step has named for long.
-        self._asleep: dict[int, Request] = {}
-        self._step = 0
-
-    def add(self, slot: int, params: SamplingParams) -> bool:
-        """A request takes a slot; whether it asks for anything."""
-        self._slots.pop(slot, None)
-        self._asleep.pop(slot, None)
-        request = self._admit(params)
-        if request is None:
-            return False
-        self._wake(slot, request)
-        return True
-
-    def _wake(self, slot: int, request: Request) -> None:
-        self._slots[slot] = _Slot(
-            LiveRow(request, PrefixHandle(), 0, is_prefilled=True), self._step
-        )
-
-    def advance(self) -> bool:
-        """A step begins; whether slots were forgotten that no step has named for long."""
-        self._step += 1
-        ended = [i for i, slot in self._slots.items() if self._step - slot.seen > _FORGET_AFTER]
-        for i in ended:
-            # What it asked for stays, should it only have waited.
-            self._asleep[i] = self._slots.pop(i).row.request
-        return bool(ended)
-
-    def live(self) -> list[LiveRow]:
-        """Every row of ours that has a slot."""
-        return [slot.row for slot in self._slots.values()]
-
-    def handles(self, batch: Any) -> list[PrefixHandle | None]:
-        """As of `BatchRows`."""
-        ours = (self._slots.get(slot) for slot in batch.idx_mapping_np.tolist())
-        return [None if each is None else each.row.handle for each in ours]
-
-    def rows(self, context: "LogitsContext") -> list[Placed]:
-        """The rows that sample in this step, with their histories up to date: one blocking copy."""
-        lengths = context.seq_lens_upper_bound_np
-        prefills = self._states.prefill_len.np
-        found: list[tuple[int, int, int]] = []
-        for index, slot in enumerate(context.idx_mapping_np.tolist()):
-            if slot in self._asleep:
-                self._wake(slot, self._asleep.pop(slot))
-            if slot in self._slots and lengths[index] >= prefills[slot]:
-                self._slots[slot].seen = self._step
-                found.append((index, slot, int(lengths[index])))
-        self._follow(found, context)
-        return [Placed(index, self._slots[slot].row) for index, slot, _ in found]
-
-    def _follow(self, found: list[tuple[int, int, int]], context: "LogitsContext") -> None:
-        ids: Any = self._states.all_token_ids.gpu
-        pieces: list[torch.Tensor] = []
-        readers: list[tuple[PrefixHandle, int, bool]] = []
-        for index, slot, length in found:
-            row = self._slots[slot].row
-            known = len(row.history)
-            if known == length:
-                continue
-            is_next = 0 < known == length - 1
-            if is_next:
-                pieces.append(context.input_ids[index : index + 1].long())
-            else:
-                pieces.append(ids[slot, :length].long())
-                row.prompt_length = int(self._states.prompt_len.np[slot])
-            readers.append((row.history, len(pieces[-1]), is_next))
-        if not pieces:
-            return
-        tokens, start = torch.cat(pieces).cpu().numpy(), 0
-        for handle, count, is_next in readers:
-            piece = tokens[start : start + count]
-            start += count
-            handle.extend(piece) if is_next else handle.sync(piece)

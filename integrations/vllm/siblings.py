@@ -78,9 +78,12 @@ class SiblingGroups:
     def __len__(self) -> int:
         return len(self._groups)
 
-    def begin_step(self, named: Iterable[Sibling]) -> None:
-        """A step begins, with these members in the batch."""
-        self._step += 1
+    def begin_step(self, named: Iterable[Sibling], *, goes_on: bool = False) -> None:
+        """A step begins, with these members in the batch.
+
+        goes_on: the step has others, too, which came before.
+        """
+        self._step += not goes_on
         for sibling in named:
             sibling.step = self._step
 

@@ -11,7 +11,11 @@ _GENERATOR = "integrations/vllm/generator.py"
 _PROCESSOR = "integrations/vllm/processor.py"
 _FORWARD = "integrations/vllm/own_forward.py"
 _HELD = "integrations/vllm/held_step.py"
+_FOREIGN = "integrations/vllm/foreign.py"
 _ROWS = "integrations/vllm/rows.py"
+_SLOT_ROWS = "integrations/vllm/slot_rows.py"
+_SLOT_TOKENS = "integrations/vllm/slot_tokens.py"
+_SPECULATION = "integrations/vllm/speculation.py"
 _SEAT = "integrations/vllm/runner_seat.py"
 
 _VALUES = "integrations/vllm/client_values"
@@ -25,11 +29,37 @@ _CONFIGURATION = (
     Name(
         "vllm.config.VllmConfig",
         _BUILD,
-        has=(
-            "additional_config", "model_config", "parallel_config", "scheduler_config",
-            "speculative_config",
-        ),
+        has=("additional_config", "model_config", "parallel_config", "scheduler_config"),
     ),
+    Name(
+        "vllm.config.VllmConfig",
+        _SPECULATION,
+        has=("model_config", "scheduler_config", "speculative_config"),
+    ),
+    Name("vllm.config.ModelConfig.get_vocab_size", _SPECULATION, takes=called()),
+    Name(
+        "vllm.config.SchedulerConfig",
+        _SPECULATION,
+        has=("max_num_batched_tokens", "max_num_seqs"),
+    ),
+    _of_v2(
+        "vllm.v1.worker.gpu.spec_decode.rejection_sampler.get_max_chunk_logits",
+        _SPECULATION,
+        takes=called("vocab_size"),
+    ),
+    _of_v2(
+        "vllm.config.SpeculativeConfig",
+        _SPECULATION,
+        has=("method", "num_speculative_tokens", "rejection_sample_method"),
+    ),
+    Name(
+        "vllm.config.VllmConfig",
+        _FOREIGN,
+        has=("model_config", "scheduler_config"),
+        may_have=("reasoning_config",),
+    ),
+    Name("vllm.config.ModelConfig", _FOREIGN, may_have=("logits_processors",)),
+    Name("vllm.config.SchedulerConfig", _FOREIGN, has=("scheduler_cls",)),
     Name(
         "vllm.config.ModelConfig",
         _BUILD,
@@ -37,7 +67,7 @@ _CONFIGURATION = (
             "enable_prompt_embeds", "max_model_len", "skip_tokenizer_init", "tokenizer",
             "tokenizer_revision", "trust_remote_code",
         ),
-        may_have=("logits_processors", "supports_multimodal_inputs"),
+        may_have=("is_diffusion", "supports_multimodal_inputs"),
     ),
     Name("vllm.config.ModelConfig.get_vocab_size", _BUILD, takes=called()),
     Name("vllm.config.ModelConfig.try_get_generation_config", _BUILD, takes=called()),
@@ -207,7 +237,7 @@ _LOOK_AHEAD = (
         has=("num_computed_tokens_np", "num_reqs", "num_tokens"),
     ),
     _of_v2(
-        "vllm.v1.worker.gpu.input_batch.InputBatch", _ROWS, has=("idx_mapping_np", "num_reqs")
+        "vllm.v1.worker.gpu.input_batch.InputBatch", _SLOT_ROWS, has=("idx_mapping_np",)
     ),
     Name(
         "vllm.config.ModelConfig",
@@ -378,26 +408,36 @@ _V2_RUNNER = (
     ),
     _of_v2(f"{_V2}.LogitsProcessor.apply_staged_writes", _PROCESSOR, takes=overridden()),
     _of_v2(f"{_V2}.LogitsProcessor.apply", _PROCESSOR, takes=overridden("logits", "ctx")),
+    _of_v2(f"{_V2}.LogitsContext", _SLOT_ROWS, has=("idx_mapping_np", "seq_lens_upper_bound_np")),
     _of_v2(
         f"{_V2}.LogitsContext",
-        _ROWS,
-        has=("idx_mapping_np", "input_ids", "seq_lens_upper_bound_np"),
+        _SLOT_TOKENS,
+        has=("expanded_idx_mapping", "expanded_local_pos", "idx_mapping_np", "input_ids", "pos"),
     ),
+    _of_v2(f"{_V2}.LogitsProcRequestState", _SLOT_ROWS, has=("prefill_len", "prompt_len")),
+    _of_v2(f"{_V2}.LogitsProcRequestState", _SLOT_TOKENS, has=("all_token_ids", "total_len")),
+    _of_v2("vllm.v1.worker.gpu.model_runner.init_model_state", _FOREIGN),
     _of_v2(
-        f"{_V2}.LogitsProcRequestState",
-        _ROWS,
-        has=("all_token_ids", "prefill_len", "prompt_len"),
+        "vllm.v1.worker.gpu.model_states.resolve_model_state_cls",
+        _FOREIGN,
+        why="asks the model's own get_model_state_cls",
+    ),
+    _of_v2("vllm.v1.worker.gpu.model_states.default.DefaultModelState.custom_sampler", _FOREIGN),
+    Name(
+        "vllm.model_executor.model_loader.utils.get_model_architecture",
+        _FOREIGN,
+        takes=called("model_config"),
     ),
     _of_v2(f"{_V2}.LogitsProcRequestState", _PROCESSOR, has=("device",)),
     _of_v2(
         "vllm.v1.worker.gpu.buffer_utils.StagedWriteTensor",
-        _ROWS,
+        _SLOT_TOKENS,
         has=("gpu",),
-        why="what all_token_ids is",
+        why="what all_token_ids and total_len are",
     ),
     _of_v2(
         "vllm.v1.worker.gpu.buffer_utils.UvaBackedTensor",
-        _ROWS,
+        _SLOT_ROWS,
         has=("np",),
         why="what prefill_len and prompt_len are",
     ),

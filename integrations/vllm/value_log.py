@@ -33,14 +33,14 @@ class ValueLog:
         """Whether a response of so many tokens is logged."""
         return length % self._every == 0
 
-    def write(self, values: Sequence[tuple[LiveRow, float]]) -> None:
-        """Logs those that are wanted."""
+    def write(self, values: Sequence[tuple[LiveRow, int, float]]) -> None:
+        """Logs V of responses when they had so many tokens."""
         lines = [
             json.dumps(
                 {
                     "time": time.time(),
                     "prompt": row.prompt_length,
-                    "response": len(row.response),
+                    "response": length,
                     "value": value,
                     "group": group_digest(row.request.pruning.group)
                     if row.request.pruning
@@ -48,8 +48,7 @@ class ValueLog:
                     "pruned": row.sibling is not None and row.sibling.is_pruned,
                 }
             )
-            for row, value in values
-            if self.wants(len(row.response))
+            for row, length, value in values
         ]
         if not lines or self._failed:
             return

@@ -247,6 +247,27 @@ def test_of_the_prefixes_the_least_recently_used_is_evicted():
     assert spent.prefix == 0
 
 
+def test_what_a_rewound_handle_gave_up_is_evicted_before_any_other_prefix():
+    """Drafts that were rejected: a branch that nobody reads goes first, however young it is."""
+    old, live = models.prompts([30, 30])
+    scorer = critic(cache_tokens=80)
+    handle, draft = PrefixHandle(live), PrefixHandle([*live, 9, 10, 11, 12, 13, 14])
+    scorer.score([old], torch.tensor([[5]]))  # 31
+    scorer.score([handle, draft], torch.tensor([[9, 20], [6, -1]]))  # 69
+    handle.append(20)
+    draft.rewind(len(live))
+    draft.extend([20, 21])
+    scorer.score([handle, draft], torch.tensor([[21, 22], [7, -1]]))
+    # Unchosen candidates make room for 11 of these, the branch 9 to 14 for the others.
+    scorer.score([handle], torch.arange(40, 56)[None])
+    with spending(scorer) as spent:
+        scorer.score([old, handle, draft], torch.empty(3, 0, dtype=torch.int64))
+    assert spent.prefix == 0
+    with spending(scorer) as spent:
+        scorer.score([[*live, 9, 10, 11, 12]], torch.empty(1, 0, dtype=torch.int64))
+    assert spent.prefix > 0
+
+
 @pytest.mark.parametrize("kind", ["verl-critic", "implicit"])
 def test_a_copy_counts_its_own_evictions(kind):
     if kind == "implicit":
@@ -303,6 +324,24 @@ def host_work(prefix_length, k, rows, long):
             handle.append(first + number % k)
     assert scorer.stats.evictions == 0
     return sorted(operations[2:])[5], sorted(calls[2:])[5]
+
+
+def test_the_look_up_of_a_rewound_handle_begins_where_its_history_ends(long):
+    scorer = load_scorer(long, kind="verl-critic", cache_tokens=8192)
+    prompt = models.prompts([4096])[0]
+    handle, draft = PrefixHandle(prompt), PrefixHandle([*prompt, 9, 10])
+    scorer.score([handle, draft], torch.tensor([[9, 20], [6, 7]]))
+    written = []
+    scorer.cache.tables.write, write = written.extend, scorer.cache.tables.write
+    for token in range(20, 26):
+        handle.append(token)
+        draft.rewind(len(handle) - 1)
+        draft.extend([token, token + 1, 9])
+        scorer.score([handle, draft], torch.tensor([[token + 1, 60], [6, 7]]))
+        write(written)
+        # Nothing of the prefix is written again.
+        assert sum(len(slots) for _, _, slots in written) <= 1 + 3
+        written.clear()
 
 
 @pytest.fixture(scope="module")

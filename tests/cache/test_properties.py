@@ -88,8 +88,12 @@ class Requests:
         row = self.pick()
         kept = self.rows[row][: max(1, len(self.rows[row]) - self.random.randint(1, 10))]
         self.rows[row] = kept + self.tokens(0, 2)
-        if self.handles[row] is not None:
-            self.handles[row].sync(self.rows[row])
+        handle = self.handles[row]
+        if handle is not None and self.random.random() < 0.5:
+            handle.sync(self.rows[row])
+        elif handle is not None:
+            handle.rewind(len(kept))
+            handle.extend(self.rows[row][len(kept) :])
 
     def leave(self):
         if len(self.rows) > 1:
@@ -236,17 +240,37 @@ def test_long_schedules_equal_brute_force(arch, cache_tokens, forward_tokens, se
 @settings(max_examples=100)
 @given(
     operations=st.lists(
-        st.tuples(st.booleans(), st.lists(st.sampled_from(TOKENS), max_size=6)), max_size=20
+        st.tuples(
+            st.sampled_from(["extend", "sync", "rewind"]),
+            st.lists(st.sampled_from(TOKENS), max_size=6),
+        ),
+        max_size=20,
     )
 )
 def test_a_handle_always_holds_what_it_was_given(operations):
     handle, model = PrefixHandle([5]), [5]
-    for append, tokens in operations:
-        if append:
+    seen = [(handle.version, list(model))]
+    for what, tokens in operations:
+        if what == "extend":
             handle.extend(tokens)
             model += tokens
+        elif what == "rewind":
+            length = max(0, len(model) - len(tokens))
+            handle.rewind(length)
+            model = model[:length]
         elif tokens:
             handle.sync(tokens)
             model = list(tokens)
         assert list(handle.tokens) == model
         assert len(handle) == len(model)
+        assert handle.lowest == min([0, *model])
+        assert handle.highest == max([0, *model])
+        for version, before in seen:
+            kept = handle.kept(version)
+            assert before[:kept] == model[: min(kept, len(before))]
+        seen.append((handle.version, list(model)))
+
+
+def test_a_handle_cannot_be_rewound_to_more_than_it_has():
+    with pytest.raises(ValueError, match=r"rewind\(3\) of a handle with 2 tokens"):
+        PrefixHandle([5, 6]).rewind(3)

@@ -1,5 +1,6 @@
 """`guided-decode serve --dry-run`: the command and environment that it would run, and refusals."""
 
+import contextlib
 import importlib
 import json
 import re
@@ -20,7 +21,10 @@ from transformers import AutoModelForTokenClassification
 from typer.testing import CliRunner
 
 from guided_decode.cli.app import app
+from guided_decode.cli.errors import Refusal
 from guided_decode.cli.port_lock import held
+from guided_decode.cli.vllm_command import Distribution, refuse_unserved
+from guided_decode.cli.vllm_options import VllmOptions
 from guided_decode.lab.demo import chosen
 from guided_decode.scoring.trunk_head import TrunkHead, save_trunk_head
 from guided_decode.tiny_tulu import model_path
@@ -372,8 +376,8 @@ def test_several_engines_compare_no_siblings(option):
         ([model_path("sft").parent], r"POLICY \S+ is paired with no scorer .*pass --scorer"),
         (["--scorer", model_path("sft").parent], r"paired with no policy .*pass POLICY"),
         (["own/er", "na/me"], r"unexpected extra argument"),
-        (["--speculative-config", "{}"], r"--speculative-config was given, but drafted"),
-        (["--speculative_config.method=ngram"], r"drafted tokens are not guided yet: drop it"),
+        (["--speculative-config", "{}"], r"--speculative-config was given, but on a CPU vLLM"),
+        (["--speculative_config.method=ngram"], r"takes its V1 runner, which refuses custom"),
         (["--spec-model", "x"], r"--spec-model was given"),
         (["--enable-prompt-embeds"], r"token ids: drop it"),
         (["--additional-config", "{"], r"--additional-config {: no JSON"),
@@ -530,3 +534,23 @@ def test_without_vllm_it_says_how_to_install_it(monkeypatch):
 def test_the_command_line_does_not_import_vllm():
     code = "import guided_decode.cli.app, sys; sys.exit('vllm' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_drafts_are_for_model_runner_v2(monkeypatch):
+    drafts = '{"method": "ngram", "num_speculative_tokens": 3}'
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "1")
+    assert Dry("--speculative-config", drafts).after("--speculative-config") == drafts
+    only_on_v1 = "vLLM has the method suffix on its V1 runner only, which refuses"
+    for given in (
+        ["-sc", '{"method": "suffix"}'],
+        ["--spec-method", "suffix"],
+        ["--speculative-config.method", "suffix"],
+    ):
+        refused(run(*given, "--dry-run"), only_on_v1)
+    for found, is_old in (("0.31.2", True), ("0.32.0rc1+cu130", False), ("0.33.0", False)):
+        with pytest.raises(Refusal) if is_old else contextlib.nullcontext() as at:
+            options = VllmOptions(["--speculative-config", drafts])
+            refuse_unserved(options, Distribution("vllm", found, is_cpu=False))
+        assert not is_old or "vLLM 0.31.2 has guidance on its V1 runner only" in str(at.value)
+    monkeypatch.setenv("VLLM_USE_V2_MODEL_RUNNER", "0")
+    refused(run("--spec-method", "ngram", "--dry-run"), "VLLM_USE_V2_MODEL_RUNNER=0 chooses")

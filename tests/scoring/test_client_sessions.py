@@ -3,10 +3,14 @@
 import gc
 
 import numpy as np
+import pytest
 
 from guided_decode import PrefixHandle
+from guided_decode.scoring.remote import prefix_hash
 from guided_decode.scoring.remote.client_sessions import ClientSessions, Read
 from guided_decode.scoring.remote.prefix_hash import BLOCK, hash_of
+from guided_decode.serving.limits import Limits
+from guided_decode.serving.sessions import Sessions
 
 LONG = list(range(3 * BLOCK + 10))
 
@@ -62,6 +66,76 @@ def test_a_rewound_handle_tells_from_the_last_block_that_holds():
     handle.sync([5, 6])
     row = told(sessions, handle)
     assert (row.row.known, row.row.new, row.row.base) == (0, 2, 0)
+
+
+@pytest.mark.parametrize("kept", [1, BLOCK, 2 * BLOCK + 5, len(LONG) - 1])
+def test_a_handle_that_gave_up_its_end_tells_what_came_in_its_place(kept):
+    sessions, handle = ClientSessions(), PrefixHandle(LONG)
+    told(sessions, handle)
+    handle.rewind(kept)
+    handle.extend([7, 8])
+    row = told(sessions, handle)
+    assert (row.row.known, row.row.new, row.row.base) == (kept, 2, row.row.session)
+    assert row.row.digest == hash_of(np.array(LONG[:kept])).digest
+    handle.append(9)
+    row = told(sessions, handle)
+    assert (row.row.known, row.row.new) == (kept + 2, 1)
+    assert row.row.digest == hash_of(handle.tokens[:-1]).digest
+    # Of what it gave up nobody is told.
+    fork = told(sessions, PrefixHandle(LONG))
+    assert fork.row.known == kept // BLOCK * BLOCK
+
+
+def test_a_handle_that_gave_up_its_end_may_stand_in_two_rows_and_lose_an_answer():
+    sessions, handle = ClientSessions(), PrefixHandle(LONG)
+    told(sessions, handle)
+    for token in range(12):
+        handle.rewind(len(LONG) - 2)
+        handle.extend([token, token])
+        if token % 3:
+            sessions.tell(read(handle))  # no answer came
+        else:
+            one, two = told(sessions, handle, handle)
+            assert one.row == two.row
+    handle.append(5)
+    old = read(handle)
+    handle.rewind(3)
+    handle.append(6)
+    assert told(sessions, handle).row.known == 3
+    # What another thread had read before is not told as if nothing had changed since.
+    assert sessions.tell(old._replace(tokens=np.array([*LONG[:2], 1, 2, 3, 4]))).row.known == 0
+
+
+def test_a_rewound_handle_costs_what_it_gave_up_on_either_side(monkeypatch):
+    hashed, real = [], prefix_hash._hash
+
+    def counted(before, tokens):
+        hashed.append(len(tokens))
+        return real(before, tokens)
+
+    client, server = ClientSessions(), Sessions(Limits())
+    prompt = list(range(40 * BLOCK))
+    draft = PrefixHandle([*prompt, 0, 1])
+
+    def step():
+        row = client.tell(read(draft))
+        held = server.resolve(b"me", row.row, np.frombuffer(row.new, "<i4"))
+        client.told([row])
+        held.answered()
+        assert held.tokens.tokens.tolist() == draft.tokens.tolist()
+        return held.tokens
+
+    version = step().version
+    monkeypatch.setattr(prefix_hash, "_hash", counted)
+    for token in range(BLOCK):
+        draft.rewind(len(prompt) + token + 1)
+        draft.extend([token, token + 1])
+        handle = step()
+        # As it was found in the scorer's cache, up to where it changed.
+        assert handle.kept(version) >= len(prompt) + token
+        version = handle.version
+        assert sum(hashed) <= 6 * BLOCK * np.dtype("<i4").itemsize
+        hashed.clear()
 
 
 def test_a_fork_tells_what_it_shares_with_another():

@@ -141,6 +141,8 @@ class Fuzz:
             )
         elif what < 0.6:
             self.handles.append(PrefixHandle(handle.tokens))
+        elif what < 0.65:
+            handle.rewind(draw.randrange(1, len(handle) + 1))
         elif what < 0.7:
             handle.sync(handle.tokens[: draw.randrange(1, len(handle) + 1)].tolist())
         elif what < 0.75:

@@ -39,7 +39,8 @@ class Told(NamedTuple):
     """A row of a request: what is sent, and what the server knows once it has answered.
 
     tokens: the whole prefix, int64 [n]. new: the bytes of those that are sent. whole: the hash of
-    all of it where that is made already.
+    all of it where that is made already. version: of the handle. since: that of the session when it
+    was told, from which the hash goes on where there is no whole one.
     """
 
     row: Row
@@ -48,6 +49,7 @@ class Told(NamedTuple):
     session: _Session | None = None
     whole: PrefixHash | None = None
     version: int = 0
+    since: int = 0
 
 
 class ClientSessions:
@@ -73,16 +75,16 @@ class ClientSessions:
         if read.handle is None:
             return Told(Row(0, 0, 0, len(tokens), b""), tokens, as_bytes(tokens))
         session = self._sessions.get(read.handle) or self._open(read.handle)
-        number, known = session.number, len(session.hash)
-        if session.version == read.version and known <= len(tokens):
-            digest = session.hash.digest if known else b""
-            base, whole = (number if known else 0), None
-        else:
+        number, known, whole = session.number, _held(session, read), None
+        if known is None:
             whole = hash_of(tokens)
             base, known, digest = self._found(session, whole)
+        else:
+            digest = session.hash.at(known, tokens) if known else b""
+            base = number if known else 0
         new = as_bytes(tokens[known:])
         row = Row(number, base, known, len(tokens) - known, digest)
-        return Told(row, tokens, new, session, whole, read.version)
+        return Told(row, tokens, new, session, whole, read.version, session.version)
 
     def in_full(self, told: Told) -> Told:
         """The same row for a server that knows nothing of it."""
@@ -96,11 +98,16 @@ class ClientSessions:
             if session is None:
                 continue
             known, hashed = told.row.known, session.hash
-            grown = told.whole is None and session.version == told.version
+            goes_on, rewound = told.whole is None, told.since != told.version
             # A handle may stand in several rows, and others may have gone on in between.
-            if grown and known == len(hashed):
+            if goes_on and session.version == told.since and (rewound or known == len(hashed)):
+                self._forget(hashed, session.number, known // BLOCK)
+                hashed.truncate(known, told.tokens)
                 hashed.extend(told.new)
-            elif not grown or len(told.tokens) > len(hashed):
+                session.version = told.version
+            elif not (goes_on and session.version == told.version) or len(told.tokens) > len(
+                hashed
+            ):
                 self._forget(hashed, session.number)
                 hashed = hash_of(told.tokens) if told.whole is None else told.whole
                 session.hash, session.version = hashed, told.version
@@ -140,7 +147,19 @@ class ClientSessions:
             return 0, 0, b""
         return base, shared, whole.at_block(shared // BLOCK)
 
-    def _forget(self, hashed: PrefixHash | None, number: int) -> None:
-        for digest in () if hashed is None else hashed.chain[1:]:
+    def _forget(self, hashed: PrefixHash | None, number: int, kept: int = 0) -> None:
+        """That blocks were sent, all but the first `kept`."""
+        for digest in () if hashed is None else hashed.chain[kept + 1 :]:
             if self._blocks.get(digest) == number:
                 del self._blocks[digest]
+
+
+def _held(session: _Session, read: Read) -> int | None:
+    """How many tokens the server has of the prefix by its session alone; None: a hash will tell."""
+    told = len(session.hash)
+    if session.version == read.version:
+        return told if told <= len(read.tokens) else None
+    if read.handle is None or read.version < session.version:
+        return None
+    # Rewound, and gone on from there: what it gave up is all that changed.
+    return min(told, read.handle.kept(session.version)) or None

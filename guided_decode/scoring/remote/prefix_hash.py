@@ -56,6 +56,18 @@ class PrefixHash:
         self._tail, self._digest = tail[done:], None
         self._length += len(new) // TOKEN.itemsize
 
+    def truncate(self, length: int, tokens: NDArray[np.integer]) -> None:
+        """Forgets what is behind the first `length` tokens, of which `tokens` has at least as many.
+
+        In O(`BLOCK`).
+        """
+        if length == self._length:
+            return
+        blocks = length // BLOCK
+        del self.chain[blocks + 1 :]
+        self._tail, self._digest = as_bytes(tokens[blocks * BLOCK : length]), None
+        self._length = length
+
     def at(self, length: int, tokens: NDArray[np.integer]) -> bytes:
         """The hash of the first `length` tokens, of which `tokens` has at least as many."""
         if length == self._length:

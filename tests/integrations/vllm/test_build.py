@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from guided_decode.checkpoints.quantised_layers import is_plain
@@ -12,6 +14,7 @@ from tests.integrations.vllm.vllm_steps import CPU, built, engine
 
 from guided_decode.integrations.vllm import warm_up  # isort: skip
 from guided_decode.integrations.vllm.build import build_engine, refuse_unsupported  # isort: skip
+from guided_decode.integrations.vllm.speculation import refuse_speculation  # isort: skip
 
 
 @pytest.mark.parametrize(
@@ -19,6 +22,10 @@ from guided_decode.integrations.vllm.build import build_engine, refuse_unsupport
     [
         (lambda c: setattr(c, "speculative_config", object()), "speculative decoding is on"),
         (lambda c: setattr(c.model_config, "enable_prompt_embeds", True), "--enable-prompt-embeds"),
+        (
+            lambda c: setattr(c, "model_config", SimpleNamespace(is_diffusion=True)),
+            "this policy is a diffusion model",
+        ),
         (
             lambda c: setattr(c.parallel_config, "enable_batch_sharded_sampling", True),
             "batch-sharded sampling is on",
@@ -39,6 +46,42 @@ def test_a_policy_that_takes_images_is_refused(monkeypatch):
     monkeypatch.setattr(type(config.model_config), "supports_multimodal_inputs", takes, False)
     with pytest.raises(ValueError, match=r"takes images, sound or video.*--language-model-only"):
         refuse_unsupported(config)
+
+
+def drafting(max_num_seqs: int = 32, vocab: int = models.VOCAB, **own):
+    given = {"num_speculative_tokens": 3, "rejection_sample_method": "standard",
+             "method": "ngram"}  # fmt: skip
+    return SimpleNamespace(
+        speculative_config=SimpleNamespace(**given | own),
+        model_config=SimpleNamespace(get_vocab_size=lambda: vocab),
+        scheduler_config=SimpleNamespace(max_num_seqs=max_num_seqs, max_num_batched_tokens=8192),
+    )
+
+
+def test_speculation_that_is_refused_on_model_runner_v2():
+    refuse_speculation(drafting(), is_v1=False, by_trunk=False)
+    with pytest.raises(ValueError, match="this engine runs on vLLM's V1 runner, which refuses"):
+        refuse_speculation(drafting(), is_v1=True, by_trunk=False)
+    coins = drafting(rejection_sample_method="synthetic")
+    with pytest.raises(ValueError, match="synthetic accepts drafts whatever their logits are"):
+        refuse_speculation(coins, is_v1=False, by_trunk=False)
+    refuse_speculation(drafting(), is_v1=False, by_trunk=True)
+    with pytest.raises(ValueError, match="kind=trunk-head came with drafts by eagle3, whose model"):
+        refuse_speculation(drafting(method="eagle3"), is_v1=False, by_trunk=True)
+
+
+def test_a_trunk_head_is_refused_where_vllm_may_verify_in_parts():
+    """Llama 3's vocabulary: a GiB of float32 logits has 2092 rows."""
+    refuse_speculation(drafting(523, 128256), is_v1=False, by_trunk=True)
+    refuse_speculation(drafting(1024, 128256), is_v1=False, by_trunk=False)
+    with pytest.raises(
+        ValueError, match=r"524 and 3 drafts each: a step has up to 2096 rows"
+    ) as at:
+        refuse_speculation(drafting(524, 128256), is_v1=False, by_trunk=True)
+    assert "verifies more than 2092 in parts" in str(at.value)
+    assert "--max-num-seqs 523, or with fewer drafts" in str(at.value)
+    with pytest.raises(ValueError, match="up to 8192 rows, and with a vocabulary of 128256"):
+        refuse_speculation(drafting(4096, 128256), is_v1=False, by_trunk=True)
 
 
 def test_a_scorer_that_does_not_fit_is_refused_with_what_can_be_done():

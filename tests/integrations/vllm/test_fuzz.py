@@ -116,8 +116,8 @@ def assert_nothing_is_left(processor) -> None:
     cache = processor.engine.scorer.cache
     cache.check()
     assert cache.pinned == 0
-    assert len(processor.engine.groups) == 0
-    assert not processor.engine._members
+    assert len(processor.engine.values.groups) == 0
+    assert processor.engine.values.members == 0
 
 
 def run_v1(batch: InputBatch, processor, jobs: Jobs, brute, steps: int) -> int:
@@ -233,7 +233,8 @@ class SlotRunner:
             expanded_local_pos=torch.zeros_like(rows),
             input_ids=torch.tensor([job.ids[job.prefilled - 1] for job in order]).int(),
             pos=torch.from_numpy(lengths - 1),
-            seq_lens_upper_bound_np=lengths,
+            # Padded, as a full CUDA graph has it.
+            seq_lens_upper_bound_np=np.append(lengths, np.zeros(len(order) % 3, np.int32)),
         )
         self.processor.apply_staged_writes()
         return self.processor.apply(logits, context)

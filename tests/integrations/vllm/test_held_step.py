@@ -84,7 +84,7 @@ def setting(monkeypatch):
 def looked(setting, length, *tokens):
     setting.held.begin()
     setting.forward.begin()
-    hidden = setting.forward.hidden([LookAhead(0, length, token) for token in tokens])
+    hidden = setting.forward.hidden([LookAhead(0, 0, length, token) for token in tokens])
     setting.held.hold({0: setting.handle})
     return hidden
 

@@ -26,15 +26,6 @@ def test_the_engine_runs_on_model_runner_v2():
 
 
 @is_chosen
-def test_speculation_is_refused():
-    """V2 would run the processor on drafted rows too; V1 refuses processors beside it itself."""
-    drafts = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3}
-    engine = vllm_parts.engine(vllm_parts.scorer_config(), speculative_config=drafts)
-    with pytest.raises(ValueError, match="speculative decoding is on: drafted tokens"), engine:
-        pytest.fail("the engine started")
-
-
-@is_chosen
 def test_what_a_users_processor_forbids_is_never_a_candidate():
     own = ["tests.integrations.vllm.whitelist_v2:Whitelist", vllm_parts.FLAG]
     with vllm_parts.engine(vllm_parts.scorer_config(), logits_processors=own) as llm:

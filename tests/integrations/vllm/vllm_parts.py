@@ -17,7 +17,7 @@ from vllm.config import VllmConfig
 from vllm.engine.arg_utils import EngineArgs
 
 from guided_decode import GuidanceConfig
-from guided_decode.integrations.vllm import rows
+from guided_decode.integrations.vllm import slot_rows
 from tests import models
 from tests.integrations.vllm import v2_on_cpu
 
@@ -119,13 +119,13 @@ def report(worker: Any) -> dict[str, Any] | None:
         "pinned": 0 if cache is None else cache.pinned,
         "live": len(own.live),
         "answered": 0 if own.engine.trunk is None else own.engine.trunk.held.answered,
-        "groups": len(own.engine.groups),
+        "groups": len(own.engine.values.groups),
     }
 
 
 def worker_report(llm: LLM) -> dict[str, Any]:
     """The counters of the worker that scores, and what it holds."""
     # Requests that ended leave the batch with the next step; V2 does not say when one ends.
-    steps = rows._FORGET_AFTER + 2 if v2_on_cpu.IS_CHOSEN else 1
+    steps = slot_rows._FORGET_AFTER + 2 if v2_on_cpu.IS_CHOSEN else 1
     generate(llm, [[5, 6, 7]], params(steps, ignore_eos=True))
     return next(one for one in llm.collective_rpc(report) if one is not None)

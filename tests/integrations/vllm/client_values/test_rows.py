@@ -24,7 +24,7 @@ from guided_decode.integrations.vllm.client_values.records import decoded  # iso
 from guided_decode.integrations.vllm.client_values.store import ValueStore  # isort: skip
 from guided_decode.integrations.vllm.client_values.texts import GrowingText  # isort: skip
 from guided_decode.integrations.vllm.request import UNGUIDED, Request  # isort: skip
-from guided_decode.integrations.vllm.rows import SlotRows  # isort: skip
+from guided_decode.integrations.vllm.slot_rows import SlotRows  # isort: skip
 
 NAMES = [f"{'name of request':15}{i}" for i in range(len(PROMPTS))]
 

@@ -1,0 +1,145 @@
+"""Guidance under vLLM's speculative decoding, in real engines on Model Runner V2."""
+
+from __future__ import annotations
+
+import pytest
+
+from guided_decode import GuidanceConfig
+from tests import models, oracle
+from tests.integrations.vllm import saving_requests, vllm_parts
+from tests.integrations.vllm.mixed_requests import CONFIGS
+from tests.integrations.vllm.test_runner_v2 import HERE, is_chosen, run, starts_it
+from tests.integrations.vllm.trunk_heads import BLOCK, PolicyWithHead, tap_config
+from tests.integrations.vllm.vllm_parts import params
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+DRAFTS = 3
+NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_max": 3,
+         "prompt_lookup_min": 1}  # fmt: skip
+NEW = 24
+PROMPTS = models.prompts([3, 9, 17, 30, 12, 5, 40, 8], seed=3)
+ASKED = [
+    None,
+    CONFIGS[0],
+    CONFIGS[1],
+    CONFIGS[2],
+    None,
+    CONFIGS[3],
+    CONFIGS[4],
+    GuidanceConfig(beta=0.3, top_k=4, value_gate=0.0),
+]
+# Some have few tokens to choose from, and soon repeat themselves, so that drafts are accepted.
+FEW = [10, 11, 12, 13, 14]
+SAMPLING = [
+    params(
+        NEW,
+        None if config is None else vllm_parts.asked(config),
+        ignore_eos=True,
+        allowed_token_ids=FEW if i % 2 else None,
+    )
+    for i, config in enumerate(ASKED)
+]
+
+
+@pytest.fixture(scope="module")
+def without():
+    """What the same engine answers that does not speculate."""
+    with vllm_parts.engine(vllm_parts.scorer_config()) as llm:
+        return vllm_parts.generate(llm, PROMPTS, SAMPLING)
+
+
+@pytest.fixture(scope="module")
+def speculating(without):
+    # In this process there is one engine at a time.
+    with vllm_parts.engine(vllm_parts.scorer_config(), speculative_config=NGRAM) as llm:
+        yield llm
+
+
+def spent(before, after):
+    return {name: after[name] - before[name] for name in after}
+
+
+@is_chosen
+@pytest.mark.parametrize("own", ["async", "tight", "in parts"])
+def test_in_other_engines(without, own, monkeypatch):
+    """Drafts that are not known to be rejected yet; prompts in pieces, preemption, evictions; more
+    logits than vLLM verifies at once."""
+    from vllm.v1.worker.gpu.spec_decode import rejection_sampler
+
+    if own == "in parts":
+        monkeypatch.setattr(rejection_sampler, "MAX_CHUNK_BYTES", 9 * models.VOCAB * 4)
+    more = {"speculative_config": {**NGRAM, "method": "ngram_gpu"}}
+    config = vllm_parts.scorer_config()
+    if own == "tight":
+        more |= {"max_num_batched_tokens": 24, "enable_chunked_prefill": True, "block_size": 32,
+                 "num_gpu_blocks_override": 7, "max_model_len": 128,
+                 "disable_log_stats": False, "max_num_seqs": 6}  # fmt: skip
+        config = vllm_parts.scorer_config(cache_tokens=40 + NEW + 16 + DRAFTS)
+    with vllm_parts.engine(config, **more) as llm:
+        assert vllm_parts.generate(llm, PROMPTS, SAMPLING) == without
+        report = vllm_parts.worker_report(llm)
+        if own == "tight":
+            preempted = {m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value
+            assert preempted > 0
+            assert report["evictions"] > 0
+    assert report["pinned"] == report["live"] == report["passthroughs"] == 0
+    assert report["steps"] < report["tokens"]
+
+
+@is_chosen
+def test_a_mixed_batch_is_that_of_an_engine_without_speculation(speculating, without):
+    before = vllm_parts.worker_report(speculating)
+    assert vllm_parts.generate(speculating, PROMPTS, SAMPLING) == without
+    counts = spent(before, vllm_parts.worker_report(speculating))
+    print("forwards a token:", counts["steps"] / counts["tokens"])
+    assert counts["steps"] < 0.85 * counts["tokens"]
+    assert counts["draft_rows"] > 0
+    assert counts["passthroughs"] == counts["unguided_rows"] == counts["wasted_rows"] == 0
+    brute = oracle.Oracle(oracle.Values(models.tiny("llama", "token")))
+    lm = oracle.LogProbs(vllm_parts.policy())
+    free = [i for i in (2, 6) if ASKED[i] is not None]
+    wanted = [brute.greedy(lm, PROMPTS[i], ASKED[i], [], NEW) for i in free]
+    oracle.assert_greedy_equal([without[i] for i in free], wanted)
+
+
+@is_chosen
+def test_rows_end_and_gates_open_where_they_do_without_speculation(speculating):
+    saving = saving_requests.made(models.tiny("llama", "token"))
+    saving_requests.assert_engine(speculating, saving)
+
+
+@is_chosen
+def test_siblings_are_pruned(speculating):
+    assert_siblings(speculating)
+
+
+def assert_siblings(llm):
+    group = {"guide_group": "group-that-drafts", "guide_group_size": 6, "guide_keep": 2,
+             "guide_every": 5, "guide_beta": 1.0, "guide_top_k": 6}  # fmt: skip
+    asked = params(20, group, n=6, temperature=1.0, seed=3, ignore_eos=True, stop_token_ids=[100],
+                   allowed_token_ids=FEW)  # fmt: skip
+    (output,) = llm.generate([{"prompt_token_ids": PROMPTS[0]}], asked, use_tqdm=False)
+    assert sum(sample.stop_reason == 100 for sample in output.outputs) == 4
+
+
+@is_chosen
+def test_the_policys_own_trunk_looks_ahead_behind_drafts():
+    """Guided, ended and compared by a head on the policy's trunk, as without speculation."""
+    with vllm_parts.engine(tap_config(), block_size=BLOCK) as llm:
+        wanted = vllm_parts.generate(llm, PROMPTS, SAMPLING)
+    more = {"block_size": BLOCK, "speculative_config": NGRAM}
+    with vllm_parts.engine(tap_config(), **more) as llm:
+        assert vllm_parts.generate(llm, PROMPTS, SAMPLING) == wanted
+        report = vllm_parts.worker_report(llm)
+        assert report["passthroughs"] == report["clamps"] == report["live"] == 0
+        assert report["draft_rows"] > 0
+        assert report["steps"] < report["tokens"]
+        saving_requests.assert_engine(llm, saving_requests.made(PolicyWithHead()))
+        assert_siblings(llm)
+
+
+@starts_it
+@pytest.mark.parametrize("which", ["mixed_batch", "other_engines", "rows_end", "siblings", "trunk"])
+def test_on_v2(which):
+    run(f"{HERE}/test_speculation.py", "-k", which)
