@@ -114,7 +114,7 @@ class DraftRunner:
             part = order[start : start + (self.random.randint(1, most) if in_parts else most)]
             own = logits[at : at + sum(job.rows for job in part)]
             # vLLM skips what nobody asked anything of.
-            asks = not in_parts or any(job.config is not None for job in part)
+            asks = any(job.config is not None for job in part)
             guided.append(self._part(part, own.clone(), late) if asks else own)
             start, at = start + len(part), at + len(own)
         return torch.cat(guided)

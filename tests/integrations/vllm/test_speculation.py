@@ -29,7 +29,8 @@ ASKED = [
     CONFIGS[4],
     GuidanceConfig(beta=0.3, top_k=4, value_gate=0.0),
 ]
-# Some have few tokens to choose from, and soon repeat themselves, so that drafts are accepted.
+# Some have few tokens to choose from, and soon repeat themselves, so that drafts are accepted; one
+# of them is penalised for it, behind drafts by these, too.
 FEW = [10, 11, 12, 13, 14]
 SAMPLING = [
     params(
@@ -37,6 +38,8 @@ SAMPLING = [
         None if config is None else vllm_parts.asked(config),
         ignore_eos=True,
         allowed_token_ids=FEW if i % 2 else None,
+        repetition_penalty=1.2 if i == 5 else 1.0,
+        presence_penalty=0.2 if i == 5 else 0.0,
     )
     for i, config in enumerate(ASKED)
 ]
