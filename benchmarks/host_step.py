@@ -25,7 +25,7 @@ from guided_decode.integrations.vllm.server_config import parse_config
 from guided_decode.scoring.critic import CriticScorer
 
 # Small, since passes over the vocabulary are the device's work.
-VOCAB = 512
+VOCAB = 64
 _EOS = 2
 _DRAWN = 16
 

@@ -2,13 +2,17 @@
 
 import numpy as np
 
+from guided_decode.cache.anchor import Anchor
 from guided_decode.growable import GrowableInts, Ints
 
 NO_INTS: Ints = np.empty(0, np.int64)
 
 
 class Block:
-    """Scored candidates after one position: tokens and slots, int64 [n]; empty when evicted."""
+    """Scored candidates after one position: tokens and slots, int64 [n]; empty when evicted.
+
+    -1 in both is where one was that is none any more.
+    """
 
     __slots__ = ("slots", "stamp", "tokens")
 
@@ -17,13 +21,18 @@ class Block:
         self.slots = NO_INTS
         self.stamp = stamp
 
+    @property
+    def held(self) -> Ints:
+        """The slots that it owns."""
+        return self.slots[self.slots >= 0]
+
 
 class Node:
     """A run of tokens below a parent: tokens[i] is the prefix's token start + i."""
 
     __slots__ = (
         "blocks", "child_slots", "child_tokens", "children", "children_stamp", "epoch",
-        "parent", "slots", "stamp", "start", "tokens",
+        "parent", "rider", "slots", "stamp", "start", "tokens",
     )  # fmt: skip
 
     def __init__(self, parent: "Node | None", start: int, tokens: Ints, slots: Ints) -> None:
@@ -41,6 +50,8 @@ class Node:
         self.children_stamp = 0
         # Grows whenever tokens leave the node, so that a remembered position can be checked.
         self.epoch = 0
+        # Who goes on from the end of this leaf, beside the tree.
+        self.rider: Anchor | None = None
 
     @property
     def end(self) -> int:

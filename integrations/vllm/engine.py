@@ -170,7 +170,8 @@ class GuidedEngine:
             self._trunk.begin([rows[i] for i in known], batch)
         self._read_values([rows[i] for i in known], batch, own.shape[-1])
         live = [row for _, row in rows]
-        ended = {i: token for i in known if (token := _ends_now(live[i])) is not None}
+        watched = [i for i in known if live[i].request.is_watched]
+        ended = {i: token for i in watched if (token := _ends_now(live[i])) is not None}
         chosen = [i for i in known if i not in ended and live[i].request.is_guided]
         if self._trunk is not None:
             chosen = [i for i in chosen if self._trunk.stands(live[i])]
@@ -231,6 +232,10 @@ class GuidedEngine:
         that abstain are ended by it."""
         for _, row in rows:
             row.trail.prompt_length = row.prompt_length
+        if self._tap is None and self._log is None:
+            # Of all others nothing is read.
+            rows = [placed for placed in rows if placed.row.request.is_watched]
+        for _, row in rows:
             self._check_end(row, vocab)
         self.groups.begin_step(row.sibling for _, row in rows if row.sibling is not None)
         siblings = {id(row) for _, row in rows if row.request.pruning and self._is_due(row, vocab)}

@@ -1,7 +1,8 @@
 """What a request asks for: flat keys in `vllm_xargs`, checked by the front end and the worker."""
 
+import functools
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, NamedTuple, Protocol, cast
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, ValidationError
@@ -52,22 +53,33 @@ class Pruning:
     token: int
 
 
+@functools.lru_cache(maxsize=1024)
+def _shared(config: GuidanceConfig) -> GuidanceConfig:
+    """One object of all that are equal."""
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What one request gets: its guidance, what ends it, and its group.
 
     end_token: ends it where its config abstains; one of its stop_token_ids. None: it does not.
+    is_guided: whether guidance can change a logit; a request may only be in a group. is_watched:
+    whether its value may end it. Requests that ask for the same share one config.
     """
 
     config: GuidanceConfig
     terminals: tuple[int, ...]
     pruning: Pruning | None = None
     end_token: int | None = None
+    is_guided: bool = field(init=False, compare=False, repr=False)
+    is_watched: bool = field(init=False, compare=False, repr=False)
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether guidance can change a logit; a request may only be in a group."""
-        return self.config.guides
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _shared(self.config))
+        object.__setattr__(self, "is_guided", self.config.guides)
+        watched = self.pruning is not None or self.end_token is not None
+        object.__setattr__(self, "is_watched", watched)
 
     def abstains_at(self, tokens: int) -> bool:
         """Whether the value of a response of so many tokens may end it."""

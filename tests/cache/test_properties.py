@@ -182,9 +182,17 @@ def critic(arch, kind, cache_tokens, max_forward_tokens):
 
 @pytest.mark.parametrize("arch", ["llama", pytest.param("gemma2", marks=pytest.mark.slow)])
 @settings(max_examples=150)
-@given(cache_tokens=CACHE_TOKENS, forward_tokens=FORWARD_TOKENS, seed=SEED, steps=STEPS)
-def test_any_schedule_equals_brute_force(arch, cache_tokens, forward_tokens, seed, steps):
-    run(critic(arch, "verl-critic", cache_tokens, forward_tokens), Critic(arch), seed, steps)
+@given(
+    cache_tokens=CACHE_TOKENS,
+    forward_tokens=FORWARD_TOKENS,
+    seed=SEED,
+    steps=STEPS,
+    rides=st.booleans(),
+)
+def test_any_schedule_equals_brute_force(arch, cache_tokens, forward_tokens, seed, steps, rides):
+    scorer = critic(arch, "verl-critic", cache_tokens, forward_tokens)
+    scorer.cache.rides = rides
+    run(scorer, Critic(arch), seed, steps)
 
 
 @settings(max_examples=100)
