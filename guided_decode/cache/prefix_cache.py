@@ -222,7 +222,8 @@ class PrefixCache(OneProcess):
             self._pieces.append((row, start, path))
         self._remember(handle, state, row, node, len(tokens), skip)
         self._placed += 1
-        went_on = start + 1 == len(tokens) and not len(fresh) and len(candidates)
+        # Of a first token alone nobody knows yet whether the model sees it.
+        went_on = 0 < start == len(tokens) - 1 and not len(fresh) and len(candidates)
         if handle is not None and rides is not None and self.rides and went_on:
             self.tree.riders.join(self.anchors[handle.serial], rides)
         return Placement(
