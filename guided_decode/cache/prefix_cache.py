@@ -158,6 +158,10 @@ class PrefixCache(OneProcess):
         """
         written, self._pieces = self._pieces, []
         points, self._points = self._points, []
+        if points and written:
+            # Written together: of an entry that is named twice nobody knows which is taken.
+            ride = {row for some in points for row in some[0].tolist()}
+            assert ride.isdisjoint(row for row, _, _ in written), "a row rides, and does not"
         self.tables.write(written, points)
         if told:
             for row, position, slot in (each for some in points for each in some.T.tolist()):

@@ -108,19 +108,29 @@ def place_riders(cache: "PrefixCache", ride: Ride, candidates: Ints) -> RideWork
 
     candidates: int64 [rows, k] of the batch.
     """
-    tree, riders, who = cache.tree, cache.tree.riders, ride.steps.numbers
+    riders, who = cache.tree.riders, ride.steps.numbers
     last_slots = riders.advance(ride.steps)
-    table_rows = riders.table_rows[who]
-    cache.note(table_rows, ride.lengths - 1, last_slots)
     own = candidates if len(who) == len(candidates) else candidates[ride.rows]
     real = own >= 0
     total = int(np.count_nonzero(real))
-    if not tree.make_room(total):
-        tree.begin_batch()
+    if not cache.tree.make_room(total):
+        _leave(cache, who)
         return None
+    table_rows = riders.table_rows[who]
+    cache.note(table_rows, ride.lengths - 1, last_slots)
     slots = np.full(own.shape, -1, np.int64)
     slots[real] = cache.pool.take(total)
     riders.score(who, own, slots)
     riders.settle_some(who)
     cache.count_ridden(len(who))
     return RideWork(table_rows, ride.lengths, last_slots, own, slots, total)
+
+
+def _leave(cache: "PrefixCache", who: Ints) -> None:
+    """Those who had gone on stand in the tree, unpinned; their slot tables lack the last token."""
+    riders = cache.tree.riders
+    for anchor in [riders.anchors[number] for number in who.tolist()]:
+        assert anchor is not None
+        riders.leave(anchor)
+        anchor.depth -= 1
+    cache.tree.begin_batch()

@@ -5,6 +5,7 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaModel
 
+from guided_decode.cache.slot_tables import SlotTables
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.scoring.critic import CriticScorer
 
@@ -18,6 +19,32 @@ def value(tokens):
     for token in tokens:
         found = (found * 131 + int(token) + 1) % _MODULUS
     return found / _MODULUS
+
+
+class Follower:
+    """Slot tables that know what they were told, as those of a shard's other ranks do: after each
+    write they hold what the critic's own do, and no write names an entry twice, which numpy, a
+    follower and a GPU would each take another way."""
+
+    closed = None
+
+    def __init__(self):
+        self.followed = self.tables = None
+        self.writes = 0
+
+    def follow(self, model):
+        pass
+
+    def wrote(self, model, written):
+        own = model.cache.tables
+        if own is not self.followed:
+            self.followed, self.tables = own, SlotTables(own.table.device, 1 << 30)
+        self.tables.reshape(*own.table.shape)
+        named = [(row, start + i) for row, start, slots in written for i in range(len(slots))]
+        assert len(set(named)) == len(named), "an entry is written twice"
+        self.tables.write(written)
+        assert torch.equal(self.tables.table, own.table), "a follower's tables are others"
+        self.writes += len(written)
 
 
 class ReadingCritic(CriticScorer):
@@ -34,6 +61,7 @@ class ReadingCritic(CriticScorer):
             cache_tokens=cache_tokens,
             max_forward_tokens=max_forward_tokens,
         )
+        model.leader = self.follower = Follower()
         super().__init__(model, lambda hidden: hidden, graphs=False, skip_token=skip_token)
         self.keys = np.full(cache_tokens + 2, -1, np.int64)
 

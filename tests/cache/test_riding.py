@@ -20,13 +20,16 @@ class Rows:
         self.random = random.Random(seed)
         self.vocab = self.random.choice(VOCABS)
         self.k = self.random.choice([1, 2, 5, 9])
-        capacity = self.random.choice([60, 100, 200, 1000, 20000])
+        # Now and then a step asks for more: rows that fitted the cache together do no longer.
+        self.widest = self.random.choice([self.k, 14, 20])
+        capacity = self.random.choice([60, 80, 100, 200, 1000, 20000])
         limit = self.random.choice([3, 17, 8192])
         self.skip = self.random.choice([None, 2])
         capacity = capacity if cache_tokens is None else cache_tokens
         self.critic = ReadingCritic(capacity, limit, skip_token=self.skip)
         self.critic.cache.rides = rides
-        self.longest = min(capacity - self.k, 150)
+        # Rows that nearly fill the cache, or go beyond it.
+        self.longest = min(capacity - self.widest, self.random.choice([capacity // 3, 150]))
         self.rows = []
         for _ in range(self.random.choice([1, 2, 4, 8])):
             self.begin(self.draw(1, 20))
@@ -88,20 +91,21 @@ class Rows:
             order = order[: self.random.randint(1, len(order))]
         return order
 
-    def candidates(self):
+    def candidates(self, k):
         """Distinct or not, all or some, padded anywhere."""
-        count = self.k if self.random.random() < 0.8 else self.random.randint(0, self.k)
+        count = k if self.random.random() < 0.8 else self.random.randint(0, k)
         chosen = self.random.sample(range(self.vocab), min(count, self.vocab))
         if self.random.random() < 0.03:
             chosen = self.random.choices(range(self.vocab), k=count)
-        chosen += [-1] * (self.k - len(chosen))
+        chosen += [-1] * (k - len(chosen))
         if self.random.random() < 0.2:
             self.random.shuffle(chosen)
         return chosen
 
     def score(self):
         asked = self.asked()
-        chosen = [self.candidates() for _ in asked]
+        k = self.k if self.random.random() < 0.8 else self.random.randint(1, self.widest)
+        chosen = [self.candidates(k) for _ in asked]
         listed = [self.random.random() < 0.03 for _ in asked]
         prefixes = [
             list(self.rows[n][0]) if plain else self.rows[n][1]
@@ -237,6 +241,19 @@ def test_a_rider_that_nobody_asks_for_makes_room_in_the_end():
     handles.append(waiting)
     step()
     critic.cache.check()
+
+
+@pytest.mark.parametrize("cache_tokens", range(76, 100, 3))
+def test_rows_that_cannot_ride_for_want_of_room_go_the_trees_way(cache_tokens):
+    """Nothing that was written of them for the ride stands beside what the tree writes."""
+    critic, _, step = decoding(3, cache_tokens=cache_tokens)
+    ridden = []
+    for number in range(16):
+        before = critic.cache.ridden
+        step(14 if number % 5 == 4 else 2)
+        critic.cache.check()
+        ridden.append(critic.cache.ridden - before)
+    assert ridden[3:5] == [3, 0]
 
 
 def test_more_rows_than_may_ride_are_scored_all_the_same(monkeypatch):
