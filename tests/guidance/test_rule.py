@@ -71,6 +71,12 @@ def test_ties_go_to_the_lower_token_id():
     assert select_candidates(logits, 4, 1.0).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
 
 
+def test_candidates_of_logits_that_are_trained_on_are_the_same():
+    logits = torch.tensor([[0.0, 3.0, -1.0, 2.0, 5.0]], requires_grad=True)
+    with torch.enable_grad():
+        assert select_candidates(logits, 3, 1.0).tolist() == [[4, 1, 3]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_whole_vocabulary_of_ties_gives_the_lowest_ids(dtype):
     logits = torch.full((2, 1031), -3.5, dtype=dtype)
