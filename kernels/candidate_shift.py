@@ -98,7 +98,8 @@ def reweighted(own: Tensor, shift: Shift) -> Tensor | None:
     """`candidate_logits` where beta is nowhere 0, margin inf, and the baseline no mean, without a
     penalty and with scored true of candidates alone: in few operations. None where a row fails.
     """
-    moves = (shift.values - shift.baseline[:, None]).mul_(shift.beta[:, None])
+    # Scores may come in another dtype than beta's.
+    moves = (shift.values - shift.baseline[:, None]) * shift.beta[:, None]
     # x + −0.0 is x, bit for bit.
     moved = (own + moves.masked_fill_(~shift.scored, -0.0)).to(own.dtype)
     return moved if math.isfinite(moved.sum(dtype=torch.float32).item()) else None

@@ -262,6 +262,20 @@ def test_half_precision_logits_keep_their_type_and_are_guided_to_its_precision(d
     assert result[0].tolist() == pytest.approx([-INF, 6.0, -INF, 2.0, -2.0], abs=0.05)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64])
+def test_scores_of_any_type_are_weighed_in_float32(dtype):
+    """Whatever the tail: steps without one go a shorter way."""
+    values = torch.tensor([[3, 1, -2]]).to(dtype)
+    scores = Scores(values, torch.tensor([1]).to(dtype))
+    masked, kept = (
+        guide(LOGITS, CANDIDATES, scores, GuidanceConfig(beta=0.3331, tail=tail))
+        for tail in ("mask", "keep")
+    )
+    expected = LOGITS.gather(1, CANDIDATES) + 0.3331 * torch.tensor([[2.0, 0.0, -3.0]])
+    torch.testing.assert_close(masked.gather(1, CANDIDATES), expected, rtol=0, atol=1e-6)
+    assert torch.equal(masked.gather(1, CANDIDATES), kept.gather(1, CANDIDATES))
+
+
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 @pytest.mark.parametrize("where", ["value", "baseline"])
 def test_a_score_that_is_not_finite_is_refused_with_its_row(bad, where):
