@@ -201,7 +201,7 @@ def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
 
 def _per_row_terminals(terminals: Terminals, rows: int) -> Sequence[Collection[int]]:
     classes = set(map(type, terminals))
-    if not terminals or not all(issubclass(each, Collection) for each in classes):
+    if not len(terminals) or not all(issubclass(each, Collection) for each in classes):
         return [[each for each in terminals if not isinstance(each, Collection)]] * rows
     each_row = cast(list[Collection[int]], list(terminals))
     if len(each_row) != rows:
