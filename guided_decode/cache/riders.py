@@ -6,6 +6,7 @@ the tree when another row reaches the leaf's end, when the rider does anything b
 candidate, when it is gone, when room is made of it, and after some tens of tokens.
 """
 
+import weakref
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -49,7 +50,8 @@ class Riders:
     """
 
     def __init__(self, tree: "RadixTree") -> None:
-        self._tree = tree
+        # A tree goes when its last owner does, and the pool's memory with it.
+        self._tree: RadixTree = weakref.proxy(tree)
         self.clear()
 
     def clear(self) -> None:

@@ -1,6 +1,8 @@
 """Rows that go on together, as arrays: any schedule reads the right slots, at the same cost."""
 
+import gc
 import random
+import weakref
 
 import pytest
 import torch
@@ -227,6 +229,22 @@ def test_a_handle_that_is_gone_leaves_what_it_added():
     critic.stats.reset()
     critic.score([tokens], torch.tensor([[60]]))
     assert critic.stats.prefix_tokens == 0
+
+
+def test_a_scorer_that_is_gone_holds_no_memory_whoever_keeps_its_handles():
+    critic, handles, step = decoding(2)
+    for _ in range(6):
+        step()
+    assert len(critic.cache.tree.riders) == 2
+    memory = weakref.ref(critic.cache.pool.keys[0])
+    gc.collect()
+    gc.disable()
+    try:
+        del critic, step
+        assert memory() is None
+    finally:
+        gc.enable()
+    assert len(handles) == 2
 
 
 def test_a_rider_that_nobody_asks_for_makes_room_in_the_end():
