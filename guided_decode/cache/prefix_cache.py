@@ -338,7 +338,7 @@ class PrefixCache(OneProcess):
         owned = []
         for node in self.tree.nodes():
             owned.append(node.slots.view)
-            owned.extend(block.held for block in node.blocks if block is not None)
+            owned.extend(block.slots for block in node.blocks if block is not None)
         return owned + self.tree.riders.owned()
 
 

@@ -150,7 +150,7 @@ class RadixTree:
     def drop_candidates(self) -> None:
         """Frees every scored candidate that was not chosen: nobody will ask for them."""
         for _, _, block in self._blocks:
-            self.pool.give_back(block.held)
+            self.pool.give_back(block.slots)
             block.tokens = block.slots = NO_INTS
         self.pool.give_back(self.riders.drop_candidates())
         self.operations += len(self._blocks)
@@ -263,9 +263,8 @@ class RadixTree:
 
     def _free_block(self, block: Block) -> None:
         self.operations += 1
-        held = block.held
-        self.pool.give_back(held)
-        self.evicted += len(held)
+        self.pool.give_back(block.slots)
+        self.evicted += len(block.slots)
         block.tokens = block.slots = NO_INTS
 
     def push_block(self, block: Block) -> None:

@@ -9,10 +9,7 @@ NO_INTS: Ints = np.empty(0, np.int64)
 
 
 class Block:
-    """Scored candidates after one position: tokens and slots, int64 [n]; empty when evicted.
-
-    -1 in both is where one was that is none any more.
-    """
+    """Scored candidates after one position: tokens and slots, int64 [n]; empty when evicted."""
 
     __slots__ = ("slots", "stamp", "tokens")
 
@@ -20,11 +17,6 @@ class Block:
         self.tokens = NO_INTS
         self.slots = NO_INTS
         self.stamp = stamp
-
-    @property
-    def held(self) -> Ints:
-        """The slots that it owns."""
-        return self.slots[self.slots >= 0]
 
 
 class Node:

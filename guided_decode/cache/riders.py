@@ -130,10 +130,7 @@ class Riders:
         """The rider's tail and all its candidates enter the tree, where it then stands."""
         number, node = anchor.number, anchor.node
         self._settle(number)
-        if self.stamps[number, 0] != _NEVER:
-            node.blocks[-1] = self._block(
-                self.tokens[number, 0].copy(), self.slots[number, 0].copy(), self.stamps[number, 0]
-            )
+        node.blocks[-1] = self._block(number, 0)
         self.tokens[number, 0] = self.slots[number, 0] = -1
         self.stamps[number, 0] = _NEVER
         node.rider, anchor.number = None, -1
@@ -157,7 +154,7 @@ class Riders:
             node.tokens.extend(self.tail[number, 1 : n + 1])
             node.slots.extend(self.tail_slots[number, 1 : n + 1])
             node.blocks.pop()
-            node.blocks += self._blocks(number, n)
+            node.blocks += [self._block(number, at) for at in range(n)]
             node.blocks.append(None)
             for array in (self.tokens, self.slots, self.stamps):
                 array[number, 0] = array[number, n]
@@ -166,18 +163,13 @@ class Riders:
             self.count[number] = 0
         anchor.depth, anchor.epoch = node.end, node.epoch
 
-    def _blocks(self, number: int, n: int) -> list[Block | None]:
-        """The candidates after the first n positions, as the tree keeps them."""
-        tokens, slots = self.tokens[number, :n].copy(), self.slots[number, :n].copy()
-        stamps = self.stamps[number, :n].tolist()
-        return [
-            None if stamp == _NEVER else self._block(own, held, stamp)
-            for own, held, stamp in zip(tokens, slots, stamps, strict=True)
-        ]
-
-    def _block(self, tokens: Ints, slots: Ints, stamp: int) -> Block:
-        block = Block(int(stamp))
-        block.tokens, block.slots = tokens, slots
+    def _block(self, number: int, at: int) -> Block | None:
+        """The candidates after a position, as the tree keeps them; None where none is left."""
+        held = self.slots[number, at] >= 0
+        if not held.any():
+            return None
+        block = Block(int(self.stamps[number, at]))
+        block.tokens, block.slots = self.tokens[number, at, held], self.slots[number, at, held]
         self._tree.push_block(block)
         return block
 

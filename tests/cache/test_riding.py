@@ -206,6 +206,18 @@ def test_rows_ride_from_the_third_step_on_and_their_tails_enter_the_tree():
     assert critic.stats.candidate_tokens == 3 * 3 * riders.TAIL * 4
 
 
+@pytest.mark.parametrize("k", [1, 3])
+def test_tails_leave_no_candidates_in_the_tree_but_those_that_were_not_chosen(k):
+    critic, _, step = decoding(2)
+    for _ in range(100):
+        step(k)
+    blocks = [block for _, _, block in critic.cache.tree._blocks]
+    assert {len(block.tokens) for block in blocks} - {0} == ({k - 1} if k > 1 else set())
+    # Each row came to its leaf's end the tree's way, twice, and a block was left empty there.
+    assert sum(not len(block.tokens) for block in blocks) <= 4
+    assert critic.cache.cached_tokens == 2 * (20 + 100 * k)
+
+
 def test_a_prefix_that_a_rider_went_through_is_found_by_another():
     critic, handles, step = decoding(1)
     for _ in range(12):
