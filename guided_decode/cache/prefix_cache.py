@@ -54,7 +54,8 @@ class PrefixCache(OneProcess):
         self.tables = self._new_tables(table_size)
         # By the handle's serial.
         self.anchors: dict[int, Anchor] = {}
-        self._gone: deque[Anchor] = deque()
+        # Of handles that are gone, which may still ride.
+        self.gone: deque[Anchor] = deque()
         # Whether rows that go on by a candidate are handled together: it changes cost only.
         self.rides = True
         # Rows that were, so far.
@@ -128,8 +129,8 @@ class PrefixCache(OneProcess):
 
     def begin_batch(self) -> None:
         self._placed = 0
-        while self._gone:
-            anchor = self._gone.popleft()
+        while self.gone:
+            anchor = self.gone.popleft()
             if anchor.number >= 0:
                 self.tree.riders.leave(anchor)
         self.tree.begin_batch()
@@ -326,7 +327,7 @@ class PrefixCache(OneProcess):
             self._scratch.discard(row)
             known = Anchor(row, node)
             known.closes = weakref.finalize(
-                handle, _let_go, handle.serial, self.anchors, known, self._gone, self.tables
+                handle, _let_go, weakref.ref(self), handle.serial, self.tables, row
             )
             known.closes.atexit = False
             self.anchors[handle.serial] = known
@@ -342,10 +343,10 @@ class PrefixCache(OneProcess):
         return owned + self.tree.riders.owned()
 
 
-def _let_go(
-    serial: int, anchors: dict[int, Anchor], anchor: Anchor, gone: deque[Anchor], tables: SlotTables
-) -> None:
+def _let_go(cache: "weakref.ref[PrefixCache]", serial: int, tables: SlotTables, row: int) -> None:
     """The end of a handle, at any moment; the next batch lets it ride no more."""
-    anchors.pop(serial, None)
-    gone.append(anchor)
-    tables.close_row(anchor.row)
+    of = cache()
+    anchor = None if of is None else of.anchors.pop(serial, None)
+    if of is not None and anchor is not None:
+        of.gone.append(anchor)
+    tables.close_row(row)

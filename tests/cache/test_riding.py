@@ -249,6 +249,7 @@ def test_a_scorer_that_is_gone_holds_no_memory_whoever_keeps_its_handles():
         step()
     assert len(critic.cache.tree.riders) == 2
     memory = weakref.ref(critic.cache.pool.keys[0])
+    tree = weakref.ref(critic.cache.tree.nodes()[0].slots.view.base)
     gc.collect()
     gc.disable()
     try:
@@ -256,6 +257,9 @@ def test_a_scorer_that_is_gone_holds_no_memory_whoever_keeps_its_handles():
         assert memory() is None
     finally:
         gc.enable()
+    # Nodes point at each other, and nobody at them.
+    gc.collect()
+    assert tree() is None
     assert len(handles) == 2
 
 
