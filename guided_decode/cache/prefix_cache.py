@@ -68,7 +68,9 @@ class PrefixCache(OneProcess):
 
     def __copy__(self) -> "PrefixCache":
         """An empty one: what is cached belongs to handles and forwards of the original."""
-        return PrefixCache(self.pool.like(self.capacity), table_size=self._table_size)
+        copied = PrefixCache(self.pool.like(self.capacity), table_size=self._table_size)
+        copied.rides = self.rides
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefixCache":
         copied: PrefixCache = memo.setdefault(id(self), self.__copy__())

@@ -4,6 +4,9 @@ A rider is a handle whose prefix ends a leaf of the tree that nobody else extend
 the leaf, tokens and the candidates scored after each, is kept in arrays [riders, TAIL] and enters
 the tree when another row reaches the leaf's end, when the rider does anything but go on by a
 candidate, when it is gone, when room is made of it, and after some tens of tokens.
+
+A row that is read and then scored at one prefix, as a value gate's is, never rides: a handle that
+did not go on since the last batch goes the tree's way, and does not join.
 """
 
 import weakref

@@ -1,5 +1,6 @@
 """One step of the rows that ride: found before anything changes, then placed all at once."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,21 +74,11 @@ def find_riders(
         skip_token: the leading token that the model does not see, or -1.
         most_positions: of the model.
     """
-    riders, anchors = cache.tree.riders, cache.anchors
+    riders = cache.tree.riders
     if not len(riders) or not 0 < candidates.shape[1] <= riders.widest:
         return None
-    rows: list[int] = []
-    numbers: list[int] = []
-    tips: list[tuple[int, int, int]] = []
-    for i, prefix in enumerate(prefixes):
-        if isinstance(prefix, PrefixHandle):
-            anchor = anchors.get(prefix.serial)
-            if anchor is not None and anchor.number >= 0 and not repeats[i]:
-                rows.append(i)
-                numbers.append(anchor.number)
-                tips.append(prefix.tip())
-    # Of a handle that comes twice, the second does not go on.
-    if not rows or len(set(numbers)) < len(numbers):
+    rows, numbers, tips = _live_riders(cache, prefixes, repeats)
+    if not rows:
         return None
     ok, steps = riders.steps(numbers, tips, skip_token)
     which = np.array(rows, np.int64)
@@ -101,6 +92,30 @@ def find_riders(
     if not len(which) or not cache.tables.widen(int(lengths.max())):
         return None
     return Ride(prefixes, which, steps, lengths)
+
+
+def _live_riders(
+    cache: "PrefixCache", prefixes: Sequence[Any], repeats: Sequence[bool]
+) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
+    """The rows whose handles ride, their riders' numbers, and where the handles are now."""
+    anchors = cache.anchors
+    rows: list[int] = []
+    numbers: list[int] = []
+    tips: list[tuple[int, int, int]] = []
+    for i, prefix in enumerate(prefixes):
+        if isinstance(prefix, PrefixHandle):
+            anchor = anchors.get(prefix.serial)
+            if anchor is not None and anchor.number >= 0:
+                rows.append(i)
+                numbers.append(anchor.number)
+                tips.append(prefix.tip())
+    if True in repeats or len(set(numbers)) < len(numbers):
+        # Of a handle that comes twice, the second does not go on.
+        times = Counter(numbers)
+        kept = [i for i, n in enumerate(numbers) if times[n] == 1 and not repeats[rows[i]]]
+        rows, numbers = [rows[i] for i in kept], [numbers[i] for i in kept]
+        tips = [tips[i] for i in kept]
+    return rows, numbers, tips
 
 
 def place_riders(cache: "PrefixCache", ride: Ride, candidates: Ints) -> RideWork | None:

@@ -1,5 +1,6 @@
 """Rows that go on together, as arrays: any schedule reads the right slots, at the same cost."""
 
+import copy
 import gc
 import random
 import weakref
@@ -288,6 +289,29 @@ def test_rows_that_cannot_ride_for_want_of_room_go_the_trees_way(cache_tokens):
         critic.cache.check()
         ridden.append(critic.cache.ridden - before)
     assert ridden[3:5] == [3, 0]
+
+
+def test_a_handle_that_comes_twice_goes_the_trees_way_and_the_others_ride():
+    critic, handles, step = decoding(4)
+    for _ in range(4):
+        step()
+    before = critic.cache.ridden
+    first = 3 + len(handles[0]) % 50
+    asked = [handles[i] for i in (0, 1, 2, 1, 3)]
+    candidates = [[first, 60], [60, 60], [first, 60], [first, 60], [first, 60]]
+    values, _ = critic.score(asked, torch.tensor(candidates))
+    assert critic.cache.ridden - before == 3
+    for got, handle, chosen in zip(values.tolist(), asked, candidates, strict=True):
+        expected = [value([*handle.tokens, token]) for token in chosen]
+        assert got == pytest.approx(expected, abs=1e-6)
+    critic.cache.check()
+
+
+def test_a_copy_of_a_cache_rides_as_the_original_does():
+    critic, _, _ = decoding(1)
+    assert copy.copy(critic.cache).rides
+    critic.cache.rides = False
+    assert not copy.deepcopy(critic.cache).rides
 
 
 def test_more_rows_than_may_ride_are_scored_all_the_same(monkeypatch):
