@@ -133,7 +133,7 @@ class Riders:
         """The rider's tail and all its candidates enter the tree, where it then stands."""
         number, node = anchor.number, anchor.node
         self._settle(number)
-        node.blocks[-1] = self._block(number, 0)
+        node.blocks[-1:] = self._blocks(number, 1)
         self.tokens[number, 0] = self.slots[number, 0] = -1
         self.stamps[number, 0] = _NEVER
         node.rider, anchor.number = None, -1
@@ -157,7 +157,7 @@ class Riders:
             node.tokens.extend(self.tail[number, 1 : n + 1])
             node.slots.extend(self.tail_slots[number, 1 : n + 1])
             node.blocks.pop()
-            node.blocks += [self._block(number, at) for at in range(n)]
+            node.blocks += self._blocks(number, n)
             node.blocks.append(None)
             for array in (self.tokens, self.slots, self.stamps):
                 array[number, 0] = array[number, n]
@@ -166,15 +166,24 @@ class Riders:
             self.count[number] = 0
         anchor.depth, anchor.epoch = node.end, node.epoch
 
-    def _block(self, number: int, at: int) -> Block | None:
-        """The candidates after a position, as the tree keeps them; None where none is left."""
-        held = self.slots[number, at] >= 0
-        if not held.any():
-            return None
-        block = Block(int(self.stamps[number, at]))
-        block.tokens, block.slots = self.tokens[number, at, held], self.slots[number, at, held]
-        self._tree.push_block(block)
-        return block
+    def _blocks(self, number: int, n: int) -> list[Block | None]:
+        """The candidates after the first n positions, as the tree keeps them; None where none is
+        left."""
+        held = self.slots[number, :n] >= 0
+        tokens, slots = self.tokens[number, :n][held], self.slots[number, :n][held]
+        blocks: list[Block | None] = []
+        start = 0
+        for stamp, end in zip(
+            self.stamps[number, :n].tolist(), held.sum(1).cumsum().tolist(), strict=True
+        ):
+            block = None
+            if end > start:
+                block = Block(stamp)
+                block.tokens, block.slots = tokens[start:end], slots[start:end]
+                self._tree.push_block(block)
+            blocks.append(block)
+            start = end
+        return blocks
 
     # A step.
 
