@@ -26,6 +26,11 @@ class GrowableInts:
         """The values, int64 [length], without a copy."""
         return self._buffer[: self.length]
 
+    @property
+    def last(self) -> int:
+        """The last value; -1 where there is none."""
+        return self._buffer.item(self.length - 1) if self.length else -1
+
     def append(self, value: int) -> None:
         """Appends one value."""
         if self.length == len(self._buffer):

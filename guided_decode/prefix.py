@@ -1,6 +1,7 @@
 """Prefix handles: token histories that a scorer looks up by their new tokens only."""
 
 import copy
+import itertools
 import operator
 import threading
 from collections.abc import Sequence
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from guided_decode.growable import GrowableInts, Ints
 
+_serials = itertools.count()
 _HIGHEST = np.iinfo(np.int64).max
 # Of so many of its last changes a handle knows what each left of it.
 _KEPT = 8
@@ -71,9 +73,13 @@ class PrefixHandle:
     whole, and a scorer reads the history as it is at one moment. A copy has a history of its own.
     """
 
-    __slots__ = ("__weakref__", "_ids", "_kept", "_lock", "highest", "lowest", "version")
+    __slots__ = (
+        "__weakref__", "_ids", "_kept", "_lock", "highest", "lowest", "serial", "version",
+    )  # fmt: skip
 
     def __init__(self, tokens: "Sequence[int] | Ints | Tensor" = ()) -> None:
+        # A number that no other handle of the process has had.
+        self.serial = next(_serials)
         self.version = 0
         self.lowest = self.highest = 0
         self._ids = GrowableInts()
@@ -107,6 +113,12 @@ class PrefixHandle:
         with self._lock:
             return HandleState(self._ids.view, self.lowest, self.highest, self.version)
 
+    def tip(self) -> tuple[int, int, int]:
+        """Length, last token (-1 of none) and version, at one moment."""
+        with self._lock:
+            ids = self._ids
+            return ids.length, ids.last, self.version
+
     def append(self, token: int) -> None:
         """Adds one token id.
 
@@ -115,7 +127,10 @@ class PrefixHandle:
         if type(token) is not int or not -_HIGHEST <= token <= _HIGHEST:
             token = _as_int(token)
         with self._lock:
-            self.lowest, self.highest = min(self.lowest, token), max(self.highest, token)
+            if token > self.highest:
+                self.highest = token
+            elif token < self.lowest:
+                self.lowest = token
             self._ids.append(token)
 
     def extend(self, tokens: "Sequence[int] | Ints | Tensor") -> None:

@@ -1,5 +1,6 @@
 """What a scorer has done so far, in numbers that tests can assert on."""
 
+import operator
 import threading
 from dataclasses import dataclass, fields
 
@@ -51,4 +52,8 @@ class ScorerStats:
     def as_dict(self) -> dict[str, float]:
         """The counters by name, for logs and JSON."""
         with _LOCK:
-            return {field.name: getattr(self, field.name) for field in fields(self)}
+            return dict(zip(_NAMES, _values(self), strict=True))
+
+
+_NAMES = tuple(field.name for field in fields(ScorerStats))
+_values = operator.attrgetter(*_NAMES)

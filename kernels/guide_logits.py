@@ -12,6 +12,7 @@ from guided_decode.kernels.candidate_shift import (
     MAX_CANDIDATES,
     Shift,
     candidate_logits,
+    reweighted,
     shift_candidates,
 )
 from guided_decode.kernels.jit import kernel, next_power_of_two, on_gpu
@@ -48,6 +49,7 @@ def guide_logits(
     scored: Tensor,  # [rows, k] bool
     penalty: Tensor | None = None,  # [rows, k] float32
     min_keep: int = 1,
+    usual: bool = False,
 ) -> GuidedLogits:
     """Each row's logits, moved by its candidates' advantages.
 
@@ -78,6 +80,9 @@ def guide_logits(
         scored: bool [rows, k].
         penalty: float32 [rows, k], kl_coef · (log π − log π_ref), or None; read where scored.
         min_keep: how many scored candidates of a row pruning leaves at least.
+        usual: beta is nowhere 0, margin everywhere inf, mean_baseline and keep_tail nowhere true,
+            scored true of candidates alone: what the caller knows without a look at the device. It
+            changes cost only.
 
     Returns:
         New logits of the input's dtype, and which rows failed.
@@ -87,11 +92,17 @@ def guide_logits(
     )
     if on_gpu(logits) and 0 < candidates.shape[-1] <= MAX_CANDIDATES:
         return guide_logits_triton(logits, shift, keep_tail)
-    return guide_logits_reference(logits, shift, keep_tail)
+    return guide_logits_reference(logits, shift, keep_tail, usual=usual)
 
 
-def guide_logits_reference(logits: Tensor, shift: Shift, keep_tail: Tensor) -> GuidedLogits:
+def guide_logits_reference(
+    logits: Tensor, shift: Shift, keep_tail: Tensor, *, usual: bool = False
+) -> GuidedLogits:
     """The specification of `guide_logits`."""
+    if usual and shift.penalty is None and logits.device.type == "cpu":
+        guided_and_failed = _usual(logits, shift)
+        if guided_and_failed is not None:
+            return guided_and_failed
     # Padding repeats the row's first candidate, so that one scatter serves ragged rows.
     valid = shift.candidates >= 0
     first = valid.int().argmax(-1, keepdim=True)
@@ -104,6 +115,21 @@ def guide_logits_reference(logits: Tensor, shift: Shift, keep_tail: Tensor) -> G
     tail = torch.where(kept, own, -torch.inf)
     guided = torch.where(valid.any(-1, keepdim=True), guided, tail)
     return GuidedLogits(torch.where(kept, logits, -torch.inf).scatter_(-1, index, guided), failed)
+
+
+def _usual(logits: Tensor, shift: Shift) -> GuidedLogits | None:
+    """The same of most steps, in a quarter of the operations; None where a row fails or is ragged.
+
+    It looks at the numbers, which on a GPU would wait for them.
+    """
+    if not shift.candidates.numel() or int(shift.candidates.min()) < 0:
+        return None
+    guided = reweighted(logits.gather(-1, shift.candidates), shift)
+    if guided is None:
+        return None
+    tail = logits.new_full(logits.shape, -torch.inf)
+    failed = torch.zeros(len(logits), dtype=torch.int32)
+    return GuidedLogits(tail.scatter_(-1, shift.candidates, guided), failed)
 
 
 def guide_logits_triton(logits: Tensor, shift: Shift, keep_tail: Tensor) -> GuidedLogits:

@@ -2,11 +2,13 @@
 
 import threading
 import weakref
+from collections import deque
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
+from guided_decode.cache.anchor import Anchor
 from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.radix import RadixTree
@@ -19,23 +21,6 @@ from guided_decode.prefix import HandleState, PrefixHandle
 # Slot tables take no more than this share of the pool's bytes, or than a small pool's would need.
 TABLE_SHARE = 1 / 8
 _SMALL_TABLES = 1 << 20
-
-
-@dataclass(slots=True)
-class _Anchor:
-    """Where a handle stood after its last look-up; `row` is its slot table, filled to `depth`.
-
-    closes: hands the row back when the handle is gone.
-    """
-
-    row: int
-    closes: "weakref.finalize[[int], PrefixHandle]"
-    node: Node
-    depth: int
-    epoch: int
-    generation: int
-    version: int
-    skip: int
 
 
 @dataclass(slots=True, frozen=True)
@@ -67,17 +52,25 @@ class PrefixCache(OneProcess):
         self.tree = RadixTree(pool)
         self._table_size = table_size
         self.tables = self._new_tables(table_size)
-        self._anchors: weakref.WeakKeyDictionary[PrefixHandle, _Anchor] = (
-            weakref.WeakKeyDictionary()
-        )
+        # By the handle's serial.
+        self.anchors: dict[int, Anchor] = {}
+        # Of handles that are gone, which may still ride.
+        self.gone: deque[Anchor] = deque()
+        # Whether rows that go on by a candidate are handled together: it changes cost only.
+        self.rides = True
+        # Rows that were, so far.
+        self.ridden = 0
         # Slot tables of this batch's plain prefixes, and of handles that are not placed yet.
         self._scratch: set[int] = set()
         self._pieces: list[Piece] = []
+        self._points: list[Ints] = []
         self._placed = 0
 
     def __copy__(self) -> "PrefixCache":
         """An empty one: what is cached belongs to handles and forwards of the original."""
-        return PrefixCache(self.pool.like(self.capacity), table_size=self._table_size)
+        copied = PrefixCache(self.pool.like(self.capacity), table_size=self._table_size)
+        copied.rides = self.rides
+        return copied
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "PrefixCache":
         copied: PrefixCache = memo.setdefault(id(self), self.__copy__())
@@ -107,7 +100,8 @@ class PrefixCache(OneProcess):
     def pinned(self) -> int:
         """Nodes that the batch in progress holds; 0 between calls."""
         with self.lock:
-            return sum(node.stamp == self.tree.clock for node in self.tree.nodes())
+            nodes = sum(node.stamp == self.tree.clock for node in self.tree.nodes())
+            return nodes + self.tree.riders.pinned
 
     @property
     def operations(self) -> int:
@@ -132,11 +126,15 @@ class PrefixCache(OneProcess):
             known = f"{len(slots)} of {self.capacity} slots accounted for"
             assert len(slots) == self.capacity, known
             assert len(np.unique(slots)) == self.capacity, "a slot is owned twice"
-            handles = len(self._anchors)
+            handles = len(self.anchors)
             assert self.tables.open_rows == handles, "a slot table outlived its row"
 
     def begin_batch(self) -> None:
         self._placed = 0
+        while self.gone:
+            anchor = self.gone.popleft()
+            if anchor.number >= 0:
+                self.tree.riders.leave(anchor)
         self.tree.begin_batch()
 
     def end_batch(self) -> None:
@@ -144,15 +142,33 @@ class PrefixCache(OneProcess):
         while self._scratch:
             self.tables.close_row(self._scratch.pop())
         self._pieces.clear()
+        self._points.clear()
         self.tree.begin_batch()
 
-    def write_tables(self) -> list[Piece]:
+    def note(self, table_rows: Ints, positions: Ints, slots: Ints) -> None:
+        """Has tokens written to slot tables, each [n], with the other rows' of the batch."""
+        self._points.append(np.stack([table_rows, positions, slots]))
+
+    def count_ridden(self, rows: int) -> None:
+        """Notes rows of the batch that were placed together, beside `place`."""
+        self._placed += rows
+        self.ridden += rows
+
+    def write_tables(self, *, told: bool = True) -> list[Piece]:
         """Brings the device's slot tables up to date with the rows placed so far.
 
-        Returns what it wrote, for tables elsewhere that follow these.
+        Returns what it wrote, if it is told, for tables elsewhere that follow these.
         """
         written, self._pieces = self._pieces, []
-        self.tables.write(written)
+        points, self._points = self._points, []
+        if points and written:
+            # Written together: of an entry that is named twice nobody knows which is taken.
+            ride = {row for some in points for row in some[0].tolist()}
+            assert ride.isdisjoint(row for row, _, _ in written), "a row rides, and does not"
+        self.tables.write(written, points)
+        if told:
+            for row, position, slot in (each for some in points for each in some.T.tolist()):
+                written.append((row, position, np.array([slot], np.int64)))
         return written
 
     def place(
@@ -163,6 +179,7 @@ class PrefixCache(OneProcess):
         *,
         state: HandleState | None = None,
         reread_last: bool = False,
+        rides: int | None = None,
     ) -> Placement | None:
         """Finds or makes room for a row; None where the pinned rows leave too little.
 
@@ -172,6 +189,8 @@ class PrefixCache(OneProcess):
             candidates: distinct token ids, int64 [k].
             state: the handle's history as it was checked; None is what it holds now.
             reread_last: forward the last token even if it is cached, to read the model there.
+            rides: a handle that went on by a candidate may ride from now on; the token that the
+                scorer skips, or -1.
         """
         handle = None
         if isinstance(prefix, PrefixHandle):
@@ -210,6 +229,10 @@ class PrefixCache(OneProcess):
             self._pieces.append((row, start, path))
         self._remember(handle, state, row, node, len(tokens), skip)
         self._placed += 1
+        # Of a first token alone nobody knows yet whether the model sees it.
+        went_on = 0 < start == len(tokens) - 1 and not len(fresh) and len(candidates)
+        if handle is not None and rides is not None and self.rides and went_on:
+            self.tree.riders.join(self.anchors[handle.serial], rides)
         return Placement(
             work=RowWork(
                 table_row=row,
@@ -241,7 +264,9 @@ class PrefixCache(OneProcess):
         self, handle: PrefixHandle | None, state: HandleState | None, length: int, skip: int
     ) -> tuple[Node, int, int] | None:
         """Where to look up from, and the slot table to write to; None where tables are full."""
-        anchor = None if handle is None else self._anchors.get(handle)
+        anchor = None if handle is None else self.anchors.get(handle.serial)
+        if anchor is not None and anchor.number >= 0:
+            self.tree.riders.leave(anchor)
         if anchor is None or state is None:
             row = self._open_row(length)
             return None if row is None else (self.tree.root, 0, row)
@@ -281,13 +306,16 @@ class PrefixCache(OneProcess):
 
     def _forget_tables(self) -> None:
         """Starts again with small tables; nothing of the batch may have been placed."""
-        old, forgotten = self.tables, list(self._anchors.values())
+        self.tree.riders.leave_all()
+        old, forgotten = self.tables, list(self.anchors.values())
         # In this order: an interruption on the way leaves no anchor to a row of other tables.
-        self._anchors.clear()
+        self.anchors.clear()
         self._scratch.clear()
+        self._points.clear()
         self.tables = self._new_tables()
         for anchor in forgotten:
-            anchor.closes.detach()
+            if anchor.closes is not None:
+                anchor.closes.detach()
         # A handle that is going just now may still hand its row back, to the old ones.
         old.retire()
 
@@ -302,12 +330,15 @@ class PrefixCache(OneProcess):
     ) -> None:
         if handle is None or state is None:
             return
-        known = self._anchors.get(handle)
+        known = self.anchors.get(handle.serial)
         if known is None:
             self._scratch.discard(row)
-            closes = weakref.finalize(handle, self.tables.close_row, row)
-            closes.atexit = False
-            known = self._anchors[handle] = _Anchor(row, closes, node, 0, 0, 0, 0, 0)
+            known = Anchor(row, node)
+            known.closes = weakref.finalize(
+                handle, _let_go, weakref.ref(self), handle.serial, self.tables, row
+            )
+            known.closes.atexit = False
+            self.anchors[handle.serial] = known
         known.node, known.depth, known.epoch = node, depth, node.epoch
         known.generation, known.version, known.skip = self.tree.generation, state.version, skip
 
@@ -317,4 +348,13 @@ class PrefixCache(OneProcess):
         for node in self.tree.nodes():
             owned.append(node.slots.view)
             owned.extend(block.slots for block in node.blocks if block is not None)
-        return owned
+        return owned + self.tree.riders.owned()
+
+
+def _let_go(cache: "weakref.ref[PrefixCache]", serial: int, tables: SlotTables, row: int) -> None:
+    """The end of a handle, at any moment; the next batch lets it ride no more."""
+    of = cache()
+    anchor = None if of is None else of.anchors.pop(serial, None)
+    if of is not None and anchor is not None:
+        of.gone.append(anchor)
+    tables.close_row(row)

@@ -8,6 +8,8 @@ moves from its block into the tree with its slot.
 What the current batch touched (`stamp == clock`) is pinned: it is never evicted. Unchosen
 candidates are evicted before any prefix, then ends of prefixes that were taken back (drafts that
 were rejected), then prefixes by least recent use and from their ends.
+
+Beside the tree go its `riders`; a look-up that comes to where one of them goes on finds it here.
 """
 
 import heapq
@@ -17,6 +19,7 @@ import numpy as np
 
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.radix_node import NO_INTS, Block, Node
+from guided_decode.cache.riders import Riders
 from guided_decode.growable import GrowableInts, Ints
 
 
@@ -30,6 +33,7 @@ class RadixTree:
         self.evicted = 0
         self.generation = 0
         self._order = count()
+        self.riders = Riders(self)
         self.clear()
 
     def take_evicted(self) -> int:
@@ -43,6 +47,7 @@ class RadixTree:
         self.root = Node(None, 0, NO_INTS, NO_INTS)
         self._leaves: list[tuple[int, int, Node]] = []
         self._blocks: list[tuple[int, int, Block]] = []
+        self.riders.clear()
         self.pool.reset()
 
     def begin_batch(self) -> None:
@@ -67,6 +72,9 @@ class RadixTree:
                 same = _common(known, asked)
                 slots.append(node.slots.view[at : at + same])
                 depth += same
+            if node.rider is not None and depth == node.end:
+                self.riders.leave(node.rider)
+                continue
             if depth == len(tokens):
                 break
             token = int(tokens[depth])
@@ -125,7 +133,7 @@ class RadixTree:
         if block is None or not len(block.tokens):
             block = Block(self.clock)
             node.blocks[depth - node.start - 1] = block
-            self._push_block(block)
+            self.push_block(block)
         block.stamp = self.clock
         if len(block.tokens):
             tokens = np.concatenate([block.tokens, tokens])
@@ -134,7 +142,7 @@ class RadixTree:
 
     def make_room(self, slots: int) -> bool:
         """Evicts until `slots` slots are free; False where what is not pinned is too little."""
-        while self.pool.free_slots < slots and self._evict_block():
+        while self.pool.free_slots < slots and self._evict_candidates(slots):
             pass
         while self.pool.free_slots < slots and self._evict_leaf(slots - self.pool.free_slots):
             pass
@@ -152,6 +160,7 @@ class RadixTree:
         for _, _, block in self._blocks:
             self.pool.give_back(block.slots)
             block.tokens = block.slots = NO_INTS
+        self.pool.give_back(self.riders.drop_candidates())
         self.operations += len(self._blocks)
         self._blocks.clear()
 
@@ -186,6 +195,24 @@ class RadixTree:
         upper.child_slots.extend(node.slots.view[:1])
         return upper
 
+    def _evict_candidates(self, slots: int) -> bool:
+        """Frees the candidates that were used longest ago; False where all are pinned."""
+        oldest = self.riders.oldest()
+        if oldest < self.clock and (not self._blocks or oldest <= self._blocks[0][0]):
+            self._evict_of_riders(oldest, slots)
+            return True
+        if self._evict_block():
+            return True
+        if oldest < self.clock:
+            self._evict_of_riders(oldest, slots)
+        return oldest < self.clock
+
+    def _evict_of_riders(self, stamp: int, slots: int) -> None:
+        self.operations += 1
+        freed = self.riders.evict(stamp, slots - self.pool.free_slots)
+        self.pool.give_back(freed)
+        self.evicted += len(freed)
+
     def _evict_block(self) -> bool:
         """Frees the block that was used longest ago; False where all are pinned."""
         while self._blocks:
@@ -195,7 +222,7 @@ class RadixTree:
             if stamp == block.stamp < self.clock:
                 self._free_block(block)
                 return True
-            self._push_block(block)
+            self.push_block(block)
             # The oldest is of this batch, and so are all others.
             if stamp == self.clock:
                 return False
@@ -207,7 +234,9 @@ class RadixTree:
             stamp, _, node = heapq.heappop(self._leaves)
             if node.children or not node.tokens.length:
                 continue
-            if stamp == node.last_used < self.clock:
+            if stamp == self._last_used(node) < self.clock:
+                if node.rider is not None:
+                    self.riders.leave(node.rider)
                 self._shorten(node, max(0, node.tokens.length - slots))
                 return True
             self._push_leaf(node)
@@ -246,7 +275,8 @@ class RadixTree:
         self.evicted += len(block.slots)
         block.tokens = block.slots = NO_INTS
 
-    def _push_block(self, block: Block) -> None:
+    def push_block(self, block: Block) -> None:
+        """Takes candidates in that may be evicted; they hang on a position."""
         heapq.heappush(self._blocks, (block.stamp, next(self._order), block))
         # Blocks whose every candidate was chosen own nothing and would never be looked at again.
         if len(self._blocks) > 2 * self.pool.capacity + 64:
@@ -254,7 +284,10 @@ class RadixTree:
             heapq.heapify(self._blocks)
 
     def _push_leaf(self, node: Node) -> None:
-        heapq.heappush(self._leaves, (node.last_used, next(self._order), node))
+        heapq.heappush(self._leaves, (self._last_used(node), next(self._order), node))
+
+    def _last_used(self, node: Node) -> int:
+        return max(node.last_used, self.riders.last_used(node))
 
     def nodes(self) -> list[Node]:
         """Every node but the root, parents first."""

@@ -2,6 +2,7 @@
 
 import numpy as np
 
+from guided_decode.cache.anchor import Anchor
 from guided_decode.growable import GrowableInts, Ints
 
 NO_INTS: Ints = np.empty(0, np.int64)
@@ -23,7 +24,7 @@ class Node:
 
     __slots__ = (
         "blocks", "child_slots", "child_tokens", "children", "children_stamp", "epoch",
-        "parent", "slots", "stamp", "start", "tokens",
+        "parent", "rider", "slots", "stamp", "start", "tokens",
     )  # fmt: skip
 
     def __init__(self, parent: "Node | None", start: int, tokens: Ints, slots: Ints) -> None:
@@ -41,6 +42,8 @@ class Node:
         self.children_stamp = 0
         # Grows whenever tokens leave the node, so that a remembered position can be checked.
         self.epoch = 0
+        # Who goes on from the end of this leaf, beside the tree.
+        self.rider: Anchor | None = None
 
     @property
     def end(self) -> int:

@@ -1,5 +1,7 @@
 """Slot tables: where on the device each row of a forward finds the slots of its tokens."""
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -72,17 +74,20 @@ class SlotTables:
         self.table = wider
         return True
 
-    def write(self, pieces: list[Piece]) -> None:
-        """Writes (row, first position, slots) pieces, in one copy to the device."""
-        if not pieces:
+    def write(self, pieces: list[Piece], points: Sequence[Ints] = ()) -> None:
+        """Writes (row, first position, slots) pieces, in one copy to the device.
+
+        points: int64 [3, n] each, rows, positions and slots, which are written too.
+        """
+        packed = [*points, _packed(pieces)] if pieces else points
+        if packed:
+            self._put(packed[0] if len(packed) == 1 else np.concatenate(packed, 1))
+
+    def _put(self, packed: Ints) -> None:
+        """packed: int64 [3, n], rows, positions and slots."""
+        if self.table.device.type == "cpu":
+            self.table.numpy()[packed[0], packed[1]] = packed[2]
             return
-        sizes = np.array([len(slots) for _, _, slots in pieces])
-        starts = np.array([start for _, start, _ in pieces])
-        packed = np.empty((3, int(sizes.sum())), np.int64)
-        packed[0] = np.repeat(np.array([row for row, _, _ in pieces]), sizes)
-        offsets = np.repeat(starts - np.concatenate([[0], sizes.cumsum()[:-1]]), sizes)
-        packed[1] = np.arange(packed.shape[1]) + offsets
-        packed[2] = np.concatenate([slots for _, _, slots in pieces])
         rows, positions, slots = torch.from_numpy(packed).to(self.table.device, non_blocking=True)
         self.table[rows, positions] = slots.int()
 
@@ -98,3 +103,15 @@ class SlotTables:
     def retire(self) -> None:
         """Lets go of the memory, whoever still holds the tables."""
         self.table = self.table.new_zeros(0, 0)
+
+
+def _packed(pieces: list[Piece]) -> Ints:
+    """Pieces as rows, positions and slots, int64 [3, n]."""
+    sizes = np.array([len(slots) for _, _, slots in pieces])
+    starts = np.array([start for _, start, _ in pieces])
+    packed = np.empty((3, int(sizes.sum())), np.int64)
+    packed[0] = np.repeat(np.array([row for row, _, _ in pieces]), sizes)
+    offsets = np.repeat(starts - np.concatenate([[0], sizes.cumsum()[:-1]]), sizes)
+    packed[1] = np.arange(packed.shape[1]) + offsets
+    packed[2] = np.concatenate([slots for _, _, slots in pieces])
+    return packed

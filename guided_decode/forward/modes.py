@@ -1,5 +1,6 @@
 """The mode that models run in here: the caller's autograd, inference and autocast modes end."""
 
+import contextlib
 from collections.abc import Callable
 from functools import wraps
 from typing import ParamSpec, TypeVar
@@ -21,10 +22,14 @@ def without_autograd(function: Callable[P, R]) -> Callable[P, R]:
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
         grad = torch.is_grad_enabled()
         try:
-            with torch.inference_mode(False), torch.no_grad(), torch.autocast("cpu", enabled=False):
-                if not torch.cuda.is_available():
+            with torch.inference_mode(False), torch.no_grad():
+                # Leaving autocast's own context costs as much as a step's whole tree.
+                cast = [kind for kind in ("cpu", "cuda") if torch.is_autocast_enabled(kind)]
+                if not cast:
                     return function(*args, **kwargs)
-                with torch.autocast("cuda", enabled=False):
+                with contextlib.ExitStack() as stack:
+                    for kind in cast:
+                        stack.enter_context(torch.autocast(kind, enabled=False))
                     return function(*args, **kwargs)
         finally:
             # An interruption while torch enters or leaves a mode leaves it as it then is.

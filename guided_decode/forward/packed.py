@@ -1,13 +1,15 @@
 """One packed forward: the uncached prefix tokens and candidates of many rows, in one sequence."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from guided_decode.cache.pool import SlotPool
+from guided_decode.cache.riding import RideWork
 from guided_decode.cache.row_work import RowWork
 from guided_decode.forward.stretch import Stretch
 from guided_decode.growable import Ints
@@ -23,6 +25,24 @@ class Segment:
     first: int
     length: int
     table_row: int
+
+
+class Segments(Sequence[Segment]):
+    """Segments out of numbers, int64 [n, 6], made when somebody asks for them."""
+
+    def __init__(self, numbers: Ints) -> None:
+        self.numbers = numbers
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return Segments(self.numbers[index])
+        return Segment(*self.numbers[index].tolist())
+
+    def __iter__(self) -> Iterator[Segment]:
+        return (Segment(*each) for each in self.numbers.tolist())
 
 
 @dataclass(slots=True, frozen=True)
@@ -43,7 +63,7 @@ class PackedBatch:
     token_ids: Tensor
     positions: Tensor
     slots: Tensor
-    segments: list[Segment]
+    segments: Sequence[Segment]
     table: Tensor
     pool: SlotPool
     segment_table: Tensor | None = None
@@ -99,14 +119,26 @@ class PackedBatch:
 
 
 def pack(
-    work: list[RowWork], table: Tensor, pool: SlotPool, limit: int, *, fused: bool = False
+    work: list[RowWork],
+    table: Tensor,
+    pool: SlotPool,
+    limit: int,
+    *,
+    fused: bool = False,
+    ride: RideWork | None = None,
 ) -> Iterator[PackedBatch]:
     """Cuts the rows' work, in order, into forwards of at most `limit` tokens.
 
-    fused: attention goes through `kernels.lookahead_attention`, as it does on a GPU.
+    fused: attention goes through `kernels.lookahead_attention`, as it does on a GPU. ride: work
+    that comes first.
     """
+    if ride is not None and ride.tokens + sum(row.tokens for row in work) > limit:
+        work, ride = [*ride.rows(), *work], None
+    packed, segments = (
+        _of_ride(ride) if ride is not None and ride.tokens else (_NO_TOKENS, _NO_ROWS)
+    )
     waiting: list[RowWork] = []
-    room = limit
+    room = limit - packed.shape[1]
     for row in work:
         if row.tokens < room:
             if row.tokens:
@@ -118,52 +150,96 @@ def pack(
             waiting.append(piece)
             room -= piece.tokens
             if room == 0:
-                yield _batch(waiting, table, pool, fused)
-                waiting, room = [], limit
-    if waiting:
-        yield _batch(waiting, table, pool, fused)
+                yield _batch(waiting, packed, segments, table, pool, fused)
+                waiting, room, packed, segments = [], limit, _NO_TOKENS, _NO_ROWS
+    if waiting or packed.shape[1]:
+        yield _batch(waiting, packed, segments, table, pool, fused)
 
 
-def _batch(work: list[RowWork], table: Tensor, pool: SlotPool, fused: bool) -> PackedBatch:
+_NO_TOKENS, _NO_ROWS = np.empty((3, 0), np.int64), np.empty((0, 6), np.int64)
+
+
+def _batch(
+    work: list[RowWork], packed: Ints, segments: Ints, table: Tensor, pool: SlotPool, fused: bool
+) -> PackedBatch:
+    """A forward of what is packed, and of this work behind it."""
+    if work:
+        own, rows = _of_rows(work, packed.shape[1])
+        packed = own if not packed.shape[1] else np.concatenate([packed, own], 1)
+        segments = rows if not len(segments) else np.concatenate([segments, rows])
+    return batch_of(packed, Segments(segments), table, pool, fused=fused)
+
+
+def _of_ride(ride: RideWork) -> tuple[Ints, Ints]:
+    """Tokens, int64 [3, tokens], and segments, int64 [rows, 6]; rows without a token have none."""
+    real = ride.slots >= 0
+    counts = real.sum(1)
+    packed = np.empty((3, ride.tokens), np.int64)
+    packed[0] = ride.candidates[real]
+    packed[1] = np.repeat(ride.lengths, counts)
+    packed[2] = ride.slots[real]
+    segments = np.zeros((len(counts), 6), np.int64)
+    segments[:, 0] = counts.cumsum() - counts
+    segments[:, 2] = counts
+    segments[:, 3] = segments[:, 4] = ride.lengths
+    segments[:, 5] = ride.table_rows
+    return packed, segments if counts.all() else segments[counts > 0]
+
+
+def _of_rows(work: list[RowWork], start: int) -> tuple[Ints, Ints]:
+    """The same of rows, whose first token is the batch's `start`-th."""
     sizes = np.array([row.tokens for row in work])
-    starts = np.concatenate([[0], sizes.cumsum()])
-    segments = [
-        Segment(int(start), len(w.prefix), len(w.candidates), w.first, w.length, w.table_row)
-        for w, start in zip(work, starts, strict=False)
-    ]
-    packed = np.empty((3, int(starts[-1])), np.int64)
+    starts = sizes.cumsum() - sizes + start
+    segments = np.array(
+        [(0, len(w.prefix), len(w.candidates), w.first, w.length, w.table_row) for w in work],
+        np.int64,
+    )
+    segments[:, 0] = starts
+    packed = np.empty((3, int(sizes.sum())), np.int64)
     np.concatenate([part for w in work for part in (w.prefix, w.candidates)], out=packed[0])
     np.concatenate([part for w in work for part in _positions(w)], out=packed[1])
     np.concatenate([p for w in work for p in (w.prefix_slots, w.candidate_slots)], out=packed[2])
-    return batch_of(packed, segments, table, pool, fused=fused)
+    return packed, segments
 
 
 def batch_of(
     packed: Ints,  # int64 [3, tokens]: ids, positions, slots
-    segments: list[Segment],
+    segments: Sequence[Segment],
     table: Tensor,
     pool: SlotPool,
     *,
     fused: bool,
 ) -> PackedBatch:
     """A forward of these tokens, on the pool's device; arguments as of `PackedBatch`."""
-    tokens, rows = packed.shape[1], len(segments) if fused else 0
+    if not fused:
+        stacked = torch.from_numpy(packed).to(pool.device, non_blocking=True)
+        token_ids, positions, slots = stacked.unbind()
+        return PackedBatch(stacked, token_ids, positions, slots, segments, table, pool, host=packed)
+    tokens, rows = packed.shape[1], len(segments)
     # In one copy to the device. What begins in it begins at a multiple of 16 bytes, whatever the
     # number of tokens: kernels are compiled for that.
     width = tokens + tokens % 2
     host = np.zeros(3 * width + -(-3 * rows // 2), np.int64)
     host[: 3 * width].reshape(3, width)[:, :tokens] = packed
     table_rows = host[3 * width :].view(np.int32)[: 3 * rows].reshape(rows, 3)
-    if fused:
+    if isinstance(segments, Segments):
+        numbers = segments.numbers
+        table_rows[:] = numbers[:, (0, 1, 5)]
+        table_rows[:, 1] += numbers[:, 2]
+    else:
         table_rows[:] = [(s.start, s.prefix + s.candidates, s.table_row) for s in segments]
     copied = torch.from_numpy(host).to(pool.device, non_blocking=True)
     stacked = copied[: 3 * width].view(3, width)[:, :tokens]
     token_ids, positions, slots = stacked.unbind()
-    batch = PackedBatch(stacked, token_ids, positions, slots, segments, table, pool, host=packed)
-    if not fused:
-        return batch
-    return replace(
-        batch,
+    return PackedBatch(
+        stacked,
+        token_ids,
+        positions,
+        slots,
+        segments,
+        table,
+        pool,
+        host=packed,
         segment_table=copied[3 * width :].view(torch.int32)[: 3 * rows].view(rows, 3),
         most_queries=int(table_rows[:, 1].max()),
         most_positions=int(packed[1].max()),

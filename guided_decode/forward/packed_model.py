@@ -13,6 +13,7 @@ from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
 from guided_decode.cache.radix_node import NO_INTS
+from guided_decode.cache.riding import RideWork
 from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
 from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
@@ -197,7 +198,8 @@ class PackedModel(OneProcess):
 
     @property
     def device(self) -> torch.device:
-        return self.model.device
+        # A model's own property walks over its modules.
+        return self.cache.pool.device
 
     def row(self, given: Prefix, index: int, skip_token: int | None, candidates: int) -> Row:
         """A prefix that this model can read, with `candidates` tokens after it.
@@ -262,13 +264,14 @@ class PackedModel(OneProcess):
             )
 
     def place(self, row: Row, candidates: Ints = NO_INTS, *, reread_last: bool = False,
-              alone: bool = False) -> Placement | None:  # fmt: skip
+              alone: bool = False, rides: int | None = None) -> Placement | None:  # fmt: skip
         """A place in the cache for a row of `row()`; None where it has to wait for the next batch.
 
-        alone: no other row of the batch was placed, so what the cache holds may go.
+        alone: no other row of the batch was placed, so what the cache holds may go. rides: as of
+        `PrefixCache.place`.
         """
         place = partial(self.cache.place, row.prefix, row.skip, candidates, state=row.state,
-                        reread_last=reread_last)  # fmt: skip
+                        reread_last=reread_last, rides=rides)  # fmt: skip
         placement = place()
         if placement is None and alone:
             self.cache.clear()
@@ -276,15 +279,17 @@ class PackedModel(OneProcess):
             assert placement is not None
         return placement
 
-    def batches(self, placements: Sequence[Placement]) -> list[PackedBatch]:
-        """The forwards that these rows need, in order."""
+    def batches(
+        self, placements: Sequence[Placement], ride: RideWork | None = None
+    ) -> list[PackedBatch]:
+        """The forwards that these rows need, in order; of those that ride, first."""
         work = [placement.work for placement in placements]
         cache = self.cache
-        written = cache.write_tables()
+        written = cache.write_tables(told=self.leader is not None)
         if self.leader is not None:
             self.leader.wrote(self, written)
         table, limit = cache.tables.table, self.max_forward_tokens
-        return list(pack(work, table, cache.pool, limit, fused=self.fused))
+        return list(pack(work, table, cache.pool, limit, fused=self.fused, ride=ride))
 
     def forward(self, batch: PackedBatch, read: Tensor | None = None) -> Tensor:
         """One packed forward: hidden states [tokens, hidden], or logits [n, vocab].

@@ -6,6 +6,7 @@ the slot tables since the last one: nothing that a follower knows, and nothing o
 cached.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 from enum import IntEnum
 
@@ -37,7 +38,7 @@ class Forward:
     """
 
     tokens: Ints
-    segments: list[Segment]
+    segments: Sequence[Segment]
     read: Ints | None
     table: tuple[int, int]
     writes: list[list[Piece]]

@@ -74,11 +74,16 @@ def rows_beyond(
     known: int,
 ) -> list[int]:
     """The rows whose largest logit is at an id that is not below `known`."""
-    if logits.shape[-1] <= known:
-        return []
-    beyond = logits[:, known:].amax(-1) > logits[:, :known].amax(-1)
-    rows: list[int] = beyond.nonzero().flatten().tolist()
+    found = beyond(logits, known)
+    rows: list[int] = [] if found is None else found.nonzero().flatten().tolist()
     return rows
+
+
+def beyond(logits: Tensor, known: int) -> Tensor | None:
+    """The same as bool [rows] without a wait for the device; None where no id can be."""
+    if logits.shape[-1] <= known:
+        return None
+    return logits[:, known:].amax(-1) > logits[:, :known].amax(-1)
 
 
 def _choose(

@@ -22,6 +22,8 @@ def reasons(
     if candidates.device.type != "cpu":
         return torch.where(candidates[:, 0] < 0, ALL_MASKED, why).tolist()
     empty = candidates.numpy()[:, 0] < 0
+    if not empty.any():
+        return why.tolist()
     return [ALL_MASKED if e else each for each, e in zip(why.tolist(), empty, strict=True)]
 
 

@@ -1,7 +1,7 @@
 """The guidance rule: advantages to logits. The one place where the formula meets its settings."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -104,6 +104,7 @@ def apply_guidance(
         scored=scored,
         penalty=penalty,
         min_keep=min_keep,
+        usual=rules.usual,
     )
 
 
@@ -137,18 +138,28 @@ def scored_candidates(
 
 
 class _Rules(NamedTuple):
-    """The rows' configs as tensors [rows]; kl_coef is None where it is 0 for all."""
+    """The rows' configs as tensors [rows]; kl_coef is None where it is 0 for all. usual: as of
+    `guide_logits`."""
 
     beta: Tensor
     margin: Tensor
     keep_tail: Tensor
     mean_baseline: Tensor
     kl_coef: Tensor | None
+    usual: bool
 
 
 def distinct(configs: Sequence[GuidanceConfig]) -> set[GuidanceConfig]:
     """The rows' different configs; most rows share one object, which is looked at once."""
-    return set({id(config): config for config in configs}.values())
+    return set(dict(zip(map(id, configs), configs, strict=True)).values())
+
+
+def objects_that(
+    configs: Sequence[GuidanceConfig], asked: Callable[[GuidanceConfig], object]
+) -> set[int]:
+    """The ids of the rows' config objects of which something is true, each asked once."""
+    objects = dict(zip(map(id, configs), configs, strict=True))
+    return {key for key, config in objects.items() if asked(config)}
 
 
 def _rules_of(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules:
@@ -189,7 +200,11 @@ def _rules(configs: Sequence[GuidanceConfig], device: torch.device) -> _Rules:
     beta, margin, kl_coef = weights.to(device, non_blocking=True)[:, :rows]
     keep_tail, mean_baseline = flags.to(device, non_blocking=True)[:, :rows]
     has_kl = any(c.kl_coef for c in configs)
-    return _Rules(beta, margin, keep_tail, mean_baseline, kl_coef if has_kl else None)
+    usual = all(
+        c.rule == "reweight" and c.beta and c.baseline == "prefix" and c.tail == "mask"
+        for c in configs
+    )
+    return _Rules(beta, margin, keep_tail, mean_baseline, kl_coef if has_kl else None, usual)
 
 
 def _rows_of(reason: int, why: list[int]) -> list[int]:

@@ -1,13 +1,14 @@
 """One decoding step for many rows: candidates, gate, scores, guided logits."""
 
+import operator
 from collections.abc import Callable, Collection, Sequence
-from typing import NamedTuple, get_args
+from typing import NamedTuple, cast, get_args
 
 import torch
 from torch import Tensor
 
 from guided_decode.guidance import failed_rows
-from guided_decode.guidance.candidates import choose_candidates, log_normaliser, rows_beyond
+from guided_decode.guidance.candidates import beyond, choose_candidates, log_normaliser
 from guided_decode.guidance.config import GuidanceConfig, OnError
 from guided_decode.guidance.failed_rows import is_device_error as is_device_error
 from guided_decode.guidance.rule import (
@@ -15,6 +16,7 @@ from guided_decode.guidance.rule import (
     apply_guidance,
     check_tensors,
     distinct,
+    objects_that,
     per_row,
     scored_candidates,
 )
@@ -108,8 +110,8 @@ def guide_rows(
     ends = _per_row_terminals(terminals, len(logits))
     # A policy's vocabulary may be padded further than the scorer's: those ids are no candidates.
     chosen = choose_candidates(logits[:, : scorer.vocab_size], configs, min_keep)
-    lost = rows_beyond(logits, scorer.vocab_size)
-    known, gated = _on_host(chosen, vocabulary=scorer.scores_vocabulary)
+    past = beyond(logits, scorer.vocab_size)
+    known, gated, lost = _on_host(chosen, past, vocabulary=scorer.scores_vocabulary)
     active = _rows_to_score(scorer, configs, gated)
     if lost:
         guided_and_lost = [i for i in lost if configs[i].guides]
@@ -145,8 +147,7 @@ def guide_rows(
             prefixes, trails, chosen.candidates, step.scores, step.scored, step.exempt, active
         )
     failures = failed_rows.reasons(why, known)
-    guides = [config.guides and i not in lost for i, config in enumerate(configs)]
-    failed = [i for i, each in enumerate(failures) if each and guides[i]]
+    failed = [i for i, each in enumerate(failures) if each and configs[i].guides and i not in lost]
     masked = [i for i in failed if failures[i] == failed_rows.ALL_MASKED]
     if failed and on_error == "raise":
         raise ValueError(failed_rows.in_words(failed, masked=masked))
@@ -201,10 +202,10 @@ def _check_supported(scorer: Scorer, config: GuidanceConfig) -> None:
 
 
 def _per_row_terminals(terminals: Terminals, rows: int) -> Sequence[Collection[int]]:
-    shared = [each for each in terminals if not isinstance(each, Collection)]
-    if shared or not terminals:
-        return [shared] * rows
-    each_row = [each for each in terminals if isinstance(each, Collection)]
+    classes = set(map(type, terminals))
+    if not len(terminals) or not all(issubclass(each, Collection) for each in classes):
+        return [[each for each in terminals if not isinstance(each, Collection)]] * rows
+    each_row = cast(list[Collection[int]], list(terminals))
     if len(each_row) != rows:
         raise ValueError(
             f"terminals came for {len(each_row)} rows with logits of {rows}: expected token ids, "
@@ -213,18 +214,23 @@ def _per_row_terminals(terminals: Terminals, rows: int) -> Sequence[Collection[i
     return each_row
 
 
-def _on_host(chosen: TopCandidates, *, vocabulary: bool) -> tuple[Tensor, list[bool] | None]:
-    """Candidates that are read on the host, and which rows the gate lets pass, in one copy.
+def _on_host(
+    chosen: TopCandidates, past: Tensor | None, *, vocabulary: bool
+) -> tuple[Tensor, list[bool] | None, list[int]]:
+    """Candidates that are read on the host, which rows the gate lets pass, and which have their
+    likeliest token beyond the scorer's vocabulary (`past`, bool [rows]): in one copy.
 
     vocabulary: candidates may be all there are, and stay where they are.
     """
     candidates, gated = chosen
-    if gated is None:
-        return candidates if vocabulary else candidates.cpu(), None
-    if vocabulary:
-        return candidates, gated.tolist()
-    both = torch.cat([candidates, gated[:, None]], -1).cpu()
-    return both[:, :-1], both[:, -1].bool().tolist()
+    flags = [each for each in (gated, past) if each is not None]
+    if not flags:
+        return candidates if vocabulary else candidates.cpu(), None, []
+    k = 0 if vocabulary else candidates.shape[1]
+    every = torch.cat([candidates[:, :k], *(each[:, None] for each in flags)], -1).cpu()
+    read = every[:, k:].bool().T.tolist()
+    lost = [] if past is None else [i for i, found in enumerate(read[-1]) if found]
+    return candidates if vocabulary else every[:, :k], None if gated is None else read[0], lost
 
 
 def _refused_rows(
@@ -240,12 +246,16 @@ def _rows_to_score(
     scorer: Scorer, configs: Sequence[GuidanceConfig], gated: list[bool] | None
 ) -> list[int]:
     """Indices of the rows whose advantages matter and that their gate does not let pass."""
-    wanted = [i for i, config in enumerate(configs) if config.needs_scores]
+    needing = objects_that(configs, _needs_scores)
+    wanted = [i for i, config in enumerate(configs) if id(config) in needing]
     if gated is None:
         return wanted
     rows = [i for i in wanted if not gated[i]]
     scorer.stats.add(rows_gated=len(wanted) - len(rows))
     return rows
+
+
+_needs_scores = operator.attrgetter("needs_scores")
 
 
 def _score(

@@ -1,5 +1,6 @@
 """Scoring with the terminal rule: what Q is for a candidate that would end the request."""
 
+import functools
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
@@ -47,14 +48,28 @@ def score_candidates(
 
 
 def _is_terminal(candidates: Tensor, terminals: Sequence[Collection[int]]) -> Tensor | None:
-    width = max(map(len, terminals), default=0)
+    ids = _ids_of(tuple(map(tuple, terminals)))
+    if ids is None:
+        return None
+    if candidates.device.type == "cpu":
+        # A few numbers: numpy begins sooner than torch.
+        found = (candidates.numpy()[..., None] == ids.numpy()).any(-1)
+        return torch.from_numpy(found) if found.any() else None
+    ends = (candidates[..., None] == ids.to(candidates.device, non_blocking=True)).any(-1)
+    return ends if bool(ends.any()) else None
+
+
+@functools.lru_cache(maxsize=256)
+@torch.inference_mode(False)
+def _ids_of(terminals: tuple[tuple[int, ...], ...]) -> Tensor | None:
+    """The rows' terminals, int64 [rows, 1, n], or [1, 1, n] where all have the same; or None."""
+    rows = terminals[:1] if len(set(terminals)) == 1 else terminals
+    width = max(map(len, rows), default=0)
     if not width:
         return None
     # Candidates of -1 are padding, so -2 pads terminals.
-    ids = torch.tensor([[*ends, *[-2] * (width - len(ends))] for ends in terminals])
-    ids = ids.to(candidates.device, non_blocking=True)
-    ends = (candidates[..., None] == ids[:, None]).any(-1)
-    return ends if bool(ends.any()) else None
+    padded = [[*ends, *[-2] * (width - len(ends))] for ends in rows]
+    return torch.tensor(padded, dtype=torch.int64)[:, None]
 
 
 def _final_rewards(scorer: Scorer, prefixes: Sequence[Prefix], ends: Tensor) -> Tensor:

@@ -113,9 +113,11 @@ def open_rows(
         ValueError: value_gate_fall without trails, which know where responses begin; as
             `read_values`.
     """
-    gated = [i for i in rows if configs[i].has_value_gate]
-    if not gated:
+    objects = {id(configs[i]): configs[i] for i in rows}
+    gates = {key for key, config in objects.items() if config.has_value_gate}
+    if not gates:
         return list(rows)
+    gated = [i for i in rows if id(configs[i]) in gates]
     own = _own_trails(prefixes, configs, gated, trails)
     read = [prefixes[i] for i in gated]
     now = dict(zip(gated, read_values(scorer, read, own, on_error), strict=True))

@@ -1,7 +1,8 @@
 """The critic as a scorer: V of every candidate, one packed forward a step."""
 
+import operator
 import time
-from collections.abc import Callable, Iterator, Sequence, Sized
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,16 +11,18 @@ import torch
 from torch import Tensor
 
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
+from guided_decode.cache.riding import Ride, RideWork, find_riders, place_riders
 from guided_decode.forward.graphs import GraphedForward, usual_shapes
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch
-from guided_decode.forward.packed_model import PackedModel, Row
+from guided_decode.forward.packed_model import PackedModel
 from guided_decode.forward.weights import Origin, WeightWatch
 from guided_decode.growable import Ints
 from guided_decode.kernels import value_head
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.asked import check_asked
 from guided_decode.scoring.closing import Closing
+from guided_decode.scoring.score_parts import Numbered, ScoredPart, together
 from guided_decode.stats import ScorerStats
 
 Head = Callable[[Tensor], Tensor]
@@ -155,27 +158,28 @@ class CriticScorer(Closing):
         with self.cache.lock:
             begun = time.perf_counter()
             self._follow()
-            rows, chosen = self._read(prefixes, candidates)
-            parts: list[Scores] = []
-            done = 0
+            chosen = self._on_host(candidates)
+            repeats = _repeats(chosen)
+            ride = self._ride(prefixes, chosen, repeats)
+            rows: Sequence[Numbered] = ()
+            if ride is None or len(ride.rows) < len(chosen):
+                riding = () if ride is None else ride.rows.tolist()
+                others = sorted(set(range(len(chosen))).difference(riding))
+                rows = self._rows(prefixes, chosen, others)
+            parts: list[ScoredPart] = []
             try:
-                while done < len(rows):
-                    parts.append(self._score_part(rows[done:], chosen[done:]))
-                    done += len(parts[-1].baseline)
+                while ride is not None or rows:
+                    parts.append(self._score_part(rows, chosen, repeats, ride))
+                    rows, ride = parts[-1].left, None
             except BaseException:
                 # Slots that were handed out may not have been written.
                 self.cache.clear()
                 raise
-            self._count(begun, len(rows))
+            self._count(begun, len(chosen))
         if not parts:
             empty = torch.empty(candidates.shape, dtype=torch.float32, device=self.model.device)
             return Scores(empty, empty.new_empty(len(empty)))
-        if len(parts) == 1:
-            return parts[0]
-        return Scores(
-            torch.cat([part.values for part in parts]),
-            torch.cat([part.baseline for part in parts]),
-        )
+        return together(parts)
 
     @without_autograd
     def prepare(self, rows: int, candidates: int, prefix: int) -> None:
@@ -218,53 +222,94 @@ class CriticScorer(Closing):
             reasons.append(self.reference.refusal(prefix, candidates))
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _read(self, prefixes: Sequence[Prefix], candidates: Tensor) -> tuple[list[Row], Ints]:
-        """Rows that were checked, and candidates on the host: the step's one blocking copy."""
+    def _on_host(self, candidates: Tensor) -> Ints:
+        """Candidates that were checked, on the host: the step's one blocking copy."""
         chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)
         if chosen.size:
             # -1 is padding.
             lowest, highest = int(chosen.min()), int(chosen.max())
             self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
+        return chosen
+
+    def _ride(
+        self, prefixes: Sequence[Prefix], chosen: Ints, repeats: Sequence[bool]
+    ) -> Ride | None:
+        """The rows that go on by a candidate, nearly all of a step: they were checked before."""
+        if not self.cache.rides:
+            return None
+        most = self.model.max_positions
+        positions = self.cache.capacity if most is None else most
+        return find_riders(self.cache, prefixes, chosen, repeats, self._skipped, positions)
+
+    @property
+    def _skipped(self) -> int:
+        """The token that is skipped, as an id; -1: none."""
+        return -1 if self.skip_token is None else self.skip_token
+
+    def _rows(
+        self, prefixes: Sequence[Prefix], chosen: Ints, wanted: Iterable[int]
+    ) -> list[Numbered]:
+        """These rows of a call, checked."""
         rows = []
-        counts = (chosen >= 0).sum(-1).tolist()
-        for i, (given, count) in enumerate(zip(prefixes, counts, strict=True)):
+        for i in wanted:
+            given, count = prefixes[i], int(np.count_nonzero(chosen[i] >= 0))
             # Repeated candidates take one slot; they are rare enough to count only near the limit.
             if isinstance(given, Sized) and len(given) + count > self.cache.capacity:
                 count = len(_distinct(chosen[i])[0])
-            rows.append(self.model.row(given, i, self.skip_token, count))
-        return rows, chosen
+            rows.append((i, self.model.row(given, i, self.skip_token, count)))
+        return rows
 
-    def _score_part(self, rows: Sequence[Row], candidates: Ints) -> Scores:
-        """Scores as many of the rows as fit the pool together, from the first."""
+    def _score_part(
+        self,
+        rows: Sequence[Numbered],
+        candidates: Ints,
+        repeats: Sequence[bool],
+        ride: Ride | None,
+    ) -> ScoredPart:
+        """Scores those that ride, and as many of the rows as fit the pool with them."""
         self.cache.begin_batch()
+        riders = None if ride is None else place_riders(self.cache, ride, candidates)
+        if riders is None and ride is not None:
+            whole = self._rows(ride.prefixes, candidates, ride.rows.tolist())
+            rows = sorted([*rows, *whole], key=operator.itemgetter(0))
         placements: list[Placement] = []
         slots = np.full(candidates.shape, -1, np.int64)
-        real, repeats = candidates >= 0, _repeats(candidates)
-        for i, row in enumerate(rows):
-            own, inverse = candidates[i, real[i]], None
+        last_slots = np.full(len(candidates), -1, np.int64)
+        if ride is not None and riders is not None:
+            slots[ride.rows], last_slots[ride.rows] = riders.slots, riders.last_slots
+        for i, row in rows:
+            real = candidates[i] >= 0
+            own, inverse = candidates[i, real], None
             if repeats[i]:
                 own, inverse = _distinct(own)
-            placement = self.model.place(row, own, alone=not placements)
+            alone = riders is None and not placements
+            placement = self.model.place(row, own, alone=alone, rides=self._skipped)
             if placement is None:
                 break
             placements.append(placement)
             found = placement.candidate_slots
-            slots[i, real[i]] = found if inverse is None else found[inverse]
-        self._forward(placements)
-        scores = self._gather(placements, slots[: len(placements)])
+            slots[i, real] = found if inverse is None else found[inverse]
+            last_slots[i] = placement.last_slot
+        self._forward(placements, riders)
+        done = (last_slots >= 0).nonzero()[0]
+        if len(done) < len(candidates):
+            slots, last_slots = slots[done], last_slots[done]
+        scores = self._gather(slots, last_slots)
         self.cache.end_batch()
-        return scores
+        return ScoredPart(done, scores, rows[len(placements) :])
 
-    def _forward(self, placements: list[Placement]) -> None:
-        for batch in self.model.batches(placements):
+    def _forward(self, placements: list[Placement], riders: RideWork | None = None) -> None:
+        for batch in self.model.batches(placements, riders):
             begun = time.perf_counter()
             if self._graphs is None or not self._graphs.run(batch):
                 self._write_values(batch)
             self.stats.add(forwards=1, forward_seconds=time.perf_counter() - begun)
         self.stats.add(
             prefix_tokens=sum(len(placement.work.prefix) for placement in placements),
-            candidate_tokens=sum(len(placement.work.candidates) for placement in placements),
-            cache_hits=sum(placement.hits for placement in placements),
+            candidate_tokens=sum(len(placement.work.candidates) for placement in placements)
+            + (0 if riders is None else riders.tokens),
+            cache_hits=sum(placement.hits for placement in placements)
+            + (0 if riders is None else int(riders.lengths.sum())),
         )
 
     def _write_values(self, batch: PackedBatch) -> None:
@@ -272,16 +317,17 @@ class CriticScorer(Closing):
         values = self.head(self.model.forward(batch))
         self.cache.pool.values.index_copy_(0, batch.slots, values)
 
-    def _gather(self, placements: list[Placement], slots: Ints) -> Scores:
+    def _gather(self, slots: Ints, last_slots: Ints) -> Scores:
+        """Values of candidates' slots, [n, k], -1 where padded, and of the last tokens', [n]."""
         # Baselines begin at a multiple of 16 bytes: kernels are compiled for that.
         size, start = slots.size, -(-slots.size // 4) * 4
-        # Padding is -1, where the pool has NaN.
-        read = np.full(start + len(slots), -1, np.int64)
+        pool, read = self.cache.pool, np.full(start + len(slots), -1, np.int64)
         read[:size] = slots.ravel()
-        read[start:] = [placement.last_slot for placement in placements]
-        values = self.cache.pool.values[
-            torch.from_numpy(read).to(self.model.device, non_blocking=True)
-        ]
+        read[start:] = last_slots
+        # Padding is read where the pool has NaN.
+        read[read < 0] = len(pool.values) - 1
+        at = torch.from_numpy(read).to(pool.device, non_blocking=True)
+        values = pool.values.index_select(0, at)
         return Scores(values[:size].view(slots.shape), values[start:])
 
     def _count(self, begun: float, rows: int) -> None:

@@ -185,8 +185,9 @@ class GuidedEngine:
         live = [row for _, row in rows]
         self._count_tokens([live[i] for i in known])
         self.values.read([rows[i] for i in known], batch, own.shape[-1], goes_on=goes_on)
-        ended = {i: token for i in known if (token := _ends_now(live[i])) is not None}
-        over = _behind_ends(live, ended)
+        watched = [i for i in known if live[i].request.is_watched]
+        ended = {i: token for i in watched if (token := _ends_now(live[i])) is not None}
+        over = _behind_ends(live, ended) if ended else ()
         chosen = [i for i in known if live[i].request.is_guided and i not in over]
         if self._trunk is not None:
             chosen = [i for i in chosen if self._trunk.stands(live[i])]

@@ -6,6 +6,7 @@ directory: PROMETHEUS_MULTIPROC_DIR must be set before the server starts.
 
 import functools
 import logging
+import operator
 import time
 from dataclasses import dataclass, fields
 from typing import Any
@@ -58,6 +59,10 @@ class StepCounts:
     seconds: float = 0.0
 
 
+_COUNTED = tuple(field.name for field in fields(StepCounts))
+_counted = operator.attrgetter(*_COUNTED)
+
+
 class Metrics:
     """Publishes the counters of one engine's processor and its scorer."""
 
@@ -82,7 +87,7 @@ class Metrics:
             self._log(now)
 
     def _numbers(self) -> dict[str, float]:
-        own = {field.name: getattr(self._counts, field.name) for field in fields(self._counts)}
+        own = dict(zip(_COUNTED, _counted(self._counts), strict=True))
         scorer = self._scorer.as_dict()
         scorer["scorer_seconds"] = scorer.pop("seconds")
         return own | scorer

@@ -80,6 +80,10 @@ class PrefixValues:
         for _, row in rows:
             row.trail.prompt_length = row.prompt_length
             row.trail.listens = row.request.values_id is not None
+        if self._tap is None and self._log is None:
+            # Of all others nothing is read here.
+            rows = [placed for placed in rows if placed.row.request.is_watched]
+        for _, row in rows:
             self._check_end(row, vocab)
         siblings_here = (row.sibling for _, row in rows if row.sibling is not None)
         self.groups.begin_step(siblings_here, goes_on=goes_on)

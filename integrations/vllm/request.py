@@ -1,7 +1,8 @@
 """What a request asks for: flat keys in `vllm_xargs`, checked by the front end and the worker."""
 
+import functools
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from guided_decode.guidance.config import GuidanceConfig
@@ -24,12 +25,20 @@ MOST_STOP_IDS = 128
 UNGUIDED = GuidanceConfig(beta=0.0, tail="keep")
 
 
+@functools.lru_cache(maxsize=1024)
+def _shared(config: GuidanceConfig) -> GuidanceConfig:
+    """One object of all that are equal."""
+    return config
+
+
 @dataclass(frozen=True, slots=True)
 class Request:
     """What one request gets: its guidance, what ends it, and its group.
 
     end_token: ends it where its config abstains; one of its stop_token_ids. None: it does not.
     values_id: the name under which its values are kept for its client. None: nobody asked.
+    is_guided: whether guidance can change a logit; a request may only be in a group. is_watched:
+    whether its value may end it. Requests that ask for the same share one config.
     """
 
     config: GuidanceConfig
@@ -37,11 +46,14 @@ class Request:
     pruning: Pruning | None = None
     end_token: int | None = None
     values_id: str | None = None
+    is_guided: bool = field(init=False, compare=False, repr=False)
+    is_watched: bool = field(init=False, compare=False, repr=False)
 
-    @property
-    def is_guided(self) -> bool:
-        """Whether guidance can change a logit; a request may only be in a group."""
-        return self.config.guides
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "config", _shared(self.config))
+        object.__setattr__(self, "is_guided", self.config.guides)
+        watched = self.pruning is not None or self.end_token is not None
+        object.__setattr__(self, "is_watched", watched)
 
     def abstains_at(self, tokens: int) -> bool:
         """Whether the value of a response of so many tokens may end it."""

@@ -62,13 +62,31 @@ def steps_of(scorer) -> list:
     return answers
 
 
+def decoded(scorer) -> list:
+    """The same of handles that go on by their candidates, as an engine's rows do, with a step of
+    many candidates between. Of a critic they ride."""
+    answers, handles = [], [PrefixHandle(row[:20]) for row in (PREFIXES[i] for i in (1, 3, 4))]
+    for step in range(9):
+        chosen = torch.arange(5 + step, 5 + step + (12 if step == 5 else 3))
+        values, baseline = scorer.score(handles, chosen.repeat(len(handles), 1))
+        answers.append([values.tolist(), baseline.tolist()])
+        for i, handle in enumerate(handles):
+            handle.append(5 + step + i)
+    return answers
+
+
 def packed(scorer):
     """The models of a rank."""
     return list(scorer._packed_models()) if scorer.is_leader else scorer._shards.models
 
 
 def equals_one_rank(
-    name: str, kind: str = "verl-critic", *, fused: bool = False, **options
+    name: str,
+    kind: str = "verl-critic",
+    *,
+    fused: bool = False,
+    asked=(steps_of, decoded),
+    **options,
 ) -> dict:
     with sharded(name, kind, **options) as scorer:
         for model in packed(scorer):
@@ -76,10 +94,13 @@ def equals_one_rank(
         if not scorer.is_leader:
             scorer.follow()
             return {"ended": True}
-        got, tokens = steps_of(scorer), scorer.stats.tokens
+        got = [answer for each in asked for answer in each(scorer)]
+        tokens = scorer.stats.tokens
+        ridden = scorer.cache.ridden
         cached = [len(k[0]) for k in scorer.cache.pool.keys]
     alone = load_scorer(path(name), kind, **options)
-    expected = steps_of(alone)
+    alone.cache.rides = False
+    expected = [answer for each in asked for answer in each(alone)]
     differs = max(
         (torch.tensor(a) - torch.tensor(b)).abs().max().item()
         for one, other in zip(got, expected, strict=True)
@@ -88,6 +109,7 @@ def equals_one_rank(
     return {
         "differs": differs,
         "tokens": [tokens, alone.stats.tokens],
+        "ridden": [ridden, alone.cache.ridden],
         "kv_heads": [cached, [len(k[0]) for k in alone.cache.pool.keys]],
         "repr": repr(scorer),
     }
@@ -168,6 +190,13 @@ def windows():
 
 
 @scenario
+def little_room():
+    """Rows that ride have none in the step of many candidates, and the tree writes their last
+    tokens anew."""
+    return equals_one_rank("llama", asked=(decoded,), cache_tokens=84)
+
+
+@scenario
 def fused():
     """Attention as on a GPU, by the kernel's reference."""
     return equals_one_rank("mistral", fused=True)
@@ -201,7 +230,7 @@ def companions():
 def fuzz():
     """Random schedules, most of which evict, against brute force."""
     many = int(os.environ.get("SHARD_SCHEDULES", "24"))
-    ran, evicted, refused = 0, 0, 0
+    ran, evicted, refused, ridden = 0, 0, 0, 0
     for at, cache_tokens in enumerate((20, 30, 45, 70)):
         with sharded("llama", cache_tokens=cache_tokens, max_forward_tokens=(7, 64)[at % 2]) as one:
             if not one.is_leader:
@@ -212,7 +241,8 @@ def fuzz():
                 refused += requests.refused
                 ran += 1
             evicted += one.stats.evictions
-    return {"ran": ran, "evicted": evicted, "refused": refused}
+            ridden += one.cache.ridden
+    return {"ran": ran, "evicted": evicted, "refused": refused, "ridden": ridden}
 
 
 @scenario

@@ -77,6 +77,7 @@ def test_scores_of_two_shards_are_those_of_one_rank(leader, follower, arch):
     assert facts["differs"] < TOLERANCE
     # The tree is one, and each token is forwarded once.
     assert facts["tokens"][0] == facts["tokens"][1]
+    assert facts["ridden"] == [21, 0]
     halves, wholes = facts["kv_heads"]
     assert [2 * heads for heads in halves] == wholes
     assert follower["critics"][arch] == {"ended": True}
@@ -86,8 +87,15 @@ def test_sliding_windows_and_forwards_in_parts(leader):
     assert leader["windows"]["differs"] < TOLERANCE
 
 
+def test_rows_that_ride_on_two_shards_until_there_is_no_room(leader):
+    facts = leader["little_room"]
+    assert facts["differs"] < TOLERANCE
+    assert 0 < facts["ridden"][0] < 21
+
+
 def test_attention_by_segment_tables_as_on_a_gpu(leader):
     assert leader["fused"]["differs"] < TOLERANCE
+    assert leader["fused"]["ridden"] == [21, 0]
 
 
 def test_an_implicit_reward_shards_both_models(leader):
@@ -105,6 +113,7 @@ def test_reward_model_and_reference_are_sharded_beside_their_critic(leader):
 def test_random_schedules_that_evict_equal_brute_force(leader):
     assert leader["fuzz"]["ran"] == 24
     assert leader["fuzz"]["evicted"] > 500
+    assert leader["fuzz"]["ridden"] > 20
 
 
 @pytest.mark.slow

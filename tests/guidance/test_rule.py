@@ -71,6 +71,12 @@ def test_ties_go_to_the_lower_token_id():
     assert select_candidates(logits, 4, 1.0).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
 
 
+def test_candidates_of_logits_that_are_trained_on_are_the_same():
+    logits = torch.tensor([[0.0, 3.0, -1.0, 2.0, 5.0]], requires_grad=True)
+    with torch.enable_grad():
+        assert select_candidates(logits, 3, 1.0).tolist() == [[4, 1, 3]]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_a_whole_vocabulary_of_ties_gives_the_lowest_ids(dtype):
     logits = torch.full((2, 1031), -3.5, dtype=dtype)
@@ -254,6 +260,20 @@ def test_half_precision_logits_keep_their_type_and_are_guided_to_its_precision(d
     result = guide(LOGITS.to(dtype), CANDIDATES, SCORES, GuidanceConfig(beta=2.0))
     assert result.dtype == dtype
     assert result[0].tolist() == pytest.approx([-INF, 6.0, -INF, 2.0, -2.0], abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16, torch.int64])
+def test_scores_of_any_type_are_weighed_in_float32(dtype):
+    """Whatever the tail: steps without one go a shorter way."""
+    values = torch.tensor([[3, 1, -2]]).to(dtype)
+    scores = Scores(values, torch.tensor([1]).to(dtype))
+    masked, kept = (
+        guide(LOGITS, CANDIDATES, scores, GuidanceConfig(beta=0.3331, tail=tail))
+        for tail in ("mask", "keep")
+    )
+    expected = LOGITS.gather(1, CANDIDATES) + 0.3331 * torch.tensor([[2.0, 0.0, -3.0]])
+    torch.testing.assert_close(masked.gather(1, CANDIDATES), expected, rtol=0, atol=1e-6)
+    assert torch.equal(masked.gather(1, CANDIDATES), kept.gather(1, CANDIDATES))
 
 
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])

@@ -1,5 +1,6 @@
 """Rows of one step that differ: in their settings, in what ends them, in what can be scored."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +49,15 @@ def test_terminals_of_each_row():
     guided = guide_rows(critic(), logits, prefixes, CONFIGS, terminals=terminals)
     for i, got in enumerate(guided):
         oracle.assert_row_equal(got, brute.row(prefixes[i], logits[i], CONFIGS[i], terminals[i]))
+
+
+def test_terminals_in_an_array():
+    prefixes, logits = step()
+    listed, array = (
+        guide_rows(critic(), logits, prefixes, CONFIGS, terminals=terminals)
+        for terminals in ([models.EOS, 5], np.array([models.EOS, 5]))
+    )
+    assert torch.equal(listed, array)
 
 
 def test_terminals_for_another_number_of_rows_are_refused():
