@@ -54,8 +54,9 @@ def add_norm_triton(
     Unfused, 9 launches, 17 with the update's norm, over float32 copies.
     """
     size = residual.shape[-1]
-    where = {"dtype": residual.dtype, "device": residual.device}
-    total, output = (torch.empty(residual.shape, **where) for _ in range(2))
+    # Contiguous, whatever residual is.
+    total = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    output = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     block = next_power_of_two(size)
     first = norm if update_norm is None else update_norm
     _add_norm_kernel.launch(

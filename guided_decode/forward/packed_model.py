@@ -17,6 +17,7 @@ from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
 from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.fused_norms import fuse_norms
+from guided_decode.forward.layer_trial import merge_layers
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
@@ -64,6 +65,7 @@ class PackedModel(OneProcess):
         live_tokens: int | None = None,
         max_forward_tokens: int = 8192,
         fused: bool | None = None,
+        merged: bool | None = None,
         bytes_beside: int = 0,
     ) -> None:
         """
@@ -75,6 +77,8 @@ class PackedModel(OneProcess):
             max_forward_tokens: the most tokens of one forward.
             fused: attention goes through `kernels.lookahead_attention`; None: not on a CPU, where
                 runs of neighbouring slots are read in place.
+            merged: decoder layers run in a few launches each where they give what they gave; None:
+                not on a CPU, where a launch costs little.
             bytes_beside: what others keep for each cached token, counted in the default capacity.
 
         Raises:
@@ -93,6 +97,7 @@ class PackedModel(OneProcess):
         self.name = name
         self.max_forward_tokens = max_forward_tokens
         self.fused = model.device.type != "cpu" if fused is None else fused
+        self.merges = model.device.type != "cpu" if merged is None else merged
         # The mesh of a model that is sharded by tensor parallelism, which runs on all its ranks.
         self.mesh = shard_mesh(model)
         # On the rank that leads: those who run its forwards too.
@@ -130,6 +135,8 @@ class PackedModel(OneProcess):
     def _prepare(self) -> None:
         self.model.set_attn_implementation(ATTENTION_NAME)
         use_onednn(self.model)
+        if self.merges:
+            merge_layers(self)
         fuse_norms(self.model)
         self._watch = self._new_watch()
 

@@ -86,7 +86,7 @@ def test_reference_is_what_an_attention_module_does(module_class, dtype):
 
     # [1, heads, tokens, dim], as theirs.
     query, key = (normed(x, by).transpose(0, 1)[None]
-                  for x, by in ((heads.query, turn.query_norm), (heads.key, turn.key_norm)))  # fmt: skip
+                  for x, by in zip(heads[:2], turn[2:], strict=True))  # fmt: skip
     query, key = apply_rotary_pos_emb(query, key, turn.cos[None], turn.sin[None])
     output, keys, values = run(rotary_slots, given, size, dtype=dtype)
     assert torch.equal(output, query[0].transpose(0, 1))

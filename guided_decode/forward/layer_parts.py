@@ -1,0 +1,145 @@
+"""What a decoder layer of transformers is made of, by the names of its modules."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from guided_decode.forward.fused_norms import form_of
+from guided_decode.forward.joint_linear import JointLinear
+from guided_decode.kernels.gated_product import ACTIVATIONS, gated_product
+from guided_decode.kernels.norm import Norm
+from guided_decode.kernels.rounded_norm import RoundedNorm
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "act_fn")
+
+
+class GatedFeedForward:
+    """down(act(gate(x)) · up(x)), with gate and up as one product."""
+
+    def __init__(self, module: Any, activation: str, *, owned: bool) -> None:
+        self.both = JointLinear([module.gate_proj, module.up_proj], owned=owned)
+        self.down, self.activation = module.down_proj, activation
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        gate, up = self.both(hidden)
+        output: Tensor = self.down(gated_product(gate, up, self.activation))
+        return output
+
+
+class OtherFeedForward:
+    """Any other, as it is: experts for example."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        output: Tensor = self.module(hidden[None])
+        return output[0]
+
+
+class Norms(NamedTuple):
+    """attention, feed_forward: of what they read. after_attention, after_feed_forward: of what they
+    give, before it is added, where there are any. query, key: of a head, where there are any.
+    """
+
+    attention: RoundedNorm
+    feed_forward: RoundedNorm
+    after_attention: RoundedNorm | None = None
+    after_feed_forward: RoundedNorm | None = None
+    query: RoundedNorm | None = None
+    key: RoundedNorm | None = None
+
+
+class LayerParts(NamedTuple):
+    """layer: its number in the pool. projections: to queries, keys and values."""
+
+    layer: int
+    head_dim: int
+    norms: Norms
+    projections: JointLinear
+    output: nn.Module
+    feed_forward: GatedFeedForward | OtherFeedForward
+
+
+def parts_of(layer: nn.Module, *, owned: bool) -> LayerParts | None:
+    """A layer's parts, or None where it is made otherwise. What it does with them is not read.
+
+    owned: its weights are nobody else's, as of `JointLinear`.
+    """
+    attention: Any = getattr(layer, "self_attn", None)
+    feed_forward = getattr(layer, "mlp", None)
+    if not all(hasattr(attention, name) for name in _ATTENTION) or feed_forward is None:
+        return None
+    if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks
+           for m in layer.modules()):  # fmt: skip
+        # What others put there stays.
+        return None
+    norms = _norms_of(layer, attention)
+    if norms is None:
+        return None
+    return LayerParts(
+        int(attention.layer_idx),
+        int(attention.head_dim),
+        norms,
+        JointLinear([attention.q_proj, attention.k_proj, attention.v_proj], owned=owned),
+        attention.o_proj,
+        _feed_forward_of(feed_forward, owned=owned),
+    )
+
+
+def _norms_of(layer: nn.Module, attention: nn.Module) -> Norms | None:
+    """None where one that the names promise is missing, or is no root mean square norm."""
+    # Llama's second norm stands before the feed-forward; Gemma's by that name, of four, stands
+    # behind the attention.
+    names = ["input_layernorm", "post_attention_layernorm"]
+    if hasattr(layer, "pre_feedforward_layernorm"):
+        names[1:] = ["pre_feedforward_layernorm", names[1], "post_feedforward_layernorm"]
+    found = [_norm_of(layer, name) for name in names]
+    heads: list[RoundedNorm | None] = []
+    if hasattr(attention, "q_norm") or hasattr(attention, "k_norm"):
+        heads = [_norm_of(attention, name) for name in ("q_norm", "k_norm")]
+        if not _alike(*heads):
+            return None
+    first, second, *behind = found
+    if first is None or second is None or None in behind:
+        return None
+    return Norms(first, second, *(behind or (None, None)), *heads)
+
+
+def _feed_forward_of(module: Any, *, owned: bool) -> GatedFeedForward | OtherFeedForward:
+    if all(hasattr(module, name) for name in _FEED_FORWARD):
+        activation = _activation_of(module.act_fn)
+        if activation is not None:
+            return GatedFeedForward(module, activation, owned=owned)
+    return OtherFeedForward(module)
+
+
+def _activation_of(function: Any) -> str | None:
+    """The name of an activation by what it gives; None for one that is not known."""
+    x = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    try:
+        given = function(x)
+    except (RuntimeError, TypeError):
+        return None
+    for name, known in ACTIVATIONS.items():
+        if torch.equal(known(x), given) or torch.allclose(known(x), given, rtol=0, atol=1e-7):
+            return name
+    return None
+
+
+def _norm_of(owner: Any, name: str) -> RoundedNorm | None:
+    module = getattr(owner, name, None)
+    form = None if module is None else form_of(module)
+    if module is None or form is None:
+        return None
+    return RoundedNorm(Norm(module.weight, form.eps, form.offset), form.rounds_first)
+
+
+def _alike(query: RoundedNorm | None, key: RoundedNorm | None) -> bool:
+    """Whether both are norms, of one size, and alike but for their weights."""
+    if query is None or key is None:
+        return False
+    kinds = [(n.norm.eps, n.norm.offset, n.rounds_first, len(n.norm.weight)) for n in (query, key)]
+    return kinds[0] == kinds[1]
