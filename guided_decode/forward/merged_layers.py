@@ -80,9 +80,10 @@ class MergedLayer:
 
 
 class Merged:
-    """What a decoder layer's class is mixed with."""
+    """What a decoder layer's class is mixed with. own_class: what it was."""
 
     merged: MergedLayer
+    own_class: type[nn.Module]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         packed, rotation = kwargs.get("packed"), kwargs.get("position_embeddings")
@@ -102,6 +103,15 @@ def switch(layer: nn.Module, merged: MergedLayer) -> None:
     switched.merged = merged
 
 
+def switch_back(model: nn.Module) -> None:
+    """Makes every merged layer of a model what it was before `switch`."""
+    for module in model.modules():
+        if isinstance(module, Merged):
+            layer: Any = module
+            layer.__class__ = module.own_class
+            del layer.merged
+
+
 def _norm(hidden: Tensor, norm: RoundedNorm) -> Tensor:
     return norm_rows(hidden, norm.norm, rounds_first=norm.rounds_first)
 
@@ -109,4 +119,5 @@ def _norm(hidden: Tensor, norm: RoundedNorm) -> Tensor:
 @functools.cache
 def _class_of(own: type[nn.Module]) -> type[nn.Module]:
     """The layer's class with the merged forward before its own."""
-    return type(own.__name__, (Merged, own), {"__module__": own.__module__})
+    names = {"__module__": own.__module__, "own_class": own}
+    return type(own.__name__, (Merged, own), names)

@@ -18,6 +18,7 @@ from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.fused_norms import fuse_norms
 from guided_decode.forward.layer_trial import merge_layers
+from guided_decode.forward.merged_layers import switch_back
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
@@ -135,6 +136,8 @@ class PackedModel(OneProcess):
     def _prepare(self) -> None:
         self.model.set_attn_implementation(ATTENTION_NAME)
         use_onednn(self.model)
+        # Whatever comes of the trial, no layer answers with what it held before.
+        switch_back(self.model)
         if self.merges:
             merge_layers(self)
         fuse_norms(self.model)
