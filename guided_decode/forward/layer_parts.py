@@ -1,5 +1,6 @@
 """What a decoder layer of transformers is made of, by the names of its modules."""
 
+import inspect
 from typing import Any, NamedTuple
 
 import torch
@@ -13,12 +14,16 @@ from guided_decode.kernels.rounded_norm import RoundedNorm
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "layer_idx", "head_dim")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "act_fn")
+# What is handed over, or goes to the packed attention. Whoever asks for more uses it: positions for
+# a factor of the queries, for example.
+_TAKEN = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
 
 
 class GatedFeedForward:
     """down(act(gate(x)) · up(x)), with gate and up as one product."""
 
     def __init__(self, module: Any, activation: str, *, owned: bool) -> None:
+        self.module = module
         self.both = JointLinear([module.gate_proj, module.up_proj], owned=owned)
         self.down, self.activation = module.down_proj, activation
 
@@ -76,10 +81,12 @@ def parts_of(layer: nn.Module, *, owned: bool) -> LayerParts | None:
            for m in layer.modules()):  # fmt: skip
         # What others put there stays.
         return None
-    norms = _norms_of(layer, attention)
-    if norms is None:
+    if not _asks_for(attention) <= _TAKEN or len(_asks_for(feed_forward)) != 1:
         return None
-    return LayerParts(
+    norms = _norms_of(layer, attention)
+    if norms is None or not isinstance(attention.head_dim, int):
+        return None
+    parts = LayerParts(
         int(attention.layer_idx),
         int(attention.head_dim),
         norms,
@@ -87,6 +94,31 @@ def parts_of(layer: nn.Module, *, owned: bool) -> LayerParts | None:
         attention.o_proj,
         _feed_forward_of(feed_forward, owned=owned),
     )
+    return parts if _is_all(parts, layer) else None
+
+
+def _asks_for(module: nn.Module) -> set[str]:
+    """The arguments that a module's forward names."""
+    parameters = inspect.signature(type(module).forward).parameters.values()
+    own = list(parameters)[1:]
+    return {each.name for each in own if each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)}
+
+
+def _is_all(parts: LayerParts, layer: nn.Module) -> bool:
+    """Whether a layer holds no numbers but those of its parts: a factor may be 1 in the trial."""
+    feed_forward = parts.feed_forward
+    modules = [*parts.projections.modules, parts.output]
+    if isinstance(feed_forward, GatedFeedForward):
+        modules += [*feed_forward.both.modules, feed_forward.down]
+    else:
+        modules.append(feed_forward.module)
+    known = {id(each.norm.weight) for each in parts.norms if each is not None}
+    known |= {id(each) for module in modules for each in _numbers(module)}
+    return all(id(each) in known for each in _numbers(layer))
+
+
+def _numbers(module: nn.Module) -> list[Tensor]:
+    return [*module.parameters(), *module.buffers()]
 
 
 def _norms_of(layer: nn.Module, attention: nn.Module) -> Norms | None:
@@ -118,14 +150,17 @@ def _feed_forward_of(module: Any, *, owned: bool) -> GatedFeedForward | OtherFee
 
 def _activation_of(function: Any) -> str | None:
     """The name of an activation by what it gives; None for one that is not known."""
-    x = torch.linspace(-8, 8, 257, dtype=torch.float64)
+    # Far out too: some are bounded there.
+    far = torch.tensor([16, 64, 1e3, 1e4], dtype=torch.float64)
+    x = torch.cat([torch.linspace(-12, 12, 385, dtype=torch.float64), far, -far])
     try:
         given = function(x)
+        for name, known in ACTIVATIONS.items():
+            if torch.allclose(known(x), given, rtol=1e-9, atol=1e-7):
+                return name
     except (RuntimeError, TypeError):
-        return None
-    for name, known in ACTIVATIONS.items():
-        if torch.equal(known(x), given) or torch.allclose(known(x), given, rtol=0, atol=1e-7):
-            return name
+        # Also for those that give another dtype, or no tensor.
+        pass
     return None
 
 

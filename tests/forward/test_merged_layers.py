@@ -15,6 +15,7 @@ from transformers import (
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    Ministral3Config,
     MistralConfig,
     MixtralConfig,
     Olmo2Config,
@@ -22,6 +23,8 @@ from transformers import (
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from guided_decode import load_scorer
 from guided_decode.forward import attention, layer_parts, merged_layers
@@ -335,3 +338,133 @@ def test_layers_whose_trial_runs_out_of_memory_are_the_modules_own(monkeypatch):
     assert not merged_of(made.model)
     plain.begin_call()
     torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+
+
+def far_outputs(made, length):
+    """Hidden states of the candidates of a row of this many tokens."""
+    ids = torch.randint(3, 50, (length,), generator=torch.Generator().manual_seed(1)).tolist()
+    made.cache.clear()
+    made.cache.begin_batch()
+    row = made.row(PrefixHandle(ids), 0, None, 3)
+    placed = made.place(row, torch.tensor([12, 13, 14]).numpy(), alone=True)
+    (found,) = [made.forward(batch) for batch in made.batches([placed])]
+    made.cache.end_batch()
+    return found[-3:]
+
+
+class FarSighted(LlamaAttention):
+    """Scales by the position, which it takes without a name of its own."""
+
+    def forward(self, hidden_states, position_embeddings=None, attention_mask=None,
+                past_key_values=None, **kwargs):  # fmt: skip
+        factor = 1 + 0.5 * torch.log1p(kwargs["position_ids"][..., None] // 16)
+        return super().forward(hidden_states * factor, position_embeddings, attention_mask,
+                               past_key_values, **kwargs)  # fmt: skip
+
+
+def far_sighted():
+    model = model_of(LlamaConfig(**SMALL))
+    for layer in model.layers:
+        layer.self_attn.__class__ = FarSighted
+    return model
+
+
+def ministral():
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 16.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.5,
+            "original_max_position_embeddings": 16}  # fmt: skip
+    return model_of(Ministral3Config(**SMALL, head_dim=16, max_position_embeddings=256,
+                                     rope_parameters=rope))  # fmt: skip
+
+
+@pytest.mark.parametrize("make", [ministral, far_sighted])
+def test_a_layer_that_scales_by_its_position_is_the_modules_own(make):
+    made, plain = (packed(make(), merged=merged) for merged in (True, False))
+    assert not merged_of(made.model)
+    torch.testing.assert_close(far_outputs(made, 70), far_outputs(plain, 70), rtol=0, atol=1e-5)
+
+
+def rope(kind, **more):
+    """A Llama whose turns depend on the longest sequence that it saw."""
+    turns = {"rope_type": kind, "rope_theta": 1e4, "factor": 4.0, **more}
+    return LlamaConfig(**SMALL, max_position_embeddings=64, rope_parameters=turns)
+
+
+TURNS = [rope("dynamic", original_max_position_embeddings=16),
+         rope("longrope", original_max_position_embeddings=16, short_factor=[1.0] * 8,
+              long_factor=[3.0] * 8)]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", TURNS, ids=lambda c: c.rope_parameters["rope_type"])
+def test_trials_far_out_leave_no_trace_in_turns(config):
+    made, plain = (packed(model_of(config), merged=merged) for merged in (True, False))
+    assert len(merged_of(made.model)) == 3
+    for length in (9, 40, 9):
+        ours, theirs = far_outputs(made, length), far_outputs(plain, length)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("config", KNOWN, ids=kind)
+def test_far_positions_give_what_they_gave(config):
+    made, plain = (packed(model_of(config), merged=merged) for merged in (True, False))
+    assert len(merged_of(made.model)) == 3
+    torch.testing.assert_close(far_outputs(made, 90), far_outputs(plain, 90), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("large", [1.0, 300.0, 3000.0])
+def test_a_large_activation_hides_no_difference(large):
+    """As trained models have it in one channel of their first token."""
+    model = model_of(GraniteConfig(**SMALL, residual_multiplier=0.22, embedding_multiplier=12.0,
+                                   attention_multiplier=0.0156), torch.bfloat16)  # fmt: skip
+    with torch.no_grad():
+        model.embed_tokens.weight[:, 5] = large / 12
+    assert not merged_of(packed(model).model)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("config", KNOWN, ids=kind)
+def test_a_large_activation_keeps_no_layer_apart(config, dtype):
+    model = model_of(config, dtype)
+    with torch.no_grad():
+        model.embed_tokens.weight[:, 5] = 300
+    assert len(merged_of(packed(model).model)) == 3
+
+
+def test_a_number_that_is_no_parts_keeps_a_layer_apart():
+    model = model_of(LlamaConfig(**SMALL))
+    model.layers[1].register_buffer("layer_scalar", torch.ones(1))
+    made = packed(model)
+    assert [isinstance(layer, Merged) for layer in made.model.layers] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["gelu_10", "silu", "gelu_pytorch_tanh", "gelu", "relu"])
+def test_an_activation_is_known_by_what_it_gives_far_out_too(name):
+    known = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}
+    assert layer_parts._activation_of(ACT2FN[name]) == known.get(name)
+
+
+@pytest.mark.parametrize("odd", [lambda x: x.float(), lambda x: (x, x), lambda x: x[:3], None])
+def test_an_activation_that_gives_anything_else_is_not_known(odd):
+    assert layer_parts._activation_of(odd) is None
+
+
+class Bounded(LlamaMLP):
+    """As those with a limit for what they multiply."""
+
+    def forward(self, x):
+        up = self.up_proj(x).clamp(-4, 4)
+        return self.down_proj(self.act_fn(self.gate_proj(x).clamp(max=4)) * up)
+
+
+def test_a_feed_forward_that_bounds_what_it_multiplies_is_the_modules_own():
+    model = model_of(LlamaConfig(**SMALL))
+    model.layers[1].mlp.__class__ = Bounded
+    made = packed(model)
+    assert [isinstance(layer, Merged) for layer in made.model.layers] == [True, False, True]
+
+
+def test_a_layer_without_the_size_of_its_heads_is_left_alone():
+    layer = model_of(LlamaConfig(**SMALL)).layers[0]
+    assert layer_parts.parts_of(layer, owned=False) is not None
+    layer.self_attn.head_dim = None
+    assert layer_parts.parts_of(layer, owned=False) is None
