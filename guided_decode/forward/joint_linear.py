@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from guided_decode.forward.cpu_linear import OneDnnLinear, is_plain, onednn_linear
+from guided_decode.forward.hooked import is_hooked
 
 
 class JointLinear:
@@ -77,6 +78,5 @@ def _may_lie_together(modules: Sequence[nn.Module]) -> bool:
         len(kinds) == 1
         and None not in kinds
         and all(is_plain(module.weight) for module in modules)  # type: ignore[arg-type]
-        and not any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks
-                    for m in modules)
-    )  # fmt: skip
+        and not any(map(is_hooked, modules))
+    )

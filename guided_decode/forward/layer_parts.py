@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_decode.forward.fused_norms import form_of
+from guided_decode.forward.hooked import is_hooked
 from guided_decode.forward.joint_linear import JointLinear
 from guided_decode.kernels.gated_product import ACTIVATIONS, gated_product
 from guided_decode.kernels.norm import Norm
@@ -77,8 +78,7 @@ def parts_of(layer: nn.Module, *, owned: bool) -> LayerParts | None:
     feed_forward = getattr(layer, "mlp", None)
     if not all(hasattr(attention, name) for name in _ATTENTION) or feed_forward is None:
         return None
-    if any("forward" in vars(m) or m._forward_hooks or m._forward_pre_hooks
-           for m in layer.modules()):  # fmt: skip
+    if is_hooked(layer):
         # What others put there stays.
         return None
     if not _asks_for(attention) <= _TAKEN or len(_asks_for(feed_forward)) != 1:

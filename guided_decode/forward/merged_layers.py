@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from guided_decode.forward.attention import attend
+from guided_decode.forward.hooked import Hooks
 from guided_decode.forward.layer_parts import LayerParts
 from guided_decode.forward.packed import How, PackedBatch
 from guided_decode.kernels import add_norm, norm_rows, rotary_slots
@@ -31,8 +32,8 @@ class MergedLayer:
     def __init__(self, parts: LayerParts, how: How) -> None:
         self.parts, self.how = parts, how
         self.follower: MergedLayer | None = None
-        # From the layer before: its output, and the norm of it.
-        self._given: tuple[Tensor, Tensor] | None = None
+        # From the layer before: its output and how often that was written to, and the norm of it.
+        self._given: tuple[Tensor, int, Tensor] | None = None
 
     def __call__(
         self, hidden: Tensor, rotation: tuple[Tensor, Tensor], packed: PackedBatch
@@ -51,15 +52,17 @@ class MergedLayer:
             return (total + (update if after is None else _norm(update, after)))[None]
         total, normed = add_norm(total, update, follower.parts.norms.attention, after)
         output = total[None]
-        follower._given = (output, normed)
+        follower._given = (output, output._version, normed)
         return output
 
     def _normed(self, hidden: Tensor) -> Tensor:
         """What attention reads, [tokens, size]."""
         given, self._given = self._given, None
-        # Whoever came between two layers made another tensor.
-        if given is not None and given[0] is hidden:
-            return given[1]
+        if given is not None:
+            output, version, normed = given
+            # Whoever came between two layers made another tensor, or wrote to this one.
+            if output is hidden and output._version == version:
+                return normed
         return _norm(hidden[0], self.parts.norms.attention)
 
     def _attention_input(
@@ -83,12 +86,14 @@ class Merged:
     """What a decoder layer's class is mixed with. own_class: what it was."""
 
     merged: MergedLayer
+    hooks: Hooks
     own_class: type[nn.Module]
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         packed, rotation = kwargs.get("packed"), kwargs.get("position_embeddings")
         ours = packed is not None and rotation is not None and packed.heard is None
-        if args or not ours or torch.is_grad_enabled() or kwargs.get("attention_mask") is not None:
+        others = args or torch.is_grad_enabled() or kwargs.get("attention_mask") is not None
+        if not ours or others or self.hooks:
             return super().forward(hidden_states, *args, **kwargs)  # type: ignore[misc]
         assert packed is not None
         assert rotation is not None
@@ -101,15 +106,17 @@ def switch(layer: nn.Module, merged: MergedLayer) -> None:
     if not isinstance(layer, Merged):
         switched.__class__ = _class_of(type(layer))  # type: ignore[arg-type]
     switched.merged = merged
+    switched.hooks = Hooks(layer)
 
 
-def switch_back(model: nn.Module) -> None:
-    """Makes every merged layer of a model what it was before `switch`."""
-    for module in model.modules():
-        if isinstance(module, Merged):
-            layer: Any = module
-            layer.__class__ = module.own_class
-            del layer.merged
+def switch_back(model: nn.Module) -> int:
+    """Makes every merged layer of a model what it was before `switch`; returns how many."""
+    layers = [module for module in model.modules() if isinstance(module, Merged)]
+    for layer in layers:
+        switched: Any = layer
+        switched.__class__ = layer.own_class
+        del switched.merged, switched.hooks
+    return len(layers)
 
 
 def _norm(hidden: Tensor, norm: RoundedNorm) -> Tensor:

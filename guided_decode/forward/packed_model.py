@@ -143,6 +143,11 @@ class PackedModel(OneProcess):
         fuse_norms(self.model)
         self._watch = self._new_watch()
 
+    def unmerge(self) -> bool:
+        """Makes merged layers the modules' own for good; whether there were any."""
+        self.merges = False
+        return switch_back(self.model) > 0
+
     def _new_watch(self) -> WeightWatch:
         if self.origin is None:
             return WeightWatch((self.model,))

@@ -421,10 +421,9 @@ def test_a_large_activation_hides_no_difference(large):
     assert not merged_of(packed(model).model)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("config", KNOWN, ids=kind)
-def test_a_large_activation_keeps_no_layer_apart(config, dtype):
-    model = model_of(config, dtype)
+def test_a_large_activation_keeps_no_layer_apart(config):
+    model = model_of(config, torch.bfloat16)
     with torch.no_grad():
         model.embed_tokens.weight[:, 5] = 300
     assert len(merged_of(packed(model).model)) == 3
@@ -468,3 +467,78 @@ def test_a_layer_without_the_size_of_its_heads_is_left_alone():
     assert layer_parts.parts_of(layer, owned=False) is not None
     layer.self_attn.head_dim = None
     assert layer_parts.parts_of(layer, owned=False) is None
+
+
+def both_ways():
+    return [packed(model_of(LlamaConfig(**SMALL)), merged=merged) for merged in (True, False)]
+
+
+def tripled(module, given, output):
+    return output * 3
+
+
+def raised(module, given, output):
+    output.add_(1)
+
+
+@pytest.mark.parametrize("copied", [False, True])
+@pytest.mark.parametrize("name", ["mlp", "self_attn", "self_attn.k_proj", "mlp.up_proj",
+                                  "input_layernorm", "post_attention_layernorm"])  # fmt: skip
+def test_hooks_that_come_later_act_and_go(name, copied):
+    made, plain = both_ways()
+    if copied:
+        made = copy.deepcopy(made)
+    before = outputs(made)
+    change = (lambda *given: (2 * given[2][0], given[2][1])) if name == "self_attn" else tripled
+    handles = [each.model.layers[1].get_submodule(name).register_forward_hook(change)
+               for each in (made, plain)]  # fmt: skip
+    assert not torch.allclose(outputs(made), before, atol=1e-3)
+    torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+    for handle in handles:
+        handle.remove()
+    assert torch.equal(outputs(made), before)
+
+
+def test_a_forward_that_comes_later_acts():
+    made, plain = both_ways()
+    for each in (made, plain):
+        each.model.layers[1].mlp.forward = torch.zeros_like
+    torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+
+
+def test_hooks_of_every_module_act():
+    made, plain = both_ways()
+    seen = [0, 0]
+    for i, each in enumerate((made, plain)):
+
+        def count(*given, i=i):
+            seen[i] += 1
+
+        with torch.nn.modules.module.register_module_forward_hook(count):
+            outputs(each)
+    assert seen[0] == seen[1] > 30
+
+
+def test_a_hook_that_writes_to_what_a_layer_gives_acts_whole():
+    made, plain = both_ways()
+    for each in (made, plain):
+        each.model.layers[0].register_forward_hook(raised)
+    torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+
+
+def test_a_model_that_fails_its_check_merged_goes_on_without(monkeypatch, caplog):
+    plain = packed(model_of(LlamaConfig(**SMALL)), merged=False)
+    made = PackedModel(model_of(LlamaConfig(**SMALL)), "the test's", fused=True, merged=True,
+                       cache_tokens=99)  # fmt: skip
+    assert merged_of(made.model)
+    for layer in merged_of(made.model):
+        layer.merged.how = layer.merged.how._replace(scaling=9.0)
+        layer.merged.follower = None
+    check_packed(made)
+    assert not merged_of(made.model)
+    assert "the test's: its decoder layers run unmerged" in caplog.text
+    assert torch.equal(outputs(made), outputs(plain))
+    with torch.no_grad():
+        made.model.norm.weight.add_(1)
+    made.begin_call()
+    assert not merged_of(made.model)
