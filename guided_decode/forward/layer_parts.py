@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from guided_decode.forward.cpu_linear import is_plain
 from guided_decode.forward.fused_norms import form_of
 from guided_decode.forward.hooked import is_hooked
 from guided_decode.forward.joint_linear import JointLinear
@@ -19,13 +20,16 @@ _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj", "act_fn")
 # a factor of the queries, for example.
 _TAKEN = {"hidden_states", "position_embeddings", "attention_mask", "past_key_values"}
 
+# Addresses.
+Movable = frozenset[int]
+
 
 class GatedFeedForward:
     """down(act(gate(x)) · up(x)), with gate and up as one product."""
 
-    def __init__(self, module: Any, activation: str, *, owned: bool) -> None:
+    def __init__(self, module: Any, activation: str, *, movable: Movable) -> None:
         self.module = module
-        self.both = JointLinear([module.gate_proj, module.up_proj], owned=owned)
+        self.both = _joint([module.gate_proj, module.up_proj], movable)
         self.down, self.activation = module.down_proj, activation
 
     def __call__(self, hidden: Tensor) -> Tensor:
@@ -69,10 +73,10 @@ class LayerParts(NamedTuple):
     feed_forward: GatedFeedForward | OtherFeedForward
 
 
-def parts_of(layer: nn.Module, *, owned: bool) -> LayerParts | None:
+def parts_of(layer: nn.Module, *, movable: Movable) -> LayerParts | None:
     """A layer's parts, or None where it is made otherwise. What it does with them is not read.
 
-    owned: its weights are nobody else's, as of `JointLinear`.
+    movable: where weights lie that are nobody else's, and may be moved.
     """
     attention: Any = getattr(layer, "self_attn", None)
     feed_forward = getattr(layer, "mlp", None)
@@ -90,11 +94,17 @@ def parts_of(layer: nn.Module, *, owned: bool) -> LayerParts | None:
         int(attention.layer_idx),
         int(attention.head_dim),
         norms,
-        JointLinear([attention.q_proj, attention.k_proj, attention.v_proj], owned=owned),
+        _joint([attention.q_proj, attention.k_proj, attention.v_proj], movable),
         attention.o_proj,
-        _feed_forward_of(feed_forward, owned=owned),
+        _feed_forward_of(feed_forward, movable=movable),
     )
     return parts if _is_all(parts, layer) else None
+
+
+def _joint(modules: list[nn.Module], movable: Movable) -> JointLinear:
+    weights = [each for module in modules for each in module.parameters()]
+    owned = all(is_plain(each) and each.data_ptr() in movable for each in weights)
+    return JointLinear(modules, owned=owned)
 
 
 def _asks_for(module: nn.Module) -> set[str]:
@@ -140,11 +150,11 @@ def _norms_of(layer: nn.Module, attention: nn.Module) -> Norms | None:
     return Norms(first, second, *(behind or (None, None)), *heads)
 
 
-def _feed_forward_of(module: Any, *, owned: bool) -> GatedFeedForward | OtherFeedForward:
+def _feed_forward_of(module: Any, *, movable: Movable) -> GatedFeedForward | OtherFeedForward:
     if all(hasattr(module, name) for name in _FEED_FORWARD):
         activation = _activation_of(module.act_fn)
         if activation is not None:
-            return GatedFeedForward(module, activation, owned=owned)
+            return GatedFeedForward(module, activation, movable=movable)
     return OtherFeedForward(module)
 
 

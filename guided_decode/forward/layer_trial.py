@@ -1,5 +1,6 @@
 """Which decoder layers are merged: those that give what they gave, on batches tried at load."""
 
+from collections import Counter
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -8,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from guided_decode.cache.prefix_cache import PrefixCache
-from guided_decode.forward.layer_parts import GatedFeedForward, parts_of
-from guided_decode.forward.merged_layers import MergedLayer, switch
+from guided_decode.forward.cpu_linear import is_plain
+from guided_decode.forward.layer_parts import GatedFeedForward, Movable, parts_of
+from guided_decode.forward.merged_layers import Merged, MergedLayer, switch
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import How, PackedBatch, pack
 
@@ -59,10 +61,11 @@ def merge_layers(model: "PackedModel") -> int:
         return 0
     if [call.layer for call in far] != [call.layer for call in near]:
         return 0
+    movable = _movable(model.model) if model.origin is None else frozenset()
     before: MergedLayer | None = None
     count = 0
     for calls in zip(far, near, strict=True):
-        merged = _merged(calls, owned=model.origin is None)
+        merged = _merged(calls, movable)
         if merged is not None:
             switch(calls[0].layer, merged)
             count += 1
@@ -70,6 +73,13 @@ def merge_layers(model: "PackedModel") -> int:
                 before.follower = merged
         before = merged
     return count
+
+
+def join_again(model: nn.Module) -> None:
+    """Puts the weights of merged layers side by side that are not, as after a copy."""
+    for module in model.modules():
+        if isinstance(module, Merged):
+            module.merged.join()
 
 
 def _listen(model: "PackedModel", *, far: bool) -> list[_Heard]:
@@ -108,10 +118,10 @@ def _spread(model: "PackedModel", batch: PackedBatch) -> Tensor:
     return (batch.positions * step).clamp(max=last)[None]
 
 
-def _merged(calls: tuple[_Heard, ...], *, owned: bool) -> MergedLayer | None:
+def _merged(calls: tuple[_Heard, ...], movable: Movable) -> MergedLayer | None:
     """A layer merged, where in each of its calls it gives what it gave; else None."""
     try:
-        parts = parts_of(calls[0].layer, owned=owned)
+        parts = parts_of(calls[0].layer, movable=movable)
         hows = {_how(call, parts.layer) for call in calls} if parts is not None else set()
         if parts is None or len(hows) != 1:
             return None
@@ -122,6 +132,13 @@ def _merged(calls: tuple[_Heard, ...], *, owned: bool) -> MergedLayer | None:
     except _FAILURES:
         return None
     return merged if same else None
+
+
+def _movable(model: nn.Module) -> Movable:
+    """Where parameters lie that one module holds: none that are tied."""
+    held = model.named_parameters(remove_duplicate=False)
+    places = Counter(each.data_ptr() for _, each in held if is_plain(each))
+    return frozenset(place for place, count in places.items() if count == 1)
 
 
 def _how(call: _Heard, layer: int) -> How:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from guided_decode.forward.attention import attend
 from guided_decode.forward.hooked import Hooks
-from guided_decode.forward.layer_parts import LayerParts
+from guided_decode.forward.layer_parts import GatedFeedForward, LayerParts
 from guided_decode.forward.packed import How, PackedBatch
 from guided_decode.kernels import add_norm, norm_rows, rotary_slots
 from guided_decode.kernels.rotary_slots import Heads, Slots, Turn
@@ -54,6 +54,12 @@ class MergedLayer:
         output = total[None]
         follower._given = (output, output._version, normed)
         return output
+
+    def join(self) -> None:
+        """`JointLinear.join` of its products."""
+        self.parts.projections.join()
+        if isinstance(self.parts.feed_forward, GatedFeedForward):
+            self.parts.feed_forward.both.join()
 
     def _normed(self, hidden: Tensor) -> Tensor:
         """What attention reads, [tokens, size]."""

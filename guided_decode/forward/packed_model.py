@@ -17,14 +17,14 @@ from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
 from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.fused_norms import fuse_norms
-from guided_decode.forward.layer_trial import merge_layers
+from guided_decode.forward.layer_trial import join_again, merge_layers
 from guided_decode.forward.merged_layers import switch_back
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
 from guided_decode.forward.stream_order import StreamOrder
 from guided_decode.forward.tensor_parallel import least_of_ranks, shard_mesh
-from guided_decode.forward.weights import WeightWatch, origin_of
+from guided_decode.forward.weights import WeightWatch, are_same, origin_of, parts_of_model
 from guided_decode.growable import Ints
 from guided_decode.kernels.lookahead_tiles import has_tile
 from guided_decode.prefix import HandleState, PrefixHandle, as_ints
@@ -131,17 +131,30 @@ class PackedModel(OneProcess):
         # How often the model was not what it was, for those who keep something made of it.
         self.changes = 0
         self._orders = [StreamOrder(place) for place in dict.fromkeys((model.device, *places))]
+        self._parts: list[Any] | None = None
         self._prepare()
 
     def _prepare(self) -> None:
+        # Other numbers in the same modules need no new trial.
+        same = self._parts is not None and are_same(self._parts, parts_of_model(self.model))
         self.model.set_attn_implementation(ATTENTION_NAME)
         use_onednn(self.model)
-        # Whatever comes of the trial, no layer answers with what it held before.
-        switch_back(self.model)
-        if self.merges:
-            merge_layers(self)
+        if same:
+            join_again(self.model)
+        else:
+            # Whatever comes of the trial, no layer answers with what it held before.
+            switch_back(self.model)
+            self._merge()
         fuse_norms(self.model)
+        self._parts = parts_of_model(self.model)
         self._watch = self._new_watch()
+
+    def _merge(self) -> None:
+        if not self.merges:
+            return
+        layers = self.model.config.get_text_config().num_hidden_layers
+        merged = merge_layers(self)
+        logger.info("%s: %d of %d decoder layers are merged", self.name, merged, layers)
 
     def unmerge(self) -> bool:
         """Makes merged layers the modules' own for good; whether there were any."""
@@ -158,6 +171,7 @@ class PackedModel(OneProcess):
         memo[id(watch)] = watch
         copied = super().__deepcopy__(memo)
         if self.origin is None:
+            join_again(copied.model)
             copied._watch = copied._new_watch()
         # Else it has seen the caller's model as often as this one has.
         return copied

@@ -27,7 +27,7 @@ from transformers.activations import ACT2FN
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaMLP
 
 from guided_decode import load_scorer
-from guided_decode.forward import attention, layer_parts, merged_layers
+from guided_decode.forward import attention, layer_parts, merged_layers, packed_model
 from guided_decode.forward.merged_layers import Merged
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.forward.self_check import check_packed
@@ -464,9 +464,9 @@ def test_a_feed_forward_that_bounds_what_it_multiplies_is_the_modules_own():
 
 def test_a_layer_without_the_size_of_its_heads_is_left_alone():
     layer = model_of(LlamaConfig(**SMALL)).layers[0]
-    assert layer_parts.parts_of(layer, owned=False) is not None
+    assert layer_parts.parts_of(layer, movable=frozenset()) is not None
     layer.self_attn.head_dim = None
-    assert layer_parts.parts_of(layer, owned=False) is None
+    assert layer_parts.parts_of(layer, movable=frozenset()) is None
 
 
 def both_ways():
@@ -542,3 +542,117 @@ def test_a_model_that_fails_its_check_merged_goes_on_without(monkeypatch, caplog
         made.model.norm.weight.add_(1)
     made.begin_call()
     assert not merged_of(made.model)
+
+
+def held_bytes(model):
+    """Of what a model's parameters and its merged layers lie in."""
+    held = list(model.parameters())
+    for layer in merged_of(model):
+        parts = layer.merged.parts
+        held += [parts.projections._weight, parts.feed_forward.both._weight]
+    storages = [each.untyped_storage() for each in held if each is not None]
+    return sum({each.data_ptr(): each.nbytes() for each in storages}.values())
+
+
+def test_a_copy_holds_its_weights_once_and_stays_what_it_is():
+    made = packed(model_of(LlamaConfig(**SMALL)))
+    once = sum(each.nbytes for each in made.model.parameters())
+    assert held_bytes(made.model) == once
+    copied = copy.deepcopy(made)
+    assert held_bytes(copied.model) == once
+    assert held_bytes(copy.deepcopy(made.model)) == once
+    outputs(copied)
+    assert not copied.changed()
+    assert copied.model.layers[0].merged.parts.projections._weight is not None
+
+
+def is_joined(joint):
+    return joint._weight is not None and joint._lies_there()
+
+
+def test_tied_weights_are_not_moved():
+    made, plain = (model_of(LlamaConfig(**SMALL)) for _ in range(2))
+    for model in (made, plain):
+        first, second = model.layers[:2]
+        second.self_attn.k_proj.weight = first.self_attn.k_proj.weight
+        second.mlp.up_proj.weight = first.mlp.up_proj.weight
+    made, plain = packed(made), packed(plain, merged=False)
+    assert len(merged_of(made.model)) == 3
+    for _ in range(3):
+        made.begin_call()
+        torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+    assert made.changes == 0
+    parts = [layer.merged.parts for layer in made.model.layers]
+    assert [is_joined(each.projections) for each in parts] == [False, False, True]
+    assert [is_joined(each.feed_forward.both) for each in parts] == [False, False, True]
+
+
+def test_two_who_share_their_weights_leave_each_other_alone():
+    model = model_of(LlamaConfig(**SMALL))
+    kept = [*model.parameters(), *model.buffers()]
+    one, two = (packed(each) for each in
+                (model, copy.deepcopy(model, {id(each): each for each in kept})))  # fmt: skip
+    for each in (one, two) * 3:
+        each.begin_call()
+        outputs(each)
+    assert (one.changes, two.changes) == (0, 0)
+    assert is_joined(one.model.layers[0].merged.parts.projections)
+    assert is_joined(two.model.layers[0].merged.parts.projections)
+
+
+def test_other_numbers_in_the_same_modules_are_not_tried_again(monkeypatch):
+    made, plain = both_ways()
+    layers = [layer.merged for layer in made.model.layers]
+    with monkeypatch.context() as patch, torch.no_grad():
+        patch.setattr(packed_model, "merge_layers", None)
+        for each in (made, plain):
+            first, second = each.model.layers[:2]
+            first.self_attn.k_proj.weight.mul_(2)
+            second.input_layernorm.weight.add_(1)
+            for name in ("q_proj", "k_proj", "v_proj"):
+                weight = second.self_attn.get_submodule(name).weight
+                weight.data = weight.data * 3
+            each.begin_call()
+    assert made.changes == 1
+    assert [layer.merged for layer in made.model.layers] == layers
+    assert all(is_joined(layer.parts.projections) for layer in layers)
+    torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+
+
+def test_one_weight_that_somebody_moved_is_left_where_it_is():
+    made, plain = both_ways()
+    for each in (made, plain):
+        weight = each.model.layers[0].self_attn.k_proj.weight
+        weight.data = weight.data * 2
+        each.begin_call()
+    place = made.model.layers[0].self_attn.k_proj.weight.data_ptr()
+    torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+    assert made.model.layers[0].self_attn.k_proj.weight.data_ptr() == place
+    assert not is_joined(made.model.layers[0].merged.parts.projections)
+
+
+def test_new_parameters_are_joined_anew():
+    made, plain = both_ways()
+    for each in (made, plain):
+        fresh = {name: value * 2 for name, value in each.model.state_dict().items()}
+        each.model.load_state_dict(fresh, assign=True)
+        each.begin_call()
+    assert all(is_joined(layer.merged.parts.projections) for layer in made.model.layers)
+    torch.testing.assert_close(outputs(made), outputs(plain), rtol=0, atol=1e-5)
+
+
+def test_parameters_of_inference_mode_are_not_moved():
+    with torch.inference_mode():
+        model = AutoModel.from_config(LlamaConfig(**SMALL)).eval()
+    made = packed(model)
+    assert len(merged_of(made.model)) == 3
+    assert made.model.layers[0].self_attn.q_proj.weight.is_inference()
+    assert outputs(made).isfinite().all()
+
+
+def test_how_many_layers_are_merged_is_logged(caplog):
+    model = model_of(LlamaConfig(**SMALL))
+    model.layers[1].register_buffer("layer_scalar", torch.ones(1))
+    with caplog.at_level("INFO", logger="guided_decode"):
+        packed(model)
+    assert "the test's: 2 of 3 decoder layers are merged" in caplog.text
