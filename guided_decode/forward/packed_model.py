@@ -115,6 +115,15 @@ class PackedModel(OneProcess):
                 "%s: no kernel takes its attention heads in %s: it runs by plain torch operations, "
                 "slowly and without CUDA graphs", name, model.dtype,
             )  # fmt: skip
+        # How often the model was not what it was, for those who keep something made of it.
+        self.changes = 0
+        self._orders = [StreamOrder(place) for place in dict.fromkeys((model.device, *places))]
+        self._parts: list[Any] | None = None
+        pool = partial(SlotPool, layer_shapes=shapes, dtype=model.dtype, device=model.device,
+                       layer_devices=places)  # fmt: skip
+        # Weights are put in their places before memory is counted.
+        self.cache = PrefixCache(pool(1))
+        self._prepare()
         capacity = cache_tokens or min(
             live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside, places)
         )
@@ -124,15 +133,10 @@ class PackedModel(OneProcess):
         self.most_graph_tokens = most_graph_tokens(model)
         widest = min(self.max_positions or _TABLE[1], capacity, _TABLE[1])
         self.cache = PrefixCache(
-            SlotPool(capacity, shapes, model.dtype, model.device, places),
+            pool(capacity),
             # CUDA graphs read the table where it lies: one that grew would cost all of them.
             table_size=(_TABLE[0], widest) if self.fused else None,
         )
-        # How often the model was not what it was, for those who keep something made of it.
-        self.changes = 0
-        self._orders = [StreamOrder(place) for place in dict.fromkeys((model.device, *places))]
-        self._parts: list[Any] | None = None
-        self._prepare()
 
     def _prepare(self) -> None:
         # Other numbers in the same modules need no new trial.
@@ -154,6 +158,9 @@ class PackedModel(OneProcess):
             return
         layers = self.model.config.get_text_config().num_hidden_layers
         merged = merge_layers(self)
+        if self.model.device.type == "cuda":
+            # The weights' former places.
+            torch.cuda.empty_cache()
         logger.info("%s: %d of %d decoder layers are merged", self.name, merged, layers)
 
     def unmerge(self) -> bool:

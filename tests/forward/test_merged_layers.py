@@ -31,6 +31,7 @@ from guided_decode.forward import attention, layer_parts, merged_layers, packed_
 from guided_decode.forward.merged_layers import Merged
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.forward.self_check import check_packed
+from guided_decode.forward.weights import Origin, comes_from
 from guided_decode.prefix import PrefixHandle
 from tests import models
 from tests.forward.test_graphs import decode, scorer_like_a_gpus
@@ -656,3 +657,29 @@ def test_how_many_layers_are_merged_is_logged(caplog):
     with caplog.at_level("INFO", logger="guided_decode"):
         packed(model)
     assert "the test's: 2 of 3 decoder layers are merged" in caplog.text
+
+
+def test_memory_is_counted_when_weights_are_in_their_places(monkeypatch):
+    model, seen = model_of(LlamaConfig(**SMALL)), []
+    counted = packed_model.default_capacity
+
+    def capacity(*given):
+        seen.append([layer.merged.parts.projections for layer in merged_of(model)])
+        return counted(*given)
+
+    monkeypatch.setattr(packed_model, "default_capacity", capacity)
+    packed(model, cache_tokens=None, live_tokens=99)
+    assert [is_joined(each) for each in seen[0]] == [True] * 3
+
+
+def test_a_layer_of_a_model_that_is_shared_is_thirteen_launches(monkeypatch):
+    def count(layers):
+        config = LlamaConfig(**SMALL | {"num_hidden_layers": layers})
+        model = model_of(config, torch.bfloat16)
+        made = packed(comes_from(model, Origin((), lambda: model)))
+        assert len(merged_of(model)) == layers
+        with monkeypatch.context() as patch, Launches(patch) as counter:
+            outputs(made)
+        return counter.count
+
+    assert (count(4) - count(2)) / 2 == 13
