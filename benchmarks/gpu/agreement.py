@@ -16,7 +16,15 @@ from guided_decode import GuidanceConfig
 SMALL = Size("small", 2, 256, 512, 4, 2, 1003, itemsize=4)
 ROWS, PREFIX, K, STEPS = 3, 70, 4, 6
 TOLERANCE = 1e-3
-WAYS = ("plain", f"k {K}", f"copied k {K}", f"recomputed k {K}", f"trunk k {K}", "pruning")
+WAYS = (
+    "plain",
+    f"k {K}",
+    f"unmerged k {K}",
+    f"copied k {K}",
+    f"recomputed k {K}",
+    f"trunk k {K}",
+    "pruning",
+)
 
 
 class DisagreementError(RuntimeError):

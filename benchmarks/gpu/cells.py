@@ -33,8 +33,9 @@ _KEPT_LOSERS = 4096
 
 @dataclass(frozen=True)
 class Cell:
-    """ways: "plain", "pruning", and "k 16", "gated k 16", "trunk k 16", "copied k 16",
-    "recomputed k 16" for any k; "generate" is stock `generate`.
+    """ways: "plain", "pruning", and "k 16", "gated k 16", "unmerged k 16", "trunk k 16",
+    "copied k 16", "recomputed k 16" for any k; "generate" is stock `generate`. unmerged: the
+    critic's layers are transformers' own.
     """
 
     size: Size
@@ -74,6 +75,7 @@ def gigabytes(cell: Cell, steps: int) -> float:
     if any(_uses_critic_pool(way) for way in ways):
         pools += critic_slots(*shape)
     pools += critic_slots(*shape) * any(way.startswith("trunk") for way in ways)
+    pools += critic_slots(*shape) * any(way.startswith("unmerged") for way in ways)
     pools += policy_slots(*shape) * ("pruning" in ways)
     for way in ways:
         if way.startswith("copied"):
@@ -167,6 +169,8 @@ class Setup:
             return CopiedCache(self.models, self.prompts(way), config, drawn=self.drawn), None
         if way.startswith("recomputed"):
             return Recomputed(self.models.critic, self.models.head, config), None
+        if way.startswith("unmerged"):
+            return Guided(self._unmerged, config), self._unmerged
         scorer = self._critic
         if way.startswith("gated"):
             return Gated(scorer, config, self.batch, GATE_RATE, self.models.device), scorer
@@ -184,27 +188,35 @@ class Setup:
     def _policy(self) -> PooledPolicy:
         trunk = self.models.policy_trunk()
         packed = PackedModel(
-            trunk, "the policy", cache_tokens=policy_slots(*self._shape()), fused=True
+            trunk, "the policy", cache_tokens=policy_slots(*self._shape()), fused=True, merged=True
         )
         lm_head = self.models.policy.lm_head
         return PooledPolicy(self._pool(packed), lm_head, self.batch, capture=self.capture)
 
     @cached_property
     def _critic(self) -> CriticScorer:
+        return self._critic_of(merged=True)
+
+    @cached_property
+    def _unmerged(self) -> CriticScorer:
+        return self._critic_of(merged=False)
+
+    def _critic_of(self, *, merged: bool) -> CriticScorer:
         packed = PackedModel(
             self.models.critic_trunk(),
             "the critic",
             cache_tokens=critic_slots(*self._shape()),
             fused=True,
+            merged=merged,
         )
         return CriticScorer(self._pool(packed), self.models.head, graphs=True)
 
     @cached_property
     def _trunk_scorer(self) -> TrunkScorer:
-        packed, head = trunk_of(self.models, critic_slots(*self._shape()), fused=True)
+        packed, head = trunk_of(self.models, critic_slots(*self._shape()), fused=True, merged=True)
         return TrunkScorer(self._pool(packed), head, graphs=True)
 
     @cached_property
     def _valued(self) -> ValuedPolicy:
-        packed, head = trunk_of(self.models, policy_slots(*self._shape()), fused=True)
+        packed, head = trunk_of(self.models, policy_slots(*self._shape()), fused=True, merged=True)
         return ValuedPolicy(self.models, self._pool(packed), head, self.batch, capture=self.capture)

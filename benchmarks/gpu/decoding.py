@@ -41,6 +41,7 @@ _INSIDE = Cell(LLAMA2_13B, 1, 512, ("plain", "k 16", "trunk k 16"))
 STAGES: dict[str, tuple[Cell, ...]] = {
     "13B targets": (
         Cell(LLAMA2_13B, 1, 512, ("plain", "k 16", "gated k 16")),
+        Cell(LLAMA2_13B, 1, 512, ("plain", "k 16", "unmerged k 16")),
         _INSIDE,
         Cell(LLAMA2_13B, 1, 512, ("plain", "pruning", "trunk k 16")),
         _grid(LLAMA2_13B, 1, 512, "generate"),

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from benchmarks.gpu import layer_cases
 from benchmarks.gpu.attention_case import attention_case
 from benchmarks.gpu.floors import LLAMA2_13B, LLAMA3_8B, Size
 from benchmarks.gpu.timing import rotations
@@ -75,6 +76,10 @@ def makers(device: str, dtype: torch.dtype = torch.bfloat16) -> list[Maker]:
             Maker(partial(lm_head_case, size, rows, device, dtype), closer),
             Maker(partial(value_head_case, size, rows, device, dtype), closer),
             Maker(partial(norm_rows_case, size, rows, device, dtype), closer),
+            *(
+                Maker(partial(make, KernelCase, size, rows, device, dtype), closer)
+                for make in layer_cases.CASES
+            ),
             Maker(partial(top_candidates_case, size, rows, 16, device), closer),
             Maker(partial(guide_logits_case, size, rows, 16, device), closer),
             Maker(partial(guide_sample_case, size, rows, 16, device), closer),

@@ -1,5 +1,6 @@
 """Random policies and critics of real shapes, made where they run."""
 
+import copy
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,7 +78,11 @@ class Models:
         return load_trunk(open_source(self.policy), None, None)
 
     def critic_trunk(self) -> PreTrainedModel:
-        return load_trunk(open_source(self.critic), None, None)
+        """The critic on a config of its own, sharing its weights, which its scorer may move: as
+        one that was read from its checkpoint."""
+        kept = [*self.critic.parameters(), *self.critic.buffers()]
+        trunk: PreTrainedModel = copy.deepcopy(self.critic, {id(each): each for each in kept})
+        return trunk
 
 
 def head_weight(size: Size, device: str) -> Tensor:

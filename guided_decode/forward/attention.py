@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from guided_decode.forward.packed import PackedBatch
+from guided_decode.forward.packed import How, PackedBatch
 from guided_decode.forward.reads import Stretch, stretches
 from guided_decode.kernels import lookahead_attention
 
@@ -67,35 +67,51 @@ def packed_attention(
     """
     _refuse_unknown(module, attention_mask, dropout, packed, unknown)
     assert packed is not None
-    packed = packed.on(query.device)
-    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer = int(module.layer_idx)  # type: ignore[arg-type]
+    how = How(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window, softcap)
+    if packed.heard is not None:
+        packed.heard[layer] = how
+    return attend(query[0].transpose(0, 1), packed, layer, how)[None], None
+
+
+def attend(query: Tensor, packed: PackedBatch, layer: int, how: How) -> Tensor:
+    """Attention of a layer whose keys and values are in their slots.
+
+    Args:
+        query: [tokens, heads, head_dim].
+        packed: the batch, of any device.
+        layer: its number in the pool.
+        how: what its module asks for.
+
+    Returns:
+        [tokens, heads, value_dim].
+    """
+    packed = packed.on(query.device)
     keys, values = packed.pool.keys[layer], packed.pool.layer_values[layer]
     if packed.segment_table is not None:
-        output = lookahead_attention(
-            query[0].transpose(0, 1),
+        return lookahead_attention(
+            query,
             keys,
             values,
             packed.table,
             packed.segment_table,
             packed.positions,
             packed.slots,
-            scaling=scaling,
+            scaling=how.scaling,
             max_queries=packed.most_queries,
             max_prefix=packed.most_positions,
-            window=sliding_window,
-            softcap=softcap,
+            window=how.window,
+            softcap=how.softcap,
         )
-        return output[None], None
-    scaled = query[0] * scaling
+    scaled = query.transpose(0, 1) * how.scaling
     outputs = []
-    for stretch in stretches(packed, sliding_window):
+    for stretch in stretches(packed, how.window):
         own = scaled[:, stretch.queries]
-        if stretch.long and softcap is None:
+        if stretch.long and how.softcap is None:
             outputs.append(_attend_fused(own, keys, values, stretch))
         else:
-            outputs.append(_attend(own, keys, values, stretch, softcap))
-    return (outputs[0] if len(outputs) == 1 else torch.cat(outputs))[None], None
+            outputs.append(_attend(own, keys, values, stretch, how.softcap))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def _refuse_unknown(

@@ -16,11 +16,15 @@ class OneDnnLinear(nn.Linear):
     """nn.Linear whose float32 products on a CPU are oneDNN's, where gradients are off."""
 
     def forward(self, input: Tensor) -> Tensor:
-        weight, bias = self.weight, self.bias
-        ours = input.is_cpu and input.dtype is weight.dtype is torch.float32 and _is_plain(weight)
-        if ours and not torch.is_grad_enabled():
-            return _onednn(input, weight, bias)
-        return F.linear(input, weight, bias)
+        return onednn_linear(input, self.weight, self.bias)
+
+
+def onednn_linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear, by oneDNN in float32 on a CPU; only for those that `use_onednn` switched."""
+    ours = input.is_cpu and input.dtype is weight.dtype is torch.float32 and is_plain(weight)
+    if ours and not torch.is_grad_enabled():
+        return _onednn(input, weight, bias)
+    return F.linear(input, weight, bias)
 
 
 def use_onednn(model: nn.Module) -> None:
@@ -52,12 +56,12 @@ def _is_there() -> bool:
         return False
 
 
-def _is_plain(weight: Tensor) -> bool:
+def is_plain(weight: Tensor) -> bool:
     """Whether it is numbers as they are: torchao's tensors say that they are float32, too."""
     return type(weight) in (nn.Parameter, Tensor)
 
 
 def _is_suited(weight: Tensor) -> bool:
     on_cpu = weight.device.type == "cpu" and weight.dtype == torch.float32
-    plain = on_cpu and _is_plain(weight)
+    plain = on_cpu and is_plain(weight)
     return plain and not weight.requires_grad and weight.is_contiguous()

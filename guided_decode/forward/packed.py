@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -45,6 +45,14 @@ class Segments(Sequence[Segment]):
         return (Segment(*each) for each in self.numbers.tolist())
 
 
+class How(NamedTuple):
+    """Of a layer's attention: a factor of the scores, the positions that are seen, a bound."""
+
+    scaling: float
+    window: int | None
+    softcap: float | None
+
+
 @dataclass(slots=True, frozen=True)
 class PackedBatch:
     """One forward. token_ids, positions, slots: int64 [tokens], on the model's device; `stacked`
@@ -57,6 +65,7 @@ class PackedBatch:
     of the segments' tokens and of the positions.
     stretches: by sliding window, what was worked out from the segments, once for all layers.
     copies: by device, the same batch for the layers that lie there.
+    heard: by layer, how its module asked for attention; None: nobody wants to know.
     """
 
     stacked: Tensor
@@ -72,6 +81,7 @@ class PackedBatch:
     host: Ints | None = None
     stretches: dict[int | None, list[Stretch]] = field(default_factory=dict)
     copies: "dict[torch.device, PackedBatch]" = field(default_factory=dict)
+    heard: dict[int, How] | None = None
 
     @property
     def dtype(self) -> torch.dtype:

@@ -18,12 +18,14 @@ from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
 from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.fused_norms import fuse_norms
+from guided_decode.forward.layer_trial import join_again, merge_layers
+from guided_decode.forward.merged_layers import switch_back
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
 from guided_decode.forward.stream_order import StreamOrder
 from guided_decode.forward.tensor_parallel import least_of_ranks, shard_mesh
-from guided_decode.forward.weights import WeightWatch, origin_of
+from guided_decode.forward.weights import WeightWatch, are_same, origin_of, parts_of_model
 from guided_decode.growable import Ints
 from guided_decode.kernels.lookahead_tiles import has_tile
 from guided_decode.prefix import HandleState, PrefixHandle, as_ints
@@ -65,6 +67,7 @@ class PackedModel(OneProcess):
         live_tokens: int | None = None,
         max_forward_tokens: int = 8192,
         fused: bool | None = None,
+        merged: bool | None = None,
         bytes_beside: int = 0,
     ) -> None:
         """
@@ -76,6 +79,8 @@ class PackedModel(OneProcess):
             max_forward_tokens: the most tokens of one forward.
             fused: attention goes through `kernels.lookahead_attention`; None: not on a CPU, where
                 runs of neighbouring slots are read in place.
+            merged: decoder layers run in a few launches each where they give what they gave; None:
+                not on a CPU, where a launch costs little.
             bytes_beside: what others keep for each cached token, counted in the default capacity.
 
         Raises:
@@ -94,6 +99,7 @@ class PackedModel(OneProcess):
         self.name = name
         self.max_forward_tokens = max_forward_tokens
         self.fused = model.device.type != "cpu" if fused is None else fused
+        self.merges = model.device.type != "cpu" if merged is None else merged
         # The mesh of a model that is sharded by tensor parallelism, which runs on all its ranks.
         self.mesh = shard_mesh(model)
         # On the rank that leads: those who run its forwards too.
@@ -110,6 +116,15 @@ class PackedModel(OneProcess):
                 "%s: no kernel takes its attention heads in %s: it runs by plain torch operations, "
                 "slowly and without CUDA graphs", name, model.dtype,
             )  # fmt: skip
+        # How often the model was not what it was, for those who keep something made of it.
+        self.changes = 0
+        self._orders = [StreamOrder(place) for place in dict.fromkeys((model.device, *places))]
+        self._parts: list[Any] | None = None
+        pool = partial(SlotPool, layer_shapes=shapes, dtype=model.dtype, device=model.device,
+                       layer_devices=places)  # fmt: skip
+        # Weights are put in their places before memory is counted.
+        self.cache = PrefixCache(pool(1))
+        self._prepare()
         capacity = cache_tokens or min(
             live_tokens or 1 << 17, default_capacity(shapes, model, bytes_beside, places)
         )
@@ -119,20 +134,40 @@ class PackedModel(OneProcess):
         self.most_graph_tokens = most_graph_tokens(model)
         widest = min(self.max_positions or _TABLE[1], capacity, _TABLE[1])
         self.cache = PrefixCache(
-            SlotPool(capacity, shapes, model.dtype, model.device, places),
+            pool(capacity),
             # CUDA graphs read the table where it lies: one that grew would cost all of them.
             table_size=(_TABLE[0], widest) if self.fused else None,
         )
-        # How often the model was not what it was, for those who keep something made of it.
-        self.changes = 0
-        self._orders = [StreamOrder(place) for place in dict.fromkeys((model.device, *places))]
-        self._prepare()
 
     def _prepare(self) -> None:
+        # Other numbers in the same modules need no new trial.
+        same = self._parts is not None and are_same(self._parts, parts_of_model(self.model))
         self.model.set_attn_implementation(ATTENTION_NAME)
         use_onednn(self.model)
+        if same:
+            join_again(self.model)
+        else:
+            # Whatever comes of the trial, no layer answers with what it held before.
+            switch_back(self.model)
+            self._merge()
         fuse_norms(self.model)
+        self._parts = parts_of_model(self.model)
         self._watch = self._new_watch()
+
+    def _merge(self) -> None:
+        if not self.merges:
+            return
+        layers = self.model.config.get_text_config().num_hidden_layers
+        merged = merge_layers(self)
+        if self.model.device.type == "cuda":
+            # The weights' former places.
+            torch.cuda.empty_cache()
+        logger.info("%s: %d of %d decoder layers are merged", self.name, merged, layers)
+
+    def unmerge(self) -> bool:
+        """Makes merged layers the modules' own for good; whether there were any."""
+        self.merges = False
+        return switch_back(self.model) > 0
 
     def _new_watch(self) -> WeightWatch:
         if self.origin is None:
@@ -144,6 +179,7 @@ class PackedModel(OneProcess):
         memo[id(watch)] = watch
         copied = super().__deepcopy__(memo)
         if self.origin is None:
+            join_again(copied.model)
             copied._watch = copied._new_watch()
         # Else it has seen the caller's model as often as this one has.
         return copied

@@ -1,5 +1,7 @@
 """The check at load: packed outputs on a forked prefix against the module's own forward."""
 
+import logging
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,18 +12,32 @@ from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.growable import Ints
 
+logger = logging.getLogger("guided_decode")
+
 # Largest difference, relative to the norm of the stock outputs, by whether the dtype is float32.
 _ALLOWED = {True: 1e-3, False: 5e-2}
 _LONGEST_WINDOW = 64
 
 
-@without_autograd
 def check_packed(model: PackedModel) -> None:
     """Compares packed outputs with the stock forward's, for two candidates and a fork of theirs.
 
-    In a pool of its own. Raises ValueError where they differ, or where the model passes its
-    attention what the packed one does not know: it cannot be scored in packed form.
+    In a pool of its own. A model that fails with merged layers goes on without them.
+
+    Raises ValueError where they differ, or where the model passes its attention what the packed one
+    does not know: it cannot be scored in packed form.
     """
+    try:
+        _check(model)
+    except ValueError as error:
+        if not model.unmerge():
+            raise
+        _check(model)
+        logger.warning("%s: its decoder layers run unmerged, since merged: %s", model.name, error)
+
+
+@without_autograd
+def _check(model: PackedModel) -> None:
     length = _prefix_length(model)
     own, model.cache = model.cache, PrefixCache(model.cache.pool.like(length + 5))
     ids = np.random.default_rng(0).integers(0, model.vocab_size, length + 4)

@@ -53,6 +53,20 @@ def origin_of(model: nn.Module) -> Origin | None:
     return _ORIGINS.get(model)
 
 
+def parts_of_model(model: nn.Module) -> list[Any]:
+    """What a model is made of, whatever its numbers: modules, their classes and parameters."""
+    return [
+        part
+        for module in model.modules()
+        for part in (module, type(module), *module._parameters.values())
+    ]
+
+
+def are_same(parts: list[Any], others: list[Any]) -> bool:
+    """Whether two lists hold the same objects."""
+    return len(parts) == len(others) and all(map(operator.is_, parts, others))
+
+
 class WeightWatch:
     """What modules and tensors are at one moment, to be asked once a call: O(modules), no copy.
 

@@ -18,6 +18,7 @@ from benchmarks.gpu import (
     device,
     kernel_cases,
     kernels,
+    layer_cases,
     part,
     processes,
     suites,
@@ -238,6 +239,7 @@ def test_kernels_are_compared_with_what_they_should_give():
     made = kernel_cases.KernelCase
     cases = [
         attention_case(made, TINY, 2, 3, 20, "cpu", torch.float32),
+        *(case(made, TINY, 3, "cpu", torch.float32) for case in layer_cases.CASES),
         kernel_cases.value_head_case(TINY, 3, "cpu", torch.float32),
         kernel_cases.lm_head_case(TINY, 3, "cpu", torch.float32),
         kernel_cases.top_candidates_case(TINY, 3, 4, "cpu"),
