@@ -187,7 +187,8 @@ class GuidedEngine:
         self.values.read([rows[i] for i in known], batch, own.shape[-1], goes_on=goes_on)
         watched = [i for i in known if live[i].request.is_watched]
         ended = {i: token for i in watched if (token := _ends_now(live[i])) is not None}
-        over = _behind_ends(live, ended) if ended else ()
+        behind = _behind_ends(live, ended) if ended else frozenset()
+        over = behind.union(ended)
         chosen = [i for i in known if live[i].request.is_guided and i not in over]
         if self._trunk is not None:
             chosen = [i for i in chosen if self._trunk.stands(live[i])]
@@ -198,7 +199,8 @@ class GuidedEngine:
             guided[list(ended)] = -torch.inf
             guided[list(ended), list(ended.values())] = 0.0
         guides = {id(live[i]) for i in chosen}
-        self._show([rows[i] for i in known], guides, {id(live[i]) for i in ended}, batch)
+        shown = [rows[i] for i in known if i not in behind]
+        self._show(shown, guides, {id(live[i]) for i in ended}, batch)
         for i in known:
             live[i].seen = len(live[i].history)
         return guided
@@ -292,18 +294,18 @@ def _on(rows: list[int], device: torch.device) -> Tensor:
     return torch.tensor(rows).to(device, non_blocking=True)
 
 
-def _behind_ends(rows: Sequence[LiveRow], ended: Collection[int]) -> set[int]:
-    """The rows that are ended, and those behind them, which nobody samples from."""
-    found = set(ended)
+def _behind_ends(rows: Sequence[LiveRow], ended: Collection[int]) -> frozenset[int]:
+    """The rows behind those that are ended, which nobody samples from."""
+    found = []
     over: set[int] = set()
     for i, row in enumerate(rows):
         # A row stands behind all before it of its request.
         main = row if row.main is None else row.main
-        if i in ended:
+        if row.main is not None and id(main) in over:
+            found.append(i)
+        elif i in ended:
             over.add(id(main))
-        elif row.main is not None and id(main) in over:
-            found.add(i)
-    return found
+    return frozenset(found)
 
 
 def _ends_now(row: LiveRow) -> int | None:

@@ -62,10 +62,19 @@ class ShownRows:
             assert name is not None
             value = _value(row)
             advantages = row.trail.advantages if id(row) in guided else {}
-            text = self._texts.setdefault(row.history, HandleText()).digest(row.history)
             known = values.get(id(row)) if value is None else value
             final = row.samples_for_sure and id(row) not in ended
-            self._store.add(name, record(text, known, advantages, final=final))
+            self._store.add(name, record(self._text(row), known, advantages, final=final))
+
+    def _text(self, row: LiveRow) -> bytes:
+        """The digest of a row's text; behind drafts of its request's, which may be long, no more
+        than these are read."""
+        main = row if row.main is None else row.main
+        text = self._texts.setdefault(main.history, HandleText()).text(main.history)
+        if row is not main:
+            text = text.copy()
+            text.extend(row.history.tokens[len(main.history) :])
+        return text.digest()
 
 
 def _value(row: LiveRow) -> float | None:

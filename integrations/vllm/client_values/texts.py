@@ -50,7 +50,7 @@ class GrowingText:
 
 
 class HandleText:
-    """The digest of a handle's history; only what is new is read."""
+    """A handle's history as it grows; only what is new is read."""
 
     __slots__ = ("_text", "_version")
 
@@ -58,10 +58,10 @@ class HandleText:
         self._text = GrowingText()
         self._version = -1
 
-    def digest(self, handle: PrefixHandle) -> bytes:
-        """Of the whole history as it is now; of one handle, call after call."""
+    def text(self, handle: PrefixHandle) -> GrowingText:
+        """The whole history as it is now; of one handle, call after call. Not to be extended."""
         state = handle.state()
         if state.version != self._version or len(state.tokens) < self._text.length:
             self._text, self._version = GrowingText(), state.version
         self._text.extend(state.tokens[self._text.length :])
-        return self._text.digest()
+        return self._text

@@ -17,6 +17,7 @@ from torch import Tensor
 from guided_decode import GuidanceConfig
 from tests.integrations.vllm import vllm_parts
 
+from guided_decode.integrations.vllm.client_values.worker import EXTENSION  # isort: skip
 import vllm.v1.worker.gpu.buffer_utils as buffer_utils  # isort: skip
 from vllm.v1.worker.gpu.sample.logits_processor import (  # isort: skip
     LogitsContext,
@@ -114,7 +115,7 @@ class DraftRunner:
             part = order[start : start + (self.random.randint(1, most) if in_parts else most)]
             own = logits[at : at + sum(job.rows for job in part)]
             # vLLM skips what nobody asked anything of.
-            asks = any(job.config is not None for job in part)
+            asks = any(job.sampling.extra_args is not None for job in part)
             guided.append(self._part(part, own.clone(), late) if asks else own)
             start, at = start + len(part), at + len(own)
         return torch.cat(guided)
@@ -149,7 +150,12 @@ def config(**own: Any):
     """An engine's configuration with drafts of three tokens."""
     from types import SimpleNamespace
 
-    made = vllm_parts.vllm_config(vllm_parts.scorer_config(**own), max_model_len=64, max_num_seqs=6)
+    made = vllm_parts.vllm_config(
+        vllm_parts.scorer_config(**own),
+        max_model_len=64,
+        max_num_seqs=6,
+        worker_extension_cls=EXTENSION,
+    )
     # vLLM would have made the same of --speculative-config, and then asked for Triton.
     made.speculative_config = SimpleNamespace(
         num_speculative_tokens=DRAFTS, method="ngram", rejection_sample_method="standard"

@@ -14,6 +14,9 @@ from tests import models, oracle
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.draft_runner import DRAFTS, DraftRunner, Job, config
 
+from guided_decode.integrations.vllm.client_values.records import Record, decoded  # isort: skip
+from guided_decode.integrations.vllm.client_values.store import of_this_process  # isort: skip
+from guided_decode.integrations.vllm.client_values.texts import GrowingText  # isort: skip
 from guided_decode.integrations.vllm.request import Request  # isort: skip
 
 ROWS, LONGEST, STOP, END = 5, 60, 99, 98
@@ -42,6 +45,9 @@ class Drafting:
         self.noise = torch.Generator().manual_seed(seed)
         self.count = self.compared = self.verified = self.accepted = self.ended = 0
         self.waiting: list[Job] = []
+        # What the last step kept of requests whose clients asked for values: by text.
+        self.kept: dict[str, dict[bytes, Record]] = {}
+        self.shown = self.advantages = 0
 
     def new(self) -> Job:
         self.count += 1
@@ -49,6 +55,8 @@ class Drafting:
         extra = None if asked is None else vllm_parts.asked(asked)
         if extra is not None and asked.abstain is not None:
             extra["guide_prune_token"] = END
+        if self.random.random() < 0.7:
+            extra = {**(extra or {}), "guide_values": 1, "guide_values_id": named(f"{self.count}")}
         sampling = vllm_parts.params(40, extra, stop_token_ids=[STOP, END])
         return Job(f"{self.count}", self.random.choice(PROMPTS), asked, sampling)
 
@@ -87,6 +95,11 @@ class Drafting:
             late=self.random.choice([0, DRAFTS]),
             in_parts=self.random.random() < 0.3,
         )
+        names = [named(job.name) for job in order]
+        self.kept = {
+            name: {each.text: each for each in records}
+            for name, records in decoded(of_this_process().take(names)).items()
+        }
         at = 0
         for job in order:
             rows = slice(at, at + job.rows)
@@ -107,12 +120,16 @@ class Drafting:
         """Every row that may be sampled from is brute force's; then some drafts are accepted."""
         if job.prefilled < len(job.ids):
             assert torch.equal(before, after), "a row that is still being prefilled changed"
+            assert named(job.name) not in self.kept
             return
+        self.compare_texts(job)
         accepts = self.random.choice([0, 1, 2, *[DRAFTS] * 5])
         written: list[int] = []
         self.verified += bool(job.drafts)
         for row in range(job.rows):
             self.compare(job, written, before[row], after[row])
+            if shows(job):
+                self.compare_values([*job.ids, *written], job, before[row])
             draft = job.drafts[row] if row < len(job.drafts) else -1
             may = draft >= 0 and after[row, draft] > -torch.inf
             if may and len(written) < accepts:
@@ -152,6 +169,52 @@ class Drafting:
             beyond = before if job.config.tail == "keep" else torch.full_like(before, -torch.inf)
             assert torch.equal(after[models.VOCAB :], beyond[models.VOCAB :])
 
+    def compare_texts(self, job: Job) -> None:
+        """Of every text that may be sampled from the step kept something, and of no other."""
+        texts, ids = [job.ids], list(job.ids)
+        for draft in job.drafts:
+            if draft in (-1, STOP, END) or self.forced(job, ids):
+                break
+            ids = [*ids, draft]
+            texts.append(ids)
+        expected = set(map(digest, texts)) if shows(job) else set()
+        assert set(self.kept.get(named(job.name), {})) == expected
+
+    def compare_values(self, ids: list[int], job: Job, before: torch.Tensor) -> None:
+        """V and the candidates' advantages, behind drafts as anywhere else."""
+        kept, ends = self.kept[named(job.name)][digest(ids)], [STOP, END]
+        assert kept.value == pytest.approx(BRUTE.values([ids])[0], abs=1e-4)
+        is_forced = self.forced(job, ids)
+        assert kept.final is not is_forced
+        logits, asked = before[: models.VOCAB], job.config
+        gated = asked is not None and asked.gate is not None
+        if asked is None or is_forced or (gated and logits.softmax(-1).max() >= asked.gate):
+            assert not kept.tokens
+            return
+        if not BRUTE.is_open(ids, asked, len(job.prompt)):
+            assert not kept.tokens
+            return
+        chosen = BRUTE.row(ids, logits, asked, ends, len(job.prompt)).candidates
+        inner = [token for token in chosen if token not in ends]
+        expected = dict.fromkeys(chosen, 0.0) | BRUTE.advantages(ids, inner, [], asked, ends)
+        assert {a: kept.advantage(a) for a in expected} == pytest.approx(expected, abs=1e-4)
+        assert len(kept.tokens) == 8 * len(expected)
+        self.shown += len(ids) > len(job.ids)
+        self.advantages += len(expected)
+
+
+def named(name: str) -> str:
+    """The guide_values_id of a job of this name."""
+    return f"{'the values of':16}{name}"
+
+
+def shows(job: Job) -> bool:
+    return "guide_values" in (job.sampling.extra_args or {})
+
+
+def digest(ids: list[int]) -> bytes:
+    return GrowingText(ids).digest()
+
 
 @pytest.mark.parametrize("cache_tokens", [None, pytest.param(90, marks=pytest.mark.slow)])
 def test_300_random_acceptances(monkeypatch, cache_tokens):
@@ -166,6 +229,7 @@ def test_300_random_acceptances(monkeypatch, cache_tokens):
         assert cache.pinned == 0
     assert drafting.accepted > 100
     assert drafting.compared > 500
+    assert drafting.shown > 50
     assert counts.draft_rows > 150
     assert counts.wasted_rows == counts.unguided_rows == counts.clamps == stats.passthroughs == 0
     assert counts.steps < counts.tokens

@@ -127,10 +127,10 @@ def test_a_candidate_is_found_by_its_whole_id():
 
 def test_a_handles_digest_is_that_of_its_tokens_whatever_becomes_of_it():
     text, handle = HandleText(), PrefixHandle(PROMPT)
-    assert text.digest(handle) == GrowingText(PROMPT).digest()
+    assert text.text(handle).digest() == GrowingText(PROMPT).digest()
     handle.append(4)
-    assert text.digest(handle) == GrowingText([*PROMPT, 4]).digest()
-    assert text.digest(handle) == GrowingText([*PROMPT, 4]).digest()
+    assert text.text(handle).digest() == GrowingText([*PROMPT, 4]).digest()
+    assert text.text(handle).digest() == GrowingText([*PROMPT, 4]).digest()
     for tokens in ([*PROMPT, 5, 6], PROMPT[:2], [1, 2, 3, 4, 5]):
         handle.sync(tokens)
-        assert text.digest(handle) == GrowingText(tokens).digest()
+        assert text.text(handle).digest() == GrowingText(tokens).digest()
