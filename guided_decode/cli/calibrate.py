@@ -177,7 +177,7 @@ def _messages(source: Path | None, held_out: Path | None, policy: str) -> tuple[
     if held_out is not None:
         return own, [row.messages for row in read_search_rows(held_out, None, skip=False)]
     if source is None:
-        return own, [_user(each) for each in task.held_out_prompts(len(own))]
+        return own, [_user(each) for each in task.held_out_prompts()]
     return own, []
 
 

@@ -107,14 +107,7 @@ def test_an_embedded_policy_is_calibrated_on_prompts_of_its_own_task():
         ("tiny-tulu-sft", "tiny-tulu-value", (0.015, 0.022, 0.04)),
         ("tiny-tulu-ppo", "tiny-tulu-value", (0.012, 0.02, 0.03)),
         ("tiny-tulu-lists-sft", "tiny-tulu-reward", (0.05, 0.1, 0.2)),
-        pytest.param(
-            "tiny-tulu-lists-sft",
-            "tiny-tulu-dpo",
-            (0.05, 0.1, 0.2),
-            marks=pytest.mark.xfail(
-                reason="0.05 and 0.1 are met; at 0.2 held-out prompts had 0.167, 16% less"
-            ),
-        ),
+        ("tiny-tulu-lists-sft", "tiny-tulu-dpo", (0.05, 0.1, 0.2)),
     ],
 )
 def test_the_divergence_is_the_one_asked_for_on_held_out_prompts(policy, scorer, targets):
@@ -122,7 +115,10 @@ def test_the_divergence_is_the_one_asked_for_on_held_out_prompts(policy, scorer,
     result = run("calibrate", "--policy", policy, "--scorer", scorer, *asked,
                  "--max-new-tokens", 80, "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
-    for found in json.loads(result.stdout)["results"]:
+    report = json.loads(result.stdout)
+    # Of half as many the divergence at 0.2 nats is known to 10% only.
+    assert report["held_out_prompts"] == 1000
+    for found in report["results"]:
         assert found["held_out_kl"] == pytest.approx(found["target_kl"], rel=0.15), found
 
 
