@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import secrets
+
 import pytest
 
 from guided_decode import GuidanceConfig
@@ -11,6 +14,9 @@ from tests.integrations.vllm.mixed_requests import CONFIGS
 from tests.integrations.vllm.test_runner_v2 import HERE, is_chosen, run, starts_it
 from tests.integrations.vllm.trunk_heads import BLOCK, PolicyWithHead, tap_config
 from tests.integrations.vllm.vllm_parts import params
+
+from guided_decode.integrations.vllm import take_values  # isort: skip
+from guided_decode.integrations.vllm.client_values.worker import EXTENSION  # isort: skip
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -32,30 +38,65 @@ ASKED = [
 # Some have few tokens to choose from, and soon repeat themselves, so that drafts are accepted; one
 # of them is penalised for it, behind drafts by these, too.
 FEW = [10, 11, 12, 13, 14]
-SAMPLING = [
-    params(
-        NEW,
-        None if config is None else vllm_parts.asked(config),
-        ignore_eos=True,
-        allowed_token_ids=FEW if i % 2 else None,
-        repetition_penalty=1.2 if i == 5 else 1.0,
-        presence_penalty=0.2 if i == 5 else 0.0,
-    )
-    for i, config in enumerate(ASKED)
-]
+SHOWS = {"worker_extension_cls": EXTENSION}
+
+
+def sampling(**keys):
+    """Of each request; keys: what all ask for besides."""
+    return [
+        params(
+            NEW,
+            {**({} if config is None else vllm_parts.asked(config)), **keys} or None,
+            ignore_eos=True,
+            allowed_token_ids=FEW if i % 2 else None,
+            repetition_penalty=1.2 if i == 5 else 1.0,
+            presence_penalty=0.2 if i == 5 else 0.0,
+        )
+        for i, config in enumerate(ASKED)
+    ]
+
+
+SAMPLING = sampling()
+
+
+def shown(llm):
+    """The tokens of each request, and what its client is shown of them."""
+    name = secrets.token_hex(16)
+    prompts = [{"prompt_token_ids": prompt} for prompt in PROMPTS]
+    asked = sampling(guide_values=1, guide_values_id=name)
+    outputs = llm.generate(prompts, asked, use_tqdm=False)
+    values = [samples[0] for samples in take_values(llm, outputs, name)]
+    return [list(output.outputs[0].token_ids) for output in outputs], values
+
+
+def assert_shown(llm, expected):
+    """Token for token the same V and advantages, or none, as without speculation."""
+    (tokens, values), (wanted_tokens, wanted) = shown(llm), expected
+    assert tokens == wanted_tokens
+    for own, other in itertools.chain.from_iterable(map(zip, values, wanted)):
+        assert [each is None for each in own] == [each is None for each in other]
+        assert [each or 0.0 for each in own] == pytest.approx([e or 0.0 for e in other], abs=1e-4)
+    assert not any(None in each.prefix_values for each in values)
+    scored = [config is not None and config.needs_scores for config in ASKED]
+    assert [any(each.advantages) for each in values] == scored
 
 
 @pytest.fixture(scope="module")
-def without():
-    """What the same engine answers that does not speculate."""
-    with vllm_parts.engine(vllm_parts.scorer_config()) as llm:
-        return vllm_parts.generate(llm, PROMPTS, SAMPLING)
+def answers():
+    """What the same engine answers that does not speculate, and what it shows."""
+    with vllm_parts.engine(vllm_parts.scorer_config(), **SHOWS) as llm:
+        return vllm_parts.generate(llm, PROMPTS, SAMPLING), shown(llm)
 
 
 @pytest.fixture(scope="module")
-def speculating(without):
+def without(answers):
+    return answers[0]
+
+
+@pytest.fixture(scope="module")
+def speculating(answers):
     # In this process there is one engine at a time.
-    with vllm_parts.engine(vllm_parts.scorer_config(), speculative_config=NGRAM) as llm:
+    with vllm_parts.engine(vllm_parts.scorer_config(), speculative_config=NGRAM, **SHOWS) as llm:
         yield llm
 
 
@@ -107,6 +148,15 @@ def test_a_mixed_batch_is_that_of_an_engine_without_speculation(speculating, wit
 
 
 @is_chosen
+def test_values_are_those_of_an_engine_without_speculation(speculating, answers):
+    before = vllm_parts.worker_report(speculating)
+    assert_shown(speculating, answers[1])
+    counts = spent(before, vllm_parts.worker_report(speculating))
+    assert counts["steps"] < 0.85 * counts["tokens"]
+    assert counts["passthroughs"] == 0
+
+
+@is_chosen
 def test_rows_end_and_gates_open_where_they_do_without_speculation(speculating):
     saving = saving_requests.made(models.tiny("llama", "token"))
     saving_requests.assert_engine(speculating, saving)
@@ -129,11 +179,12 @@ def assert_siblings(llm):
 @is_chosen
 def test_the_policys_own_trunk_looks_ahead_behind_drafts():
     """Guided, ended and compared by a head on the policy's trunk, as without speculation."""
-    with vllm_parts.engine(tap_config(), block_size=BLOCK) as llm:
-        wanted = vllm_parts.generate(llm, PROMPTS, SAMPLING)
-    more = {"block_size": BLOCK, "speculative_config": NGRAM}
+    with vllm_parts.engine(tap_config(), block_size=BLOCK, **SHOWS) as llm:
+        wanted, values = vllm_parts.generate(llm, PROMPTS, SAMPLING), shown(llm)
+    more = {"block_size": BLOCK, "speculative_config": NGRAM, **SHOWS}
     with vllm_parts.engine(tap_config(), **more) as llm:
         assert vllm_parts.generate(llm, PROMPTS, SAMPLING) == wanted
+        assert_shown(llm, values)
         report = vllm_parts.worker_report(llm)
         assert report["passthroughs"] == report["clamps"] == report["live"] == 0
         assert report["draft_rows"] > 0
@@ -143,6 +194,8 @@ def test_the_policys_own_trunk_looks_ahead_behind_drafts():
 
 
 @starts_it
-@pytest.mark.parametrize("which", ["mixed_batch", "other_engines", "rows_end", "siblings", "trunk"])
+@pytest.mark.parametrize(
+    "which", ["mixed_batch", "other_engines", "values", "rows_end", "siblings", "trunk"]
+)
 def test_on_v2(which):
     run(f"{HERE}/test_speculation.py", "-k", which)
