@@ -106,14 +106,14 @@ def spent(before, after):
 
 @is_chosen
 @pytest.mark.parametrize("own", ["async", "tight", "in parts"])
-def test_in_other_engines(without, own, monkeypatch):
+def test_in_other_engines(answers, without, own, monkeypatch):
     """Drafts that are not known to be rejected yet; prompts in pieces, preemption, evictions; more
     logits than vLLM verifies at once."""
     from vllm.v1.worker.gpu.spec_decode import rejection_sampler
 
     if own == "in parts":
         monkeypatch.setattr(rejection_sampler, "MAX_CHUNK_BYTES", 9 * models.VOCAB * 4)
-    more = {"speculative_config": {**NGRAM, "method": "ngram_gpu"}}
+    more = {"speculative_config": {**NGRAM, "method": "ngram_gpu"}, **SHOWS}
     config = vllm_parts.scorer_config()
     if own == "tight":
         more |= {"max_num_batched_tokens": 24, "enable_chunked_prefill": True, "block_size": 32,
@@ -122,6 +122,7 @@ def test_in_other_engines(without, own, monkeypatch):
         config = vllm_parts.scorer_config(cache_tokens=40 + NEW + 16 + DRAFTS)
     with vllm_parts.engine(config, **more) as llm:
         assert vllm_parts.generate(llm, PROMPTS, SAMPLING) == without
+        assert_shown(llm, answers[1])
         report = vllm_parts.worker_report(llm)
         if own == "tight":
             preempted = {m.name: m for m in llm.get_metrics()}["vllm:num_preemptions"].value
