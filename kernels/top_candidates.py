@@ -95,7 +95,7 @@ def top_candidates_reference(logits: Tensor, cut: Cut) -> TopCandidates:
         tops = values.detach().float().numpy()
         # Nothing ties, so nothing that counts is −inf either: torch.topk's order is the right one.
         if (tops[:, 1:] < tops[:, :-1]).all():
-            return TopCandidates(ids[:, :-1], None)
+            return TopCandidates(ids[:, :-1].contiguous(), None)
     candidates = _largest(logits, cut.width)
     chosen = logits.gather(-1, candidates).float()
     dropped = chosen == -torch.inf

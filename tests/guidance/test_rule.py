@@ -304,3 +304,9 @@ def test_shapes_that_do_not_belong_together_are_refused():
 def test_a_candidate_outside_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match=r"5\b.*vocabulary.*5 tokens"):
         guide(LOGITS, torch.tensor([[1, 3, 5]]), SCORES, GuidanceConfig())
+
+
+@pytest.mark.parametrize("ties", [False, True])
+def test_candidates_are_contiguous_so_that_callers_may_view_them(ties):
+    logits = torch.zeros(3, 9) if ties else torch.arange(27.0).view(3, 9)
+    assert select_candidates(logits, 4).is_contiguous()
