@@ -44,6 +44,14 @@ class Answers:
     tokens: list[list[int]]
     logprobs: list[Sequence[Any]] = field(default_factory=list)
 
+    def top_probabilities(self) -> list[float]:
+        """Of each token's place, what the likeliest token there had."""
+        return [
+            math.exp(max(each.logprob for each in tied.values()))
+            for request in self.logprobs
+            for tied in request
+        ]
+
     def lead(self, request: int, at: int, token: int) -> float:
         """By how many nats the token taken there was ahead of this one."""
         tied = self.logprobs[request][at]

@@ -14,6 +14,9 @@ from benchmarks.vllm_engines import Timing
 from benchmarks.vllm_plan import TOKENS
 
 TARGET_UNUSED, TARGET_HOST = 1.05, 60.0
+# Where the model decides, and not Python: by the trunk over by a critic of its size, by the trunk
+# (k 4, one request) and by that critic (k 8, eight requests) over plain.
+TARGET_TRUNK, TARGET_TRUNK_ALONE, TARGET_CRITIC = 0.8, 1.5, 2.3
 WIDTH = 150
 FILES = ("vllm_throughput.json", "vllm_throughput.txt")
 Verdicts = Sequence[tuple[str, bool]]
@@ -25,6 +28,7 @@ class Cell:
 
     full: whether the KV cache holds but a part of the requests.
     near_ties: unguided requests that got other tokens in the check, from a near tie on.
+    gate: of the way that has one, a probability.
     """
 
     concurrency: int
@@ -32,6 +36,7 @@ class Cell:
     turns: dict[str, list[Timing]] = field(default_factory=dict)
     full: bool = False
     near_ties: int = 0
+    gate: float | None = None
 
     def __str__(self) -> str:
         full = ", full KV cache" if self.full else ""
@@ -42,8 +47,12 @@ class Cell:
 
     def slowdown(self, way: str) -> list[float]:
         """Seconds over the plain engine's, round by round."""
-        pairs = zip(self.turns[way], self.turns["plain"], strict=True)
-        return [mine.seconds / plain.seconds for mine, plain in pairs]
+        return self.ratios(way, "plain")
+
+    def ratios(self, way: str, other: str) -> list[float]:
+        """Seconds of one way over another's, round by round."""
+        pairs = zip(self.turns[way], self.turns[other], strict=True)
+        return [mine.seconds / theirs.seconds for mine, theirs in pairs]
 
     def latency(self, way: str) -> float | None:
         """Median milliseconds between two tokens of an unguided request."""
@@ -60,8 +69,13 @@ class Cell:
         return statistics.median(values) if values else None
 
 
-def verdicts(cells: Sequence[Cell], gpu: bool = False) -> list[tuple[str, bool]]:
-    """The targets, each with what was measured; host work is told apart on a CPU only."""
+def verdicts(
+    cells: Sequence[Cell], gpu: bool = False, real_shape: bool = False
+) -> list[tuple[str, bool]]:
+    """The targets, each with what was measured; host work is told apart on a CPU only.
+
+    real_shape: of the policy, beside which the critic is of that shape too on a CPU.
+    """
     found = []
     for cell in cells:
         if "unused" in cell.turns:
@@ -75,6 +89,23 @@ def verdicts(cells: Sequence[Cell], gpu: bool = False) -> list[tuple[str, bool]]
         if cell.concurrency == 32 and hosts and not gpu:
             found.append((f"{cell}: host work < {TARGET_HOST:.0f} µs a row: {max(hosts):.0f}",
                           max(hosts) < TARGET_HOST))  # fmt: skip
+        if real_shape and not gpu:
+            found += _of_a_real_shape(cell)
+    return found
+
+
+def _of_a_real_shape(cell: Cell) -> list[tuple[str, bool]]:
+    """Targets of guidance where the forwards decide."""
+    wanted = [(f"trunk k {k}", f"k {k}", TARGET_TRUNK) for k in (4, 8)]
+    if cell.concurrency == 1:
+        wanted.append(("trunk k 4", "plain", TARGET_TRUNK_ALONE))
+    if cell.concurrency == 8:
+        wanted.append(("k 8", "plain", TARGET_CRITIC))
+    found = []
+    for way, other, target in wanted:
+        if {way, other} <= cell.turns.keys():
+            ratio = statistics.median(cell.ratios(way, other))
+            found.append((f"{cell}: {way} ≤ {target}× {other}: {ratio:.2f}", ratio <= target))
     return found
 
 
@@ -117,6 +148,7 @@ def write(
         "cells": [
             {"prompt": c.prompt, "concurrency": c.concurrency, "full": c.full}
             | {"near_ties": c.near_ties}
+            | ({} if c.gate is None else {"gate": c.gate})
             | {way: _numbers(c, way) for way in c.turns}
             for c in cells
         ],

@@ -21,6 +21,8 @@ A full KV cache: four times as many requests as the largest concurrency, of the 
 a cache that holds half of them, which is the cache of the other cells too. vLLM lets requests in
 by their prompts and preempts them as they grow; its own counter says how often.
 
+Gated: what half of the plain engine's tokens in the check were as sure as goes on unscored.
+
 Random weights of a shape, with tiny-tulu's tokens, make a policy's step as long as a real one's;
 their tokens are all nearly tied, so that the check says nothing. Beside 8B the scorer stays
 tiny-tulu; beside 135M (SmolLM2's shape) it is a critic of the policy's.
@@ -30,6 +32,7 @@ import argparse
 import itertools
 import math
 import random
+import statistics
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -48,9 +51,10 @@ from benchmarks.vllm_table import WIDTH, Cell, show, verdicts, withdraw, write
 
 # The last tokens of a prompt, which are in no cache.
 NEW = 8
-WAYS = ("plain", "unused", "k 4", "k 8", "k 16", "half k 8", "trunk k 4", "trunk k 8")
-# Without a third engine.
-USUAL = WAYS[:-2]
+GATED = "gated k 8"
+WAYS = ("plain", "unused", "k 4", "k 8", "k 16", "half k 8", GATED, "trunk k 4", "trunk k 8")
+# Without a third engine, and what needs log-probabilities.
+USUAL = WAYS[:6]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -60,6 +64,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     deadline, gpu = Deadline(options.seconds), on_gpu()
     console = Console(width=WIDTH)
     about = facts(" ".join(["python -m benchmarks.vllm_throughput", *given]), options.policy, gpu)
+    real_shape = SHAPES[options.policy] is not None
     title = f"vLLM on {'one GPU' if gpu else 'the CPU'}, {options.policy}"
     cells = cells_of(options)
     done: list[Cell] = []
@@ -71,7 +76,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 done.append(cell)
                 if options.out:
                     about["not_run"] = [str(left) for left in cells[len(done) :]]
-                    write(done, about, title, verdicts(done, gpu), options.out)
+                    write(done, about, title, verdicts(done, gpu, real_shape), options.out)
         except DisagreementError as error:
             console.print(f"[red]nothing is reported:[/] {error}")
             if options.out and done:
@@ -79,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return 1
         finally:
             engines.close()
-    show(done, title, verdicts(done, gpu), console)
+    show(done, title, verdicts(done, gpu, real_shape), console)
     return 0
 
 
@@ -133,20 +138,23 @@ def run_cell(
         left = deadline.left
         start = turn % len(ways)
         for way in (*ways[start:], *ways[:start]):
-            turns[way].append(take(engines, way, draw_prompts(cell, f"{way} {turn}")).timing)
+            prompts = draw_prompts(cell, f"{way} {turn}")
+            turns[way].append(take(engines, way, prompts, cell.gate).timing)
         longest = max(longest, left - deadline.left)
     cell.turns = turns
     return cell
 
 
-def take(engines: Engines, way: str, prompts: list[list[int]]) -> Answers:
-    """A turn of a way.
+def take(
+    engines: Engines, way: str, prompts: list[list[int]], gate: float | None = None
+) -> Answers:
+    """A turn of a way; gate: of one that has any.
 
     Raises DisagreementError: rows asked for guidance and got none.
     """
     if way == "plain":
         return engines.answer(prompts)
-    asked = requests(way, len(prompts))
+    asked = requests(way, len(prompts), gate)
     answers, in_vain = engines.guide(prompts, asked, by_trunk=way.startswith("trunk"))
     if in_vain:
         raise DisagreementError(f"{way}: {in_vain} rows or more went unguided: see the log")
@@ -156,14 +164,18 @@ def take(engines: Engines, way: str, prompts: list[list[int]]) -> Answers:
 def check(engines: Engines, cell: Cell, ways: Sequence[str]) -> int:
     """How many unguided requests differ from the plain engine's, all of them from a near tie on.
 
+    It leaves the cell's gate, where a way has one.
+
     Raises DisagreementError: the first token that differs was not so near.
     """
     prompts, near = draw_prompts(cell, "check"), engines.plan.near_tie
-    plain = engines.answer(prompts, logprobs=near > 0)
+    plain = engines.answer(prompts, logprobs=near > 0 or GATED in ways)
+    if GATED in ways:
+        cell.gate = statistics.median(plain.top_probabilities())
     ties = 0
     for way in (way for way in ways if way != "plain"):
-        answers = take(engines, way, prompts)
-        for i, extra in enumerate(requests(way, len(prompts))):
+        answers = take(engines, way, prompts, cell.gate)
+        for i, extra in enumerate(requests(way, len(prompts), cell.gate)):
             if extra is None and (lead := first_lead(plain, answers, i)) is not None:
                 if lead > near:
                     raise DisagreementError(
@@ -182,11 +194,13 @@ def first_lead(plain: Answers, other: Answers, request: int) -> float | None:
     return None
 
 
-def requests(way: str, count: int) -> list[dict[str, Any] | None]:
+def requests(way: str, count: int, gate: float | None = None) -> list[dict[str, Any] | None]:
     """What each request of a way asks for."""
     if way == "unused":
         return [None] * count
-    extra = {"guide": 1, "guide_top_k": int(way.split()[-1])}
+    extra: dict[str, Any] = {"guide": 1, "guide_top_k": int(way.split()[-1])}
+    if way == GATED:
+        extra["guide_gate"] = gate
     every = 2 if way.startswith("half") else 1
     return [extra if i % every == 0 else None for i in range(count)]
 

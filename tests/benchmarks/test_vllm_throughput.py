@@ -257,3 +257,30 @@ def test_host_work_has_a_target_on_a_cpu_only():
         ("prompts of 20, concurrency 32: host work < 60 µs a row: 80", False)
     ]
     assert vllm_table.verdicts(cells, gpu=True) == []
+
+
+def test_a_gate_lets_half_of_what_the_plain_engine_was_sure_of_pass():
+    chosen = SimpleNamespace(logprob=math.log(0.7))
+    other = SimpleNamespace(logprob=math.log(0.2))
+    answers = Answers(Timing(1.0, 3, []), [[1, 2], [3]], [[{1: chosen}, {2: other, 4: chosen}],
+                      [{3: other}]])  # fmt: skip
+    assert answers.top_probabilities() == pytest.approx([0.7, 0.7, 0.2])
+    asked = vllm_throughput.requests(vllm_throughput.GATED, 2, 0.7)
+    assert asked == [{"guide": 1, "guide_top_k": 8, "guide_gate": 0.7}] * 2
+    assert vllm_throughput.GATED not in vllm_throughput.USUAL
+
+
+def test_where_the_model_decides_ways_are_held_to_each_other():
+    def cell(concurrency: int, **seconds: float) -> Cell:
+        turns = {name.replace("_", " "): [Timing(s, 64, [])] for name, s in seconds.items()}
+        return Cell(concurrency, 256, turns)
+
+    alone = cell(1, plain=1.0, k_4=2.0, trunk_k_4=1.7)
+    eight = cell(8, plain=1.0, k_8=2.2)
+    found = vllm_table.verdicts([alone, eight], real_shape=True)
+    assert [(text.split(": ", 1)[1], met) for text, met in found] == [
+        ("trunk k 4 ≤ 0.8× k 4: 0.85", False),
+        ("trunk k 4 ≤ 1.5× plain: 1.70", False),
+        ("k 8 ≤ 2.3× plain: 2.20", True),
+    ]
+    assert vllm_table.verdicts([alone, eight]) == []
