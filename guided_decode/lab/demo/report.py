@@ -139,4 +139,4 @@ def _score(outcome: Outcome) -> str:
 def _span(low: float, high: float, counted: bool) -> str:
     if counted:
         return f"{low * 100:.0f}–{high * 100:.0f}"
-    return f"{low:+.2f} to {high:+.2f}"
+    return f"{low:+.2f}…{high:+.2f}"
