@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""What guidance makes of each candidate's logit: shared by guide_logits and guide_sample."""
+"""What guidance makes of each candidate's logit."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # mypy: allow-untyped-defs, allow-incomplete-defs
-"""Guidance, temperature and Gumbel-max over the candidates, without touching the vocabulary."""
+"""Sampling by Gumbel-max, whose noise is a function of seed, position and token id."""
 
 from __future__ import annotations
 
@@ -8,158 +8,137 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from guided_decode.kernels.candidate_shift import (
-    MAX_CANDIDATES,
-    Shift,
-    candidate_logits,
-    shift_candidates,
-)
 from guided_decode.kernels.gumbel import gumbel, gumbel_noise
 from guided_decode.kernels.jit import kernel, next_power_of_two, on_gpu
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-_NO_TOKEN = -1
+_BLOCK_V = 1024
+# Rows of a vocabulary beyond this go to the reference: the second launch holds its blocks.
+MAX_VOCAB = 1 << 20
 
 
-def guide_sample(
+def sample_tokens(
     logits: Tensor,  # [rows, vocab] any float
-    candidates: Tensor,  # [rows, k] int64, -1 where padded
-    values: Tensor,  # [rows, k] float32
-    baseline: Tensor,  # [rows] float32
-    *,
-    beta: Tensor,  # [rows] float32
-    margin: Tensor,  # [rows] float32
-    mean_baseline: Tensor,  # [rows] bool
-    scored: Tensor,  # [rows, k] bool
     temperature: Tensor,  # [rows] float32
     seeds: Tensor,  # [rows] int64
     positions: Tensor,  # [rows] int64
-    penalty: Tensor | None = None,  # [rows, k] float32
-    min_keep: int = 1,
 ) -> Tensor:
-    """Samples each row's next token from what guide_logits makes of it under tail="mask".
+    """Draws each row's next token from softmax(logits / temperature).
 
-        token = argmax over C of l'(a) / temperature + g(seed, position, a)
+        token = argmax over v of l(v) / temperature + g(seed, position, v)
 
-    with l' by guide_logits, rounded to the logits' dtype, and g by gumbel_noise (Gumbel-max:
-    Maddison et al. 2014). Where temperature is 0, the argmax of l'. Ties go to the lower token id.
-    The token is that of the argmax over the vocabulary with the same noise and −inf outside C;
-    under tail="keep" the others could be drawn, so that such rows want guide_logits instead, as
-    do rows whose scores may fail: here such a row's candidates are drawn by their own logits.
+    with g by gumbel_noise (Gumbel-max: Maddison et al. 2014). Where temperature is 0, the argmax of
+    l. Ties go to the lower token id. What a row draws depends on nothing but its own arguments.
 
     Args:
-        logits: [rows, vocab], not changed; read at the candidates.
-        candidates, values, baseline, beta, margin, mean_baseline, scored, penalty, min_keep: as
-            guide_logits takes them.
+        logits: [rows, vocab], not changed, without NaN; −inf is never drawn beside a finite one.
         temperature: float32 [rows], at least 0.
         seeds: int64 [rows], the request's.
         positions: int64 [rows], of the token that is drawn; no pair (seed, position) twice.
 
     Returns:
-        int64 [rows]; -1 for a row without candidates (padding of a CUDA graph).
+        int64 [rows].
     """
-    shift = Shift(
-        candidates, values, baseline, beta, margin, mean_baseline, scored, penalty, min_keep
-    )
-    if on_gpu(logits) and 0 < candidates.shape[-1] <= MAX_CANDIDATES:
-        return guide_sample_triton(logits, shift, temperature, seeds, positions)
-    return guide_sample_reference(logits, shift, temperature, seeds, positions)
+    if on_gpu(logits) and logits.shape[-1] <= MAX_VOCAB:
+        return sample_tokens_triton(logits, temperature, seeds, positions)
+    return sample_tokens_reference(logits, temperature, seeds, positions)
 
 
-def guide_sample_reference(
-    logits: Tensor, shift: Shift, temperature: Tensor, seeds: Tensor, positions: Tensor
+def sample_tokens_reference(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
-    """The specification of `guide_sample`."""
-    tokens = shift.candidates
-    own = logits.gather(-1, tokens.clamp(min=0))
-    guided = candidate_logits(own, shift).logits.float().masked_fill(tokens < 0, -torch.inf)
-    noise = gumbel_noise(seeds[:, None], positions[:, None], tokens.clamp(min=0))
-    greedy = (temperature == 0)[:, None]
-    keys = torch.where(greedy, guided, guided / temperature[:, None] + noise)
-    best = keys.amax(-1, keepdim=True)
-    last = torch.iinfo(torch.int64).max
-    winner = tokens.masked_fill((keys < best) | (tokens < 0), last).amin(-1)
-    return winner.masked_fill(winner == last, _NO_TOKEN)
+    """The specification of `sample_tokens`."""
+    return sampling_keys(logits, temperature, seeds, positions).argmax(-1)
 
 
-def guide_sample_triton(
-    logits: Tensor, shift: Shift, temperature: Tensor, seeds: Tensor, positions: Tensor
+def sampling_keys(logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor) -> Tensor:
+    """What the largest of is drawn, float32 [rows, vocab]; arguments as of `sample_tokens`."""
+    greedy, heat = (temperature == 0)[:, None], temperature[:, None]
+    vocabulary = torch.arange(logits.shape[-1], device=logits.device)
+    noise = gumbel_noise(seeds[:, None], positions[:, None], vocabulary)
+    own = logits.float()
+    return torch.where(greedy, own, own / heat.masked_fill(greedy, 1.0) + noise)
+
+
+def sample_tokens_triton(
+    logits: Tensor, temperature: Tensor, seeds: Tensor, positions: Tensor
 ) -> Tensor:
-    """The same on a GPU, in one launch.
+    """The same on a GPU, in two launches.
 
-    Unfused: guide_logits' launch, which writes the vocabulary once, then a division, a softmax,
-    exponential noise, a quotient and an argmax over it: 6 launches, 10 · rows · vocab · itemsize
-    bytes. This reads about 60 bytes a candidate, the sector around its logit counted.
+    Unfused: Philox in int64, some 200 launches over [rows, vocab] of 8 bytes a number. This reads
+    itemsize bytes a token, and writes and reads 12 for each 1024 of them.
     """
-    rows, _ = logits.shape
-    tokens = torch.empty(rows, dtype=torch.int64, device=logits.device)
-    block = next_power_of_two(shift.candidates.shape[-1])
-    _guide_sample_kernel.launch(
-        (rows,),
+    rows, vocab = logits.shape
+    blocks = -(-vocab // _BLOCK_V)
+    keys = torch.empty(rows, blocks, dtype=torch.float32, device=logits.device)
+    tokens = torch.empty(rows, blocks, dtype=torch.int64, device=logits.device)
+    drawn = torch.empty(rows, dtype=torch.int64, device=logits.device)
+    _best_of_blocks_kernel.launch(
+        (rows, blocks),
         logits,
+        keys,
         tokens,
         temperature,
         seeds,
         positions,
-        *shift.arguments(),
+        vocab,
         logits.stride(0),
         logits.stride(1),
         temperature.stride(0),
         seeds.stride(0),
         positions.stride(0),
-        BLOCK_K=block,
-        num_warps=4 if block > 128 else 1,
+        BLOCK_V=_BLOCK_V,
+        num_warps=4,
     )
-    return tokens
+    _best_of_rows_kernel.launch(
+        (rows,), keys, tokens, drawn, blocks, BLOCKS=next_power_of_two(blocks), num_warps=1
+    )
+    return drawn
 
 
-@kernel(do_not_specialize=("k", "min_keep"))
-def _guide_sample_kernel(
+@kernel()
+def _best_of_blocks_kernel(
     logits,
+    keys,
     tokens,
     temperature,
     seeds,
     positions,
-    candidates,
-    values,
-    scored,
-    penalty,
-    baseline,
-    beta,
-    margin,
-    mean_baseline,
-    baseline_stride,
-    beta_stride,
-    margin_stride,
-    mean_stride,
-    k,
-    min_keep,
+    vocab,
     row_stride,
     token_stride,
     temperature_stride,
     seed_stride,
     position_stride,
-    BLOCK_K: tl.constexpr,
+    BLOCK_V: tl.constexpr,
 ):
-    """One program draws one row's token."""
+    """One program finds the largest key of BLOCK_V tokens of a row, and the first that has it."""
     row = tl.program_id(0).to(tl.int64)
-    offsets = tl.arange(0, BLOCK_K)
-    token = tl.load(candidates + row * k + offsets, mask=offsets < k, other=-1)
-    valid = token >= 0
-    own = tl.load(logits + row * row_stride + token * token_stride, mask=valid, other=0.0)
-    guided, _ = shift_candidates(
-        own, token, row, values, scored, penalty, baseline, beta, margin, mean_baseline,
-        baseline_stride, beta_stride, margin_stride, mean_stride, k, min_keep, BLOCK_K,
-    )  # fmt: skip
-    keys = guided.to(tl.float32)
+    block = tl.program_id(1)
+    token = block * BLOCK_V + tl.arange(0, BLOCK_V).to(tl.int64)
+    inside = token < vocab
+    at = logits + row * row_stride + token * token_stride
+    key = tl.load(at, mask=inside, other=float("-inf")).to(tl.float32)
     heat = tl.load(temperature + row * temperature_stride)
     if heat != 0.0:
         seed = tl.load(seeds + row * seed_stride)
         position = tl.load(positions + row * position_stride)
-        keys = tl.div_rn(keys, tl.zeros_like(keys) + heat) + gumbel(seed, position, token)
-    keys = tl.where(valid, keys, float("-inf"))
-    last: tl.constexpr = 0x7FFFFFFFFFFFFFFF
-    winner = tl.min(tl.where(valid & (keys == tl.max(keys)), token, last))
-    tl.store(tokens + row, tl.where(winner == last, -1, winner))
+        key = tl.div_rn(key, tl.zeros_like(key) + heat) + gumbel(seed, position, token)
+    best = tl.max(key)
+    first = tl.min(tl.where(inside & (key == best), token, 0x7FFFFFFFFFFFFFFF))
+    tl.store(keys + row * tl.num_programs(1) + block, best)
+    tl.store(tokens + row * tl.num_programs(1) + block, first)
+
+
+@kernel()
+def _best_of_rows_kernel(keys, tokens, drawn, blocks, BLOCKS: tl.constexpr):
+    """One program finds the best of a row's blocks: of equal ones the first."""
+    row = tl.program_id(0).to(tl.int64)
+    block = tl.arange(0, BLOCKS)
+    inside = block < blocks
+    key = tl.load(keys + row * blocks + block, mask=inside, other=float("-inf"))
+    token = tl.load(tokens + row * blocks + block, mask=inside, other=0x7FFFFFFFFFFFFFFF)
+    best = inside & (key == tl.max(key))
+    tl.store(drawn + row, tl.min(tl.where(best, token, 0x7FFFFFFFFFFFFFFF)))

@@ -15,7 +15,6 @@ from benchmarks.gpu.floors import LLAMA2_13B, LLAMA3_8B, Size
 from benchmarks.gpu.timing import rotations
 from guided_decode.kernels.candidate_shift import Shift
 from guided_decode.kernels.guide_logits import guide_logits_reference, guide_logits_triton
-from guided_decode.kernels.guide_sample import guide_sample_reference, guide_sample_triton
 from guided_decode.kernels.lm_head_value import (
     ValueWeights,
     lm_head_value_reference,
@@ -23,6 +22,7 @@ from guided_decode.kernels.lm_head_value import (
 )
 from guided_decode.kernels.norm import Norm
 from guided_decode.kernels.norm_rows import norm_rows_reference, norm_rows_triton
+from guided_decode.kernels.sample_tokens import sample_tokens_reference, sample_tokens_triton
 from guided_decode.kernels.top_candidates import (
     Cut,
     top_candidates_reference,
@@ -82,7 +82,7 @@ def makers(device: str, dtype: torch.dtype = torch.bfloat16) -> list[Maker]:
             ),
             Maker(partial(top_candidates_case, size, rows, 16, device), closer),
             Maker(partial(guide_logits_case, size, rows, 16, device), closer),
-            Maker(partial(guide_sample_case, size, rows, 16, device), closer),
+            Maker(partial(sample_tokens_case, size, rows, device), closer),
         ]
     for batch, prefix, k, size in product((1, 64, 4, 16), (512, 4096), (16, 4, 32, 8), sizes):
         if (batch, prefix, k) != (16, 4096, 16):
@@ -181,27 +181,24 @@ def guide_logits_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
     )
 
 
-def guide_sample_case(size: Size, rows: int, k: int, device: str) -> KernelCase:
-    moved = 60.0 * rows * k
+def sample_tokens_case(size: Size, rows: int, device: str) -> KernelCase:
     sets = rotations(rows * size.vocab * 4, most=32)
     logits = torch.randn(sets, rows, size.vocab, device=device)
-    shift = _shift(rows, k, size.vocab, device)
     heat = torch.full((rows,), 0.8, device=device)
     seeds, positions = torch.arange(rows, device=device), torch.arange(rows, device=device) + 100
-    mask = torch.zeros(rows, device=device).bool()
 
     def unfused(x: Tensor) -> Tensor:
-        guided = guide_logits_reference(x, shift, mask).logits
-        shares = (guided / heat[:, None]).softmax(-1)
+        # torch's own noise, which is no function of the request.
+        shares = (x / heat[:, None]).softmax(-1)
         return (shares / torch.empty_like(shares).exponential_()).argmax(-1)
 
     return KernelCase(
-        "guide_sample",
-        f"{rows} rows, vocabulary {size.vocab}, k {k}",
-        moved,
-        [lambda x=x: guide_sample_triton(x, shift, heat, seeds, positions) for x in logits],
+        "sample_tokens",
+        f"{rows} rows, vocabulary {size.vocab}",
+        4.0 * rows * size.vocab,
+        [lambda x=x: sample_tokens_triton(x, heat, seeds, positions) for x in logits],
         [lambda x=x: unfused(x) for x in logits],
-        lambda: guide_sample_reference(logits[0], shift, heat, seeds, positions),
+        lambda: sample_tokens_reference(logits[0], heat, seeds, positions),
         # The share of rows whose two best keys may be a rounding apart.
         tolerance=0.1,
     )

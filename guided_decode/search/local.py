@@ -21,7 +21,7 @@ from guided_decode.checkpoints.precision import (
 from guided_decode.checkpoints.source import ModelLike, open_source
 from guided_decode.checkpoints.tokenizer_files import load_tokenizer
 from guided_decode.forward.modes import without_autograd
-from guided_decode.kernels.gumbel import gumbel_noise
+from guided_decode.kernels.sample_tokens import sample_tokens
 from guided_decode.prefix import PrefixHandle
 from guided_decode.scoring.implicit import LanguageModel
 from guided_decode.search.likeliest import likeliest
@@ -175,27 +175,25 @@ class _Row:
 def draw(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
     """The next token of each row, int64 [rows]: by Gumbel-max, the largest logit where greedy."""
     device = logits.device
-    heat = torch.tensor([row.sampling.temperature for row in rows]).to(device)[:, None]
-    most = torch.tensor([row.sampling.top_p for row in rows]).to(device)[:, None]
-    greedy = heat == 0
-    scaled = torch.where(greedy, logits, logits / heat.masked_fill(greedy, 1.0))
+    heat = torch.tensor([row.sampling.temperature for row in rows]).to(device)
     if any(row.sampling.top_p < 1.0 for row in rows):
-        scaled = within_mass(scaled, most)
-    seeds = torch.tensor([row.seed for row in rows]).to(device)[:, None]
-    positions = torch.tensor([len(row.handle) for row in rows]).to(device)[:, None]
-    vocabulary = torch.arange(logits.shape[-1], device=device)[None]
-    noise = gumbel_noise(seeds, positions, vocabulary)
-    return torch.where(greedy, scaled, scaled + noise).argmax(-1)
+        most = torch.tensor([row.sampling.top_p for row in rows]).to(device)
+        scaled = logits / heat.masked_fill(heat == 0, 1.0)[:, None]
+        logits = logits.masked_fill(outside_mass(scaled, most[:, None]), -torch.inf)
+    seeds = torch.tensor([row.seed for row in rows]).to(device)
+    positions = torch.tensor([len(row.handle) for row in rows]).to(device)
+    return sample_tokens(logits, heat, seeds, positions)
 
 
-def within_mass(logits: Tensor, mass: Tensor) -> Tensor:
-    """Logits with −inf outside the smallest set of largest ones that reaches `mass`, [rows, 1]."""
+def outside_mass(logits: Tensor, mass: Tensor) -> Tensor:
+    """What is not in the smallest set of largest logits that reaches `mass`, [rows, 1]: bool
+    [rows, vocab]."""
     ordered, order = logits.sort(dim=-1, descending=True, stable=True)
     share = ordered.softmax(-1)
     # What comes before a token: the token that reaches the mass is still in.
     out = (share.cumsum(-1) - share >= mass) & (mass < 1.0)
     out[:, 0] = False
-    return logits.masked_fill(torch.zeros_like(out).scatter(-1, order, out), -torch.inf)
+    return torch.zeros_like(out).scatter(-1, order, out)
 
 
 @without_autograd

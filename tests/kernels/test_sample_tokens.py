@@ -1,16 +1,15 @@
-"""guide_sample: its noise, its distribution, and the draw over the whole vocabulary."""
+"""sample_tokens: its noise, its distribution, and that no row's draw depends on another's."""
 
 import pytest
 import torch
 
-from guided_decode.kernels.candidate_shift import MAX_CANDIDATES
-from guided_decode.kernels.guide_logits import guide_logits_reference
-from guided_decode.kernels.guide_sample import (
-    guide_sample,
-    guide_sample_reference,
-    guide_sample_triton,
-)
 from guided_decode.kernels.gumbel import gumbel_noise, philox
+from guided_decode.kernels.sample_tokens import (
+    sample_tokens,
+    sample_tokens_reference,
+    sample_tokens_triton,
+    sampling_keys,
+)
 from tests.kernels.kernel_cases import (
     ARCHITECTURES,
     DEVICE,
@@ -24,21 +23,20 @@ from tests.kernels.kernel_cases import (
     recorded,
     runs_kernels,
 )
-from tests.kernels.test_guide_logits import case
 from tests.significance import chi_squared_p, kolmogorov_p
 
-SHAPES = [(1, 1), (5, 3), (64, 16), (7, 64), (3, 200)]
 
-
-def draw_case(rows, k, vocab, *, device="cpu", dtype=torch.float32, seed=0, **fields):
-    """What guide_sample takes: every fourth row is greedy."""
-    logits, shift, _ = case(rows, k, vocab, device=device, dtype=dtype, seed=seed, **fields)
+def draw_case(rows, vocab, *, device="cpu", dtype=torch.float32, seed=0):
+    """What sample_tokens takes: every fourth row is greedy, and a tenth of the tokens is −inf."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(rows, vocab, generator=generator).to(dtype)
+    logits[torch.rand(rows, vocab, generator=generator) < 0.1] = -torch.inf
     row = torch.arange(rows)
     temperature = torch.where(row % 4 == 3, 0.0, 0.5 + row % 3)
     seeds = (row + 1) * 0x9E3779B97F4A7C1 + seed
     # Beyond 32 bits, so that both words are seen.
     positions = row * 3 + (row % 2 << 33)
-    return (logits, shift, *(x.to(device) for x in (temperature, seeds, positions)))
+    return tuple(x.to(device) for x in (logits, temperature, seeds, positions))
 
 
 def words(*hexadecimal):
@@ -83,54 +81,42 @@ def test_noise_depends_on_each_of_its_keys():
     assert gumbel_noise(seeds, positions, tokens).unique().numel() == 7
 
 
-def whole_vocabulary(logits, shift, temperature, seeds, positions):
-    """Gumbel-max over the vocabulary with −inf outside the candidates, -1 where there are none."""
-    everywhere = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
-    guided = guide_logits_reference(logits, shift, everywhere).logits.float()
-    tokens = torch.arange(logits.shape[1], device=logits.device)
-    noise = gumbel_noise(seeds[:, None], positions[:, None], tokens)
-    greedy = (temperature == 0)[:, None]
-    keys = torch.where(greedy, guided, guided / temperature[:, None] + noise)
-    return keys.argmax(-1).masked_fill((shift.candidates < 0).all(-1), -1), keys
+def in_rows(given, rows):
+    return tuple(x[rows] for x in given)
 
 
 @pytest.mark.parametrize("vocab", [257, *VOCABULARIES])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_drawing_among_candidates_is_drawing_from_the_vocabulary(vocab, dtype):
-    for seed in range(6):
-        given = draw_case(9, 16, vocab, dtype=dtype, seed=seed)
-        assert torch.equal(guide_sample_reference(*given), whole_vocabulary(*given)[0])
+def test_a_row_is_drawn_as_it_would_be_alone(vocab, dtype):
+    given = draw_case(9, vocab, dtype=dtype)
+    drawn = sample_tokens(*given)
+    assert drawn.dtype == torch.int64
+    assert torch.equal(drawn, sample_tokens_reference(*given))
+    alone = [sample_tokens(*in_rows(given, slice(i, i + 1))) for i in range(9)]
+    assert torch.equal(drawn, torch.cat(alone))
+    greedy = given[1] == 0
+    assert torch.equal(drawn[greedy], given[0][greedy].argmax(-1))
 
 
-@pytest.mark.parametrize(("rows", "k"), SHAPES)
-def test_any_shape_is_drawn_from_the_vocabulary(rows, k):
-    given = draw_case(rows, k, 5003, min_keep=2, penalty=False)
-    assert torch.equal(guide_sample_reference(*given), whole_vocabulary(*given)[0])
-
-
-def test_public_function_is_the_reference_on_a_cpu():
-    given = draw_case(9, 16, 5003)
-    logits, shift, temperature, seeds, positions = given
-    drawn = guide_sample(
-        logits, **shift._asdict(), temperature=temperature, seeds=seeds, positions=positions
-    )
-    assert torch.equal(drawn, guide_sample_reference(*given))
+def test_what_is_minus_infinity_is_never_drawn():
+    logits, temperature, seeds, _ = in_rows(draw_case(4, 50), slice(0, 1))
+    logits[:, 7:] = -torch.inf
+    many = (logits.expand(2000, -1), temperature.expand(2000), seeds.expand(2000))
+    drawn = sample_tokens(*many, torch.arange(2000))
+    left = logits[0, :7] > -torch.inf
+    assert set(drawn.tolist()) == set(left.nonzero().flatten().tolist())
 
 
 def one_row_often(draws, device="cpu"):
-    """One row of 16 candidates, some pruned, at `draws` positions."""
-    logits, shift, *_ = case(1, 16, 1000, device=device)
-    shift = shift._replace(margin=torch.tensor([1.5], device=device))
-    many = [x.expand(draws, *x.shape[1:]) if isinstance(x, torch.Tensor) else x for x in shift]
+    """One row of 20 likely tokens among others, at `draws` positions."""
+    logits = torch.full((1, 1000), -torch.inf)
+    logits[0, ::50] = torch.randn(20, generator=torch.Generator().manual_seed(3))
     given = torch.full((draws,), 0.8), torch.full((draws,), 11), torch.arange(draws)
-    return (logits.expand(draws, -1), type(shift)(*many), *(x.to(device) for x in given))
+    return tuple(x.to(device) for x in (logits.expand(draws, -1), *given))
 
 
-def assert_distributed(tokens, logits, shift):
-    hidden = torch.zeros(1, dtype=torch.bool, device=logits.device)
-    one = type(shift)(*(x[:1] if isinstance(x, torch.Tensor) else x for x in shift))
-    guided = guide_logits_reference(logits[:1], one, hidden).logits
-    exact = (guided.double() / 0.8).softmax(-1)[0].cpu()
+def assert_distributed(tokens, logits):
+    exact = (logits[0].double() / 0.8).softmax(-1).cpu()
     counts = torch.bincount(tokens.cpu(), minlength=1000).double()
     assert not counts[exact == 0].any()
     likely = exact * len(tokens) >= 5
@@ -141,27 +127,31 @@ def assert_distributed(tokens, logits, shift):
     assert chi_squared_p(observed[seen], wanted[seen]) > 0.01
 
 
-def test_draws_follow_the_guided_softmax():
+def test_draws_follow_the_softmax():
     given = one_row_often(20000)
-    assert_distributed(guide_sample_reference(*given), *given[:2])
+    assert_distributed(sample_tokens_reference(*given), given[0])
+
+
+def tied(device="cpu"):
+    """Rows of one logit: without noise, and one that is −inf everywhere."""
+    logits = torch.zeros(3, 5003)
+    logits[1, :1500] = -torch.inf
+    logits[2] = -torch.inf
+    nothing = torch.zeros(3, dtype=torch.int64)
+    return tuple(x.to(device) for x in (logits, torch.zeros(3), nothing, nothing))
 
 
 def test_ties_go_to_the_lower_token():
-    logits, shift, temperature, seeds, positions = draw_case(1, 16, 257)
-    unscored = torch.zeros_like(shift.scored)
-    drawn = guide_sample_reference(
-        torch.zeros_like(logits), shift._replace(scored=unscored), temperature * 0, seeds, positions
-    )
-    assert drawn == shift.candidates.min()
+    assert sample_tokens_reference(*tied()).tolist() == [0, 1500, 0]
 
 
 def assert_same_draws(drawn, given):
     """The reference's token, but where two keys are a rounding apart."""
-    wanted, keys = whole_vocabulary(*given)
-    assert torch.equal(drawn < 0, wanted < 0)
-    best, own = (keys.gather(-1, x.clamp(min=0)[:, None])[:, 0] for x in (wanted, drawn))
+    keys = sampling_keys(*given)
+    wanted = keys.argmax(-1)
+    best, own = (keys.gather(-1, x[:, None])[:, 0] for x in (wanted, drawn))
     different = drawn != wanted
-    eps = torch.finfo(given[0].dtype).eps
+    eps = torch.finfo(torch.float32).eps
     assert (best - own <= 16 * eps * best.abs().clamp(min=1))[different].all()
     assert different.sum() <= max(1, len(drawn) // 20)
 
@@ -170,72 +160,57 @@ def assert_same_draws(drawn, given):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("vocab", [100, *VOCABULARIES])
 def test_kernel_draws_as_the_reference(vocab, dtype, monkeypatch):
-    given = draw_case(9, 16, vocab, device=DEVICE, dtype=dtype)
+    given = draw_case(9, vocab, device=DEVICE, dtype=dtype)
     poisoned(monkeypatch)
-    assert_same_draws(guide_sample_triton(*given), given)
+    assert_same_draws(sample_tokens_triton(*given), given)
 
 
 @runs_kernels
-@pytest.mark.parametrize(("rows", "k"), [*SHAPES, (2, MAX_CANDIDATES)])
-@pytest.mark.parametrize(("penalty", "min_keep"), [(True, 1), (False, 3)])
-def test_kernel_takes_any_number_of_candidates(rows, k, penalty, min_keep, monkeypatch):
-    given = draw_case(rows, k, 5003, device=DEVICE, penalty=penalty, min_keep=min_keep)
+def test_kernel_takes_logits_and_settings_with_any_strides(monkeypatch):
+    logits, temperature, *noise = draw_case(6, 3000, device=DEVICE)
+    wide = torch.empty(3000, 6, device=DEVICE).T.copy_(logits)
+    heat = temperature.repeat_interleave(2)[::2]
+    assert heat.stride(0) == 2
     poisoned(monkeypatch)
-    assert_same_draws(guide_sample_triton(*given), given)
+    assert_same_draws(sample_tokens_triton(wide, heat, *noise), (logits, temperature, *noise))
 
 
 @runs_kernels
-def test_kernel_draws_alike_from_candidates_and_from_the_vocabulary():
-    logits, shift, *noise = draw_case(12, 16, 700, device=DEVICE, penalty=False)
-    drawn = guide_sample_triton(logits, shift, *noise)
-    hidden = torch.zeros(12, dtype=torch.bool, device=DEVICE)
-    guided = guide_logits_reference(logits, shift, hidden).logits
-    everything = torch.arange(700, device=DEVICE).expand(12, -1)
-    plain = torch.zeros(12, 700, device=DEVICE)
-    whole = shift._replace(candidates=everything, values=plain, scored=plain > 0)
-    live = (shift.candidates >= 0).any(-1)
-    assert torch.equal(guide_sample_triton(guided, whole, *noise)[live], drawn[live])
-    assert (drawn[~live] == -1).all()
+def test_kernels_ties_go_to_the_lower_token(monkeypatch):
+    given = tied(DEVICE)
+    poisoned(monkeypatch)
+    assert sample_tokens_triton(*given).tolist() == [0, 1500, 0]
 
 
 @runs_kernels
-def test_kernels_draws_follow_the_guided_softmax():
+def test_kernels_draws_follow_the_softmax():
     given = one_row_often(500 if INTERPRETED else 20000, DEVICE)
-    assert_distributed(guide_sample_triton(*given), *given[:2])
+    assert_distributed(sample_tokens_triton(*given), given[0])
 
 
 @on_cuda
 def test_public_function_replays_in_a_cuda_graph():
-    logits, shift, *noise = draw_case(9, 16, 32001, device="cuda")
-    given = shift._asdict()
-    names = ("temperature", "seeds", "positions")
+    given = draw_case(9, 32001, device="cuda")
     drawn = torch.zeros(9, dtype=torch.int64, device="cuda")
-
-    def run():
-        drawn.copy_(guide_sample(logits, **given, **dict(zip(names, noise, strict=True))))
-
-    graph = captured(run)
+    graph = captured(lambda: drawn.copy_(sample_tokens(*given)))
     for seed in (1, 2):
-        fresh, other, *others = draw_case(9, 16, 32001, device="cuda", seed=seed)
-        for old, new in zip((logits, *shift, *noise), (fresh, *other, *others), strict=True):
-            if isinstance(old, torch.Tensor):
-                old.copy_(new)
+        for old, new in zip(given, draw_case(9, 32001, device="cuda", seed=seed), strict=True):
+            old.copy_(new)
         graph.replay()
-        assert_same_draws(drawn, (logits, shift, *noise))
+        assert_same_draws(drawn, given)
 
 
-def meta(k, dtype, penalty):
-    given = draw_case(2, k, 2048, penalty=penalty)
-    shift = type(given[1])(*(x.to("meta") if torch.is_tensor(x) else x for x in given[1]))
-    logits = torch.empty(2, 32000, dtype=dtype, device="meta")
-    guide_sample_triton(logits, shift, *(x.to("meta") for x in given[2:]))
+def meta(vocab, dtype):
+    given = draw_case(2, 8, dtype=dtype)
+    logits = torch.empty(2, vocab, dtype=dtype, device="meta")
+    sample_tokens_triton(logits, *(x.to("meta") for x in given[1:]))
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_the_usual_variants_compile_without_spills(monkeypatch, architecture):
     made = recorded(monkeypatch)
-    meta(16, torch.float32, False)
-    meta(1024, torch.bfloat16, True)
+    meta(32000, torch.float32)
+    meta(128256, torch.bfloat16)
     for launch in made:
         assert_builds(launch, architecture)
 
@@ -244,9 +219,8 @@ def test_the_usual_variants_compile_without_spills(monkeypatch, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_every_variant_compiles_without_spills(monkeypatch, architecture):
     made = recorded(monkeypatch)
-    for exponent in range(MAX_CANDIDATES.bit_length()):
+    for exponent in range(10, 21):
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
-            for penalty in (False, True):
-                meta(1 << exponent, dtype, penalty)
+            meta(1 << exponent, dtype)
     for launch in made:
         assert_builds(launch, architecture)

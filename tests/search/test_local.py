@@ -18,7 +18,7 @@ from guided_decode.search import (
     run,
     sequential_monte_carlo,
 )
-from guided_decode.search.local import within_mass
+from guided_decode.search.local import outside_mass
 from guided_decode.search.seeds import derive
 from tests import models
 
@@ -95,7 +95,7 @@ def test_samples_have_the_policys_distribution(how):
 
 def test_the_mass_keeps_the_token_that_reaches_it():
     logits = torch.tensor([[0.5, 0.3, 0.2, 1e-9]]).log()
-    kept = [within_mass(logits, torch.tensor([[p]])).isfinite().sum().item()
+    kept = [(~outside_mass(logits, torch.tensor([[p]]))).sum().item()
             for p in (0.01, 0.5, 0.51, 0.8, 0.81, 1.0)]  # fmt: skip
     assert kept == [1, 1, 2, 2, 3, 4]
 
