@@ -233,6 +233,12 @@ class PackedModel(OneProcess):
             )
 
     @property
+    def can_be_graphed(self) -> bool:
+        """Whether all of a forward is on one device, to which a CUDA graph belongs, and no rank
+        waits for another in the middle of it."""
+        return not self.cache.pool.is_spread and self.mesh is None
+
+    @property
     def device(self) -> torch.device:
         # A model's own property walks over its modules.
         return self.cache.pool.device

@@ -22,6 +22,7 @@ from guided_decode.kernels import value_head
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.asked import check_asked
 from guided_decode.scoring.closing import Closing
+from guided_decode.scoring.implicit import LanguageModel
 from guided_decode.scoring.score_parts import Numbered, ScoredPart, together
 from guided_decode.stats import ScorerStats
 
@@ -105,8 +106,7 @@ class CriticScorer(Closing):
         self._followed = model.changes
         self._graphs: GraphedForward | None = None
         wanted = graphs if graphs is not None else model.device.type == "cuda"
-        # A graph belongs to one device.
-        if wanted and not model.cache.pool.is_spread and model.mesh is None:
+        if wanted and model.can_be_graphed:
             capture = model.device.type == "cuda"
             self._graphs = GraphedForward(model, self._write_values, capture=capture)
 
@@ -191,6 +191,8 @@ class CriticScorer(Closing):
             candidates: of each row.
             prefix: the most tokens of a prefix.
         """
+        if isinstance(self.reference, LanguageModel):
+            self.reference.prepare(rows, prefix)
         if self._graphs is None:
             return
         with self.cache.lock:

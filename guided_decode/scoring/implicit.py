@@ -8,11 +8,13 @@ from torch import Tensor
 
 from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
+from guided_decode.forward.graphs import GraphedForward
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed_model import PackedModel, Row
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.asked import check_asked
 from guided_decode.scoring.closing import Closing
+from guided_decode.scoring.graphed_logits import GraphedLogits
 from guided_decode.stats import ScorerStats
 
 # Logits of one part of a call, 512 MiB: a judge asks about all tokens of all responses at once.
@@ -25,9 +27,44 @@ class LanguageModel(OneProcess):
     Threads may share it, and a model in memory is followed, as by `CriticScorer`.
     """
 
-    def __init__(self, model: PackedModel, stats: ScorerStats | None = None) -> None:
+    def __init__(
+        self,
+        model: PackedModel,
+        stats: ScorerStats | None = None,
+        *,
+        graphs: bool | None = None,
+    ) -> None:
+        """
+        Args:
+            model: the causal LM.
+            stats: counts its forwards; None: counters of its own.
+            graphs: as of `CriticScorer`.
+        """
         self.model = model
         self.stats = ScorerStats() if stats is None else stats
+        self._graphs: GraphedLogits | None = None
+        on_gpu = model.device.type == "cuda"
+        if (on_gpu if graphs is None else graphs) and model.can_be_graphed:
+            self._graphs = GraphedLogits(model, capture=on_gpu)
+
+    @property
+    def graphs(self) -> GraphedForward | None:
+        """As of `CriticScorer`."""
+        return None if self._graphs is None else self._graphs.graphs
+
+    @without_autograd
+    def prepare(self, rows: int, prefix: int) -> None:
+        """Captures the CUDA graphs of usual steps now; where there are none this does nothing.
+
+        Args:
+            rows: the most rows of a step.
+            prefix: the most tokens of a prefix.
+        """
+        if self._graphs is None:
+            return
+        with self.cache.lock:
+            self._begin()
+            self._graphs.prepare(rows, prefix)
 
     @property
     def cache(self) -> PrefixCache:
@@ -75,7 +112,7 @@ class LanguageModel(OneProcess):
     ) -> Iterator[Tensor]:
         """What `read` makes of the logits of as many rows as fit the pool, and whose logits fit
         memory, until all are read."""
-        self.model.begin_call()
+        self._begin()
         rows = [self.model.row(given, i, None, 0) for i, given in enumerate(prefixes)]
         done, most = 0, max(1, _MOST_LOGITS // self.model.vocab_size)
         try:
@@ -87,6 +124,11 @@ class LanguageModel(OneProcess):
             self.cache.clear()
             raise
         self.stats.add(evictions=self.cache.tree.take_evicted())
+
+    def _begin(self) -> None:
+        self.model.begin_call()
+        if self._graphs is not None:
+            self._graphs.follow()
 
     def refusal(self, prefix: Prefix, candidates: int) -> str | None:
         """Why `log_probs` would refuse this prefix, or None."""
@@ -117,9 +159,15 @@ class LanguageModel(OneProcess):
             last = [
                 s.start + s.prefix - 1 for s in batch.segments if s.first + s.prefix == s.length
             ]
-            read = torch.tensor(last, dtype=torch.int64).to(self.model.device, non_blocking=True)
             begun = time.perf_counter()
-            outputs.append(self.model.forward(batch, read).float())
+            logits = None
+            if self._graphs is not None and len(last) == len(batch.segments):
+                logits = self._graphs.run(batch)
+            if logits is None:
+                read = torch.tensor(last, dtype=torch.int64)
+                read = read.to(self.model.device, non_blocking=True)
+                logits = self.model.forward(batch, read).float()
+            outputs.append(logits)
             self.stats.add(forwards=1, forward_seconds=time.perf_counter() - begun)
         self.stats.add(
             prefix_tokens=sum(len(placement.work.prefix) for placement in placements),
@@ -152,15 +200,23 @@ class ImplicitScorer(Closing):
         *,
         bos_token_id: int | None = None,
         eos_token_id: int | None = None,
+        graphs: bool | None = None,
     ) -> None:
+        """
+        Args:
+            tuned, reference: the policy that preferences made, and what it was tuned from.
+            bos_token_id, eos_token_id, graphs: as of `CriticScorer`.
+
+        Raises ValueError: they have different vocabularies.
+        """
         if tuned.vocab_size != reference.vocab_size:
             raise ValueError(
                 f"{tuned.name} has a vocabulary of {tuned.vocab_size} tokens but its reference "
                 f"{reference.name} has {reference.vocab_size}: they must share their token ids"
             )
         self.stats = ScorerStats()
-        self._tuned = LanguageModel(tuned, self.stats)
-        self._reference = LanguageModel(reference, self.stats)
+        self._tuned = LanguageModel(tuned, self.stats, graphs=graphs)
+        self._reference = LanguageModel(reference, self.stats, graphs=graphs)
         self.bos_token_id = bos_token_id
         self.eos_token_id = eos_token_id
 
@@ -194,6 +250,11 @@ class ImplicitScorer(Closing):
     def caches(self) -> tuple[PrefixCache, PrefixCache]:
         """The tuned policy's cache, and the reference's."""
         return self._tuned.cache, self._reference.cache
+
+    def prepare(self, rows: int, candidates: int, prefix: int) -> None:
+        """As of `CriticScorer`, of both models, whose forwards have no candidates."""
+        for model in (self._tuned, self._reference):
+            model.prepare(rows, prefix)
 
     def score(self, prefixes: Sequence[Prefix], candidates: Tensor) -> Scores:
         """log π* − log π_ref of each candidate; arguments and errors as `CriticScorer.score`."""

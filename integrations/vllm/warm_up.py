@@ -11,6 +11,7 @@ from guided_decode.guidance.step import guide_rows
 from guided_decode.integrations.vllm.server_config import ServerConfig
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.critic import CriticScorer
+from guided_decode.scoring.implicit import ImplicitScorer
 from guided_decode.stats import ScorerStats
 
 # Graphs are captured ahead for prefixes up to so many tokens; for longer ones as they come.
@@ -44,7 +45,10 @@ def graphs(scorer: Scorer, config: ServerConfig, rows: int, most: int) -> None:
         rows: the most requests at once.
         most: of the longest prefix.
     """
-    if isinstance(scorer, CriticScorer) and config.top_k is not None:
+    # An implicit reward forwards no candidates, however many there are.
+    if isinstance(scorer, ImplicitScorer):
+        scorer.prepare(rows, 1, min(most, _USUAL_PREFIX))
+    elif isinstance(scorer, CriticScorer) and config.top_k is not None:
         scorer.prepare(rows, config.top_k, min(most, _USUAL_PREFIX))
 
 
