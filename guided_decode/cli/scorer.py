@@ -90,6 +90,7 @@ def scorer(
     keys = None if key_file is None else ServerKeys.read(key_file)
     require_free(listen, keys, insecure=insecure)
     loaded: Any = open_scorer(name, reading, device=device, dtype=dtype)
+    loaded.freeze()
     kind, tokenizer = _read_of(name, reading)
     from guided_decode.serving import ScorerServer
 

@@ -1,10 +1,19 @@
 """How a scorer is ended: only one that is sharded over processes has something to end."""
 
 from collections.abc import Iterator
+from typing import Protocol, runtime_checkable
 
 from guided_decode.cache.closable import Closable
 from guided_decode.cache.one_process import OneProcess
 from guided_decode.forward.packed_model import PackedModel
+
+
+@runtime_checkable
+class Freezable(Protocol):
+    """What can be told that its weights stay what they are."""
+
+    def freeze(self) -> None:
+        """Looks at them no more."""
 
 
 class Closing(OneProcess, Closable):
@@ -18,6 +27,17 @@ class Closing(OneProcess, Closable):
     def _packed_models(self) -> Iterator[PackedModel]:
         """The models that it runs."""
         raise NotImplementedError
+
+    def freeze(self) -> None:
+        """Looks at no weights again, its reward model's and its reference's neither: for whoever
+        loaded it and hands none of them out, as a server does.
+
+        Raises ValueError: it shares weights with a model in memory, which is followed.
+        """
+        beside = (getattr(self, "reward", None), getattr(self, "reference", None))
+        for part in (*self._packed_models(), *beside):
+            if isinstance(part, Freezable):
+                part.freeze()
 
     @property
     def closed(self) -> str | None:

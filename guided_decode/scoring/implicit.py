@@ -125,6 +125,10 @@ class LanguageModel(OneProcess):
             raise
         self.stats.add(evictions=self.cache.tree.take_evicted())
 
+    def freeze(self) -> None:
+        """As of `CriticScorer`."""
+        self.model.freeze()
+
     def _begin(self) -> None:
         self.model.begin_call()
         if self._graphs is not None:
