@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
 from guided_decode.cache.radix_node import NO_INTS
@@ -17,6 +16,7 @@ from guided_decode.cache.riding import RideWork
 from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
 from guided_decode.forward.cache_argument import cache_argument
 from guided_decode.forward.cpu_linear import use_onednn
+from guided_decode.forward.followed_model import FollowedModel
 from guided_decode.forward.fused_norms import fuse_norms
 from guided_decode.forward.layer_trial import join_again, merge_layers
 from guided_decode.forward.merged_layers import switch_back
@@ -25,7 +25,7 @@ from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
 from guided_decode.forward.stream_order import StreamOrder
 from guided_decode.forward.tensor_parallel import least_of_ranks, shard_mesh
-from guided_decode.forward.weights import WeightWatch, are_same, origin_of, parts_of_model
+from guided_decode.forward.weights import are_same, parts_of_model
 from guided_decode.growable import Ints
 from guided_decode.kernels.lookahead_tiles import has_tile
 from guided_decode.prefix import HandleState, PrefixHandle, as_ints
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     state: HandleState | None
 
 
-class PackedModel(OneProcess):
+class PackedModel(FollowedModel):
     """An unmodified transformers module, its prefix cache, and the packed forward.
 
     The model must sit on a config of its own: its attention implementation is switched. Whoever
@@ -94,18 +94,15 @@ class PackedModel(OneProcess):
         for bound, given in bounds.items():
             if given is not None and (not isinstance(given, int) or given < 1):
                 raise ValueError(f"{bound}={given!r}: expected an integer of at least 1")
-        self.model = model
-        self.origin = origin_of(model)
-        self.name = name
+        super().__init__(model, name)
         self.max_forward_tokens = max_forward_tokens
         self.fused = model.device.type != "cpu" if fused is None else fused
         self.merges = model.device.type != "cpu" if merged is None else merged
-        # The mesh of a model that is sharded by tensor parallelism, which runs on all its ranks.
-        self.mesh = shard_mesh(model)
         # On the rank that leads: those who run its forwards too.
         self.leader: Shards | None = None
+        # The mesh of a model that is sharded by tensor parallelism, which runs on all its ranks.
+        self.mesh = shard_mesh(model)
         config = model.config.get_text_config()
-        self.vocab_size = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         shapes, places = layer_layout(model)
         # Of a sharded model, shapes are this rank's share, and so are its attention heads.
@@ -116,11 +113,8 @@ class PackedModel(OneProcess):
                 "%s: no kernel takes its attention heads in %s: it runs by plain torch operations, "
                 "slowly and without CUDA graphs", name, model.dtype,
             )  # fmt: skip
-        # How often the model was not what it was, for those who keep something made of it.
-        self.changes = 0
         self._orders = [StreamOrder(place) for place in dict.fromkeys((model.device, *places))]
         self._parts: list[Any] | None = None
-        self._frozen = False
         pool = partial(SlotPool, layer_shapes=shapes, dtype=model.dtype, device=model.device,
                        layer_devices=places)  # fmt: skip
         # Weights are put in their places before memory is counted.
@@ -153,7 +147,7 @@ class PackedModel(OneProcess):
             self._merge()
         fuse_norms(self.model)
         self._parts = parts_of_model(self.model)
-        self._watch = self._new_watch()
+        self._watch_from_now()
 
     def _merge(self) -> None:
         if not self.merges:
@@ -170,20 +164,9 @@ class PackedModel(OneProcess):
         self.merges = False
         return switch_back(self.model) > 0
 
-    def _new_watch(self) -> WeightWatch:
-        if self.origin is None:
-            return WeightWatch((self.model,))
-        return WeightWatch(self.origin.watched, self.origin.adapters)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "PackedModel":
-        watch = self._watch
-        memo[id(watch)] = watch
-        copied = super().__deepcopy__(memo)
-        if self.origin is None:
-            join_again(copied.model)
-            copied._watch = copied._new_watch()
-        # Else it has seen the caller's model as often as this one has.
-        return copied
+    def _tell_of_change(self) -> None:
+        if self.leader is not None:
+            self.leader.follow(self)
 
     def begin_call(self) -> None:
         """What a call does first, in the cache's lock: the last one is done, on the device too, and
@@ -194,55 +177,6 @@ class PackedModel(OneProcess):
         for order in self._orders:
             order.begin()
         self.follow()
-
-    def changed(self) -> bool:
-        """Whether its weights, or the adapters in them, are not what they were."""
-        return not self._frozen and self._watch.changed()
-
-    def freeze(self) -> None:
-        """Looks at the weights no more: whoever calls it holds the model alone, and never writes.
-
-        Of 30 layers a look takes some 65 µs a call.
-
-        Raises ValueError: they are another model's, whose holder may write.
-        """
-        if self.origin is not None:
-            raise ValueError(f"{self.name} shares its weights with a model in memory")
-        self._frozen = True
-
-    def follow(self) -> None:
-        """Follows the weights, and the adapters in them, if they changed since the last call.
-
-        The cache is then empty, what was a copy of the caller's model is a new one, and `changes`
-        is one more.
-
-        Raises:
-            ValueError: the model has another dtype, device or vocabulary now.
-        """
-        if not self.changed():
-            return
-        # Whatever comes of it, no answer may come from what was cached before.
-        self.cache.clear()
-        if self.leader is not None:
-            self.leader.follow(self)
-        model = self.model if self.origin is None else self.origin.read()
-        self._check_like(model)
-        self.changes += 1
-        self.model = model
-        self._prepare()
-
-    def _check_like(self, model: PreTrainedModel) -> None:
-        pool, vocab = self.cache.pool, len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
-        given = [str(model.dtype), str(model.device), vocab]
-        wanted = [str(pool.keys[0].dtype), str(pool.device), self.vocab_size]
-        if given != wanted:
-            now, before = (
-                f"{kind} on {place} with {n} tokens" for kind, place, n in (given, wanted)
-            )
-            raise ValueError(
-                f"the model that {self.name} was loaded from has become {now}, where it was "
-                f"{before}: a scorer follows its weights and adapters only; call load_scorer again"
-            )
 
     @property
     def can_be_graphed(self) -> bool:
