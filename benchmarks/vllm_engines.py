@@ -27,12 +27,16 @@ _TIED = 20
 
 @dataclass
 class Timing:
-    """One turn of a way: seconds, tokens, and the gaps between an unguided request's tokens."""
+    """One turn of a way: seconds, tokens, and the gaps between an unguided request's tokens.
+
+    gated: the share of its guided rows that their gate let pass.
+    """
 
     seconds: float
     tokens: int
     gaps: list[float]
     host_microseconds: float | None = None
+    gated: float | None = None
     preemptions: int | None = None
 
 
@@ -104,6 +108,7 @@ class Engines:
         if new["guided_rows"]:
             spent = new["seconds"] - new["forward_seconds"]
             answers.timing.host_microseconds = 1e6 * spent / new["guided_rows"]
+            answers.timing.gated = new["rows_gated"] / new["guided_rows"]
         asks = any(extra is not None for extra in asked)
         return answers, int(new["in_vain"] + (asks and not new["guided_rows"]))
 
@@ -185,6 +190,7 @@ def read_counts(worker: Any) -> dict[str, float] | None:
                 "in_vain": engine.counts.unguided_rows + stats.passthroughs,
                 "seconds": engine.counts.seconds,
                 "forward_seconds": stats.forward_seconds,
+                "rows_gated": stats.rows_gated,
             }
     return None
 

@@ -63,6 +63,11 @@ class Cell:
         values = [t.host_microseconds for t in self.turns[way] if t.host_microseconds is not None]
         return statistics.median(values) if values else None
 
+    def gated(self, way: str) -> float | None:
+        """The share of guided rows that the gate let pass."""
+        values = [t.gated for t in self.turns[way] if t.gated is not None]
+        return statistics.median(values) if values else None
+
     def preemptions(self, way: str) -> float | None:
         """Of a turn, the median; None where vLLM did not count them."""
         values = [t.preemptions for t in self.turns[way] if t.preemptions is not None]
@@ -89,7 +94,7 @@ def verdicts(
         if cell.concurrency == 32 and hosts and not gpu:
             found.append((f"{cell}: host work < {TARGET_HOST:.0f} µs a row: {max(hosts):.0f}",
                           max(hosts) < TARGET_HOST))  # fmt: skip
-        if real_shape and not gpu:
+        if real_shape and not gpu and not cell.full:
             found += _of_a_real_shape(cell)
     return found
 
@@ -174,5 +179,6 @@ def _numbers(cell: Cell, way: str) -> dict[str, Any]:
         "seconds_over_plain": [round(ratio, 4) for ratio in cell.slowdown(way)],
         "unguided_latency_ms": cell.latency(way),
         "host_microseconds_a_row": cell.host(way),
+        "gated_share": cell.gated(way),
         "preemptions": cell.preemptions(way),
     }

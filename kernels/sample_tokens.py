@@ -30,10 +30,11 @@ def sample_tokens(
         token = argmax over v of l(v) / temperature + g(seed, position, v)
 
     with g by gumbel_noise (Gumbel-max: Maddison et al. 2014). Where temperature is 0, the argmax of
-    l. Ties go to the lower token id. What a row draws depends on nothing but its own arguments.
+    l. Ties go to the lower token id. What is NaN counts as −inf: a row of nothing else draws 0.
+    What a row draws depends on nothing but its own arguments.
 
     Args:
-        logits: [rows, vocab], not changed, without NaN; −inf is never drawn beside a finite one.
+        logits: [rows, vocab], not changed; −inf is never drawn beside a finite one.
         temperature: float32 [rows], at least 0.
         seeds: int64 [rows], the request's.
         positions: int64 [rows], of the token that is drawn; no pair (seed, position) twice.
@@ -59,7 +60,8 @@ def sampling_keys(logits: Tensor, temperature: Tensor, seeds: Tensor, positions:
     vocabulary = torch.arange(logits.shape[-1], device=logits.device)
     noise = gumbel_noise(seeds[:, None], positions[:, None], vocabulary)
     own = logits.float()
-    return torch.where(greedy, own, own / heat.masked_fill(greedy, 1.0) + noise)
+    keys = torch.where(greedy, own, own / heat.masked_fill(greedy, 1.0) + noise)
+    return keys.masked_fill(keys.isnan(), -torch.inf)
 
 
 def sample_tokens_triton(
@@ -126,6 +128,7 @@ def _best_of_blocks_kernel(
         seed = tl.load(seeds + row * seed_stride)
         position = tl.load(positions + row * position_stride)
         key = tl.div_rn(key, tl.zeros_like(key) + heat) + gumbel(seed, position, token)
+    key = tl.where(key == key, key, float("-inf"))
     best = tl.max(key)
     first = tl.min(tl.where(inside & (key == best), token, 0x7FFFFFFFFFFFFFFF))
     tl.store(keys + row * tl.num_programs(1) + block, best)

@@ -9,6 +9,8 @@ _SURE_TOKENS = 512
 # and 2,048 as they are, 58 and 63 ms): at 2 operations a weight and token, of the 6e14 a second
 # that it reaches in 16 bits. A longer forward hides its launches behind its arithmetic.
 _HIDDEN_WORK = 5e11
+# The buffer of a causal LM's logits that its graphs write to.
+LOGIT_BYTES = 64 << 20
 # 32 MiB for cuBLAS on Hopper, and 1 MiB for each of 64 graphs.
 _WORKSPACE_BYTES = 96 << 20
 

@@ -128,7 +128,9 @@ class GraphedForward:
         """One without graphs: what was captured writes to the original's pool."""
         copied = object.__new__(GraphedForward)
         memo[id(self)] = copied
-        vars(copied).update(vars(self) | {"_graphs": OrderedDict(), "_memory": None})
+        vars(copied).update(vars(self) | {
+            "_graphs": OrderedDict(), "_memory": None, "_without_room": set(),
+        })  # fmt: skip
         copied._forward = copy.deepcopy(self._forward, memo)
         return copied
 

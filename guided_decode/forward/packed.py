@@ -36,6 +36,12 @@ class Segments(Sequence[Segment]):
     def __len__(self) -> int:
         return len(self.numbers)
 
+    def last_tokens(self) -> Ints:
+        """Which tokens of the batch end their rows' prefixes, int64 [n]; rows that are cut short
+        have none."""
+        start, prefix, _, first, length, _ = self.numbers.T
+        return (start + prefix - 1)[first + prefix == length]
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, slice):
             return Segments(self.numbers[index])

@@ -3,7 +3,7 @@
 import torch
 from transformers import PreTrainedModel
 
-from guided_decode.forward.activations import graph_memory, graph_tokens
+from guided_decode.forward.activations import LOGIT_BYTES, graph_memory, graph_tokens
 from guided_decode.forward.cache_argument import returned_cache
 
 # The default pool takes at most this share of free memory, and no more than this many bytes.
@@ -70,4 +70,9 @@ def graph_bytes(model: PreTrainedModel) -> int:
     """What the CUDA graphs of the forward hold, about: `graph_memory` of this model."""
     config = model.config.get_text_config()
     inner = getattr(config, "intermediate_size", None) or 4 * config.hidden_size
-    return graph_memory(most_graph_tokens(model), config.hidden_size, inner, model.dtype.itemsize)
+    itemsize = model.dtype.itemsize
+    memory = graph_memory(most_graph_tokens(model), config.hidden_size, inner, itemsize)
+    if model.get_output_embeddings() is None:  # type: ignore[operator]
+        return memory
+    # A causal LM's logits, and as they come: a soft cap makes three of them.
+    return memory + LOGIT_BYTES + 3 * LOGIT_BYTES * itemsize // 4

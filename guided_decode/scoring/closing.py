@@ -1,19 +1,10 @@
 """How a scorer is ended: only one that is sharded over processes has something to end."""
 
 from collections.abc import Iterator
-from typing import Protocol, runtime_checkable
 
 from guided_decode.cache.closable import Closable
 from guided_decode.cache.one_process import OneProcess
 from guided_decode.forward.packed_model import PackedModel
-
-
-@runtime_checkable
-class Freezable(Protocol):
-    """What can be told that its weights stay what they are."""
-
-    def freeze(self) -> None:
-        """Looks at them no more."""
 
 
 class Closing(OneProcess, Closable):
@@ -28,16 +19,31 @@ class Closing(OneProcess, Closable):
         """The models that it runs."""
         raise NotImplementedError
 
-    def freeze(self) -> None:
-        """Looks at no weights again, its reward model's and its reference's neither: for whoever
-        loaded it and hands none of them out, as a server does.
+    def _models_beside(self) -> Iterator[PackedModel]:
+        """Those of its reward model and its reference."""
+        yield from ()
 
-        Raises ValueError: it shares weights with a model in memory, which is followed.
+    def _is_shared(self) -> bool:
+        """Whether any weights are those of a model in memory."""
+        models = (*self._packed_models(), *self._models_beside())
+        return any(model.origin is not None for model in models)
+
+    def freeze(self) -> None:
+        """No call from now on looks whether weights changed, its reward model's and reference's
+        neither: for whoever loaded it from a path and hands it out to nobody who writes, as
+        servers do. What changed until now is followed; later writes are ignored for good.
+
+        Of a sharded scorer the other ranks go on looking.
+
+        Raises ValueError: it shares weights with a model in memory; nothing is frozen then.
         """
-        beside = (getattr(self, "reward", None), getattr(self, "reference", None))
-        for part in (*self._packed_models(), *beside):
-            if isinstance(part, Freezable):
-                part.freeze()
+        if self._is_shared():
+            raise ValueError(
+                "a scorer that shares weights with a model in memory follows that model: load it "
+                "from a path to freeze it"
+            )
+        for model in (*self._packed_models(), *self._models_beside()):
+            model.freeze()
 
     @property
     def closed(self) -> str | None:

@@ -118,6 +118,15 @@ class CriticScorer(Closing):
     def _packed_models(self) -> Iterator[PackedModel]:
         yield self.model
 
+    def _models_beside(self) -> Iterator[PackedModel]:
+        if isinstance(self.reward, Closing):
+            yield from self.reward._packed_models()
+        if isinstance(self.reference, LanguageModel):
+            yield self.reference.model
+
+    def _is_shared(self) -> bool:
+        return self._head_origin is not None or super()._is_shared()
+
     def __repr__(self) -> str:
         cache = self.cache
         return (
@@ -191,8 +200,6 @@ class CriticScorer(Closing):
             candidates: of each row.
             prefix: the most tokens of a prefix.
         """
-        if isinstance(self.reference, LanguageModel):
-            self.reference.prepare(rows, prefix)
         if self._graphs is None:
             return
         with self.cache.lock:

@@ -10,6 +10,7 @@ from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
 from guided_decode.forward.graphs import GraphedForward
 from guided_decode.forward.modes import without_autograd
+from guided_decode.forward.packed import Segments
 from guided_decode.forward.packed_model import PackedModel, Row
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.asked import check_asked
@@ -125,10 +126,6 @@ class LanguageModel(OneProcess):
             raise
         self.stats.add(evictions=self.cache.tree.take_evicted())
 
-    def freeze(self) -> None:
-        """As of `CriticScorer`."""
-        self.model.freeze()
-
     def _begin(self) -> None:
         self.model.begin_call()
         if self._graphs is not None:
@@ -158,18 +155,20 @@ class LanguageModel(OneProcess):
         return logits[index]
 
     def _forward(self, placements: list[Placement]) -> Tensor:
-        outputs = []
-        for batch in self.model.batches(placements):
-            last = [
-                s.start + s.prefix - 1 for s in batch.segments if s.first + s.prefix == s.length
-            ]
+        outputs: list[Tensor] = []
+        batches = self.model.batches(placements)
+        for batch in batches:
+            assert isinstance(batch.segments, Segments)
+            last = batch.segments.last_tokens()
             begun = time.perf_counter()
             logits = None
             if self._graphs is not None and len(last) == len(batch.segments):
                 logits = self._graphs.run(batch)
+                if logits is not None and len(batches) > 1:
+                    # The next batch writes there too.
+                    logits = logits.clone()
             if logits is None:
-                read = torch.tensor(last, dtype=torch.int64)
-                read = read.to(self.model.device, non_blocking=True)
+                read = torch.from_numpy(last).to(self.model.device, non_blocking=True)
                 logits = self.model.forward(batch, read).float()
             outputs.append(logits)
             self.stats.add(forwards=1, forward_seconds=time.perf_counter() - begun)
@@ -177,7 +176,7 @@ class LanguageModel(OneProcess):
             prefix_tokens=sum(len(placement.work.prefix) for placement in placements),
             cache_hits=sum(placement.hits for placement in placements),
         )
-        return torch.cat(outputs)
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
     @staticmethod
     def _read(logits: Tensor, candidates: Tensor) -> Tensor:
@@ -255,8 +254,8 @@ class ImplicitScorer(Closing):
         """The tuned policy's cache, and the reference's."""
         return self._tuned.cache, self._reference.cache
 
-    def prepare(self, rows: int, candidates: int, prefix: int) -> None:
-        """As of `CriticScorer`, of both models, whose forwards have no candidates."""
+    def prepare(self, rows: int, prefix: int) -> None:
+        """As of `LanguageModel`, of both models."""
         for model in (self._tuned, self._reference):
             model.prepare(rows, prefix)
 

@@ -69,6 +69,9 @@ class StepScorer(Closing):
     def _packed_models(self) -> Iterator[PackedModel]:
         yield self.critic.model
 
+    def _is_shared(self) -> bool:
+        return self.critic._is_shared()
+
     @property
     def model(self) -> PackedModel:
         return self.critic.model

@@ -18,7 +18,7 @@ from guided_decode.integrations.vllm.server_config import ServerConfig, config_o
 from guided_decode.integrations.vllm.speculation import most_drafts, refuse_speculation
 from guided_decode.integrations.vllm.trunk_build import own_trunk, trunk_tap
 from guided_decode.scorer import Scorer
-from guided_decode.scoring.closing import Freezable
+from guided_decode.scoring.closing import Closing
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -252,7 +252,7 @@ def _load_here(
         )
         if on.type != "cpu":
             warm_up.forward(scorer, forward, model.max_model_len)
-    if isinstance(scorer, Freezable):
+    if isinstance(scorer, Closing):
         # Nobody but the processor holds it.
         scorer.freeze()
     return scorer, on

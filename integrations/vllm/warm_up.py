@@ -11,7 +11,7 @@ from guided_decode.guidance.step import guide_rows
 from guided_decode.integrations.vllm.server_config import ServerConfig
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
 from guided_decode.scoring.critic import CriticScorer
-from guided_decode.scoring.implicit import ImplicitScorer
+from guided_decode.scoring.implicit import ImplicitScorer, LanguageModel
 from guided_decode.stats import ScorerStats
 
 # Graphs are captured ahead for prefixes up to so many tokens; for longer ones as they come.
@@ -45,11 +45,13 @@ def graphs(scorer: Scorer, config: ServerConfig, rows: int, most: int) -> None:
         rows: the most requests at once.
         most: of the longest prefix.
     """
-    # An implicit reward forwards no candidates, however many there are.
+    prefix = min(most, _USUAL_PREFIX)
     if isinstance(scorer, ImplicitScorer):
-        scorer.prepare(rows, 1, min(most, _USUAL_PREFIX))
+        scorer.prepare(rows, prefix)
     elif isinstance(scorer, CriticScorer) and config.top_k is not None:
-        scorer.prepare(rows, config.top_k, min(most, _USUAL_PREFIX))
+        scorer.prepare(rows, config.top_k, prefix)
+        if config.kl_coef and isinstance(scorer.reference, LanguageModel):
+            scorer.reference.prepare(rows, prefix)
 
 
 def steps(scorer: Scorer, config: ServerConfig, vocab: int, device: torch.device) -> None:

@@ -211,7 +211,9 @@ def test_preemptions_are_read_from_the_counter_of_the_engine_itself():
 
 
 def test_the_counters_are_found_on_either_model_runner():
-    scorer = SimpleNamespace(stats=SimpleNamespace(passthroughs=2, forward_seconds=0.5))
+    scorer = SimpleNamespace(
+        stats=SimpleNamespace(passthroughs=2, forward_seconds=0.5, rows_gated=4)
+    )
     counts = SimpleNamespace(guided_rows=7, unguided_rows=1, seconds=1.5)
     own = SimpleNamespace(engine=SimpleNamespace(counts=counts, scorer=scorer))
     processors = [SimpleNamespace(), own]
@@ -219,7 +221,7 @@ def test_the_counters_are_found_on_either_model_runner():
     v2 = SimpleNamespace(sampler=SimpleNamespace(logits_processors=processors))
     for runner in (v1, v2):
         assert vllm_engines.read_counts(SimpleNamespace(model_runner=runner)) == {
-            "guided_rows": 7, "in_vain": 3, "seconds": 1.5, "forward_seconds": 0.5,
+            "guided_rows": 7, "in_vain": 3, "seconds": 1.5, "forward_seconds": 0.5, "rows_gated": 4,
         }  # fmt: skip
 
 

@@ -15,6 +15,8 @@ from typer.testing import CliRunner
 
 from guided_decode import PrefixHandle, load_scorer, tiny_tulu
 from guided_decode.cli.app import app
+from guided_decode.cli.checkpoints import open_scorer
+from guided_decode.forward.weights import WeightWatch
 from guided_decode.scoring.remote import RemoteScorer, ScorerServerError
 from tests import models
 from tests.serving import process
@@ -241,3 +243,20 @@ def test_an_address_that_is_taken_is_refused_before_anything_is_loaded(server):
     # This one could not be loaded without its kind.
     result = run("scorer", models.saved("llama", "token"), "--listen", server.address)
     refused(result, f"--listen {server.address} cannot be listened on .Address already in use.: ")
+
+
+def test_the_server_looks_at_no_weights_again(monkeypatch):
+    from guided_decode.cli import scorer as command
+
+    held = []
+
+    def keep(*given, **options):
+        held.append(open_scorer(*given, **options))
+        return held[0]
+
+    monkeypatch.setattr(command, "open_scorer", keep)
+    monkeypatch.setattr(command, "_serve", lambda server: None)
+    result = CliRunner().invoke(app, ["scorer", "--listen", "tcp://127.0.0.1:0"])
+    assert result.exit_code == 0, result.output
+    monkeypatch.setattr(WeightWatch, "changed", lambda watch: pytest.fail("it looked"))
+    assert not held[0].model.changed()

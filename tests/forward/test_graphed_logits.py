@@ -8,10 +8,11 @@ import random
 import pytest
 import torch
 
+from guided_decode.forward.activations import LOGIT_BYTES
 from guided_decode.forward.packed_model import PackedModel
+from guided_decode.forward.pool_size import graph_bytes
 from guided_decode.forward.self_check import check_packed
 from guided_decode.prefix import PrefixHandle
-from guided_decode.scoring import graphed_logits
 from guided_decode.scoring.implicit import ImplicitScorer, LanguageModel
 from tests import models
 
@@ -64,18 +65,19 @@ def test_padded_batches_give_what_plain_ones_give(arch, limit):
 
 def test_what_was_read_stays_as_it_was():
     padded = as_on_a_gpu()
-    first = padded.next_logits(models.prompts([9, 20]))
+    first = padded.next_logits(models.prompts([2, 3]))
     before = first.clone()
-    padded.next_logits(models.prompts([9, 20], seed=1))
+    padded.next_logits(models.prompts([2, 3], seed=1))
     assert padded.graphs.replays == 2
     assert torch.equal(first, before)
 
 
 def test_more_rows_than_the_buffer_holds_run_as_they_are(monkeypatch):
-    monkeypatch.setattr(graphed_logits, "MOST_ROWS", 4)
     plain = LanguageModel(packed(fused=False))
     for rows, replays in ((4, 1), (5, 0)):
-        padded, prompts = as_on_a_gpu(), models.prompts([8] * rows)
+        padded, prompts = as_on_a_gpu(), models.prompts([2] * rows)
+        assert padded._graphs.most_rows == 512
+        padded._graphs.most_rows = 4
         assert_alike(padded.next_logits(prompts), plain.next_logits(prompts))
         assert padded.graphs.replays == replays
 
@@ -88,7 +90,7 @@ def test_rows_that_forward_in_parts_are_read_once_they_are_whole():
 
 
 def test_other_weights_are_other_graphs():
-    padded, prompts = as_on_a_gpu(), models.prompts([12, 7])
+    padded, prompts = as_on_a_gpu(), models.prompts([3, 2])
     padded.next_logits(prompts)
     with torch.no_grad():
         padded.model.model.lm_head.weight.mul_(2.0)
@@ -103,7 +105,7 @@ def test_other_weights_are_other_graphs():
 
 def test_what_is_prepared_is_not_captured_while_requests_wait():
     scorer = ImplicitScorer(packed(), packed("llama"), graphs=True)
-    scorer.prepare(rows=5, candidates=16, prefix=100)
+    scorer.prepare(rows=5, prefix=100)
     models_of = (scorer._tuned, scorer._reference)
     captured = [each.graphs.captures for each in models_of]
     assert captured[0] == captured[1] > 0
@@ -117,6 +119,30 @@ def test_what_is_prepared_is_not_captured_while_requests_wait():
         scorer.score(handles[:rows], candidates[:rows])
     assert [each.graphs.captures for each in models_of] == after
     assert all(each.graphs.replays >= 5 for each in models_of)
+
+
+def test_prompts_run_as_they_are_and_take_no_graphs_place():
+    padded = as_on_a_gpu()
+    padded.next_logits(models.prompts([20, 9]))
+    assert len(padded.graphs) == 0
+
+
+def test_a_copy_has_a_buffer_of_its_own():
+    padded, prompts = as_on_a_gpu(), models.prompts([3, 2])
+    first = padded.next_logits(prompts)
+    copied = copy.deepcopy(padded)
+    with torch.no_grad():
+        copied.model.model.lm_head.weight.mul_(2.0)
+    assert not torch.allclose(copied.next_logits(prompts), first)
+    assert copied.graphs.replays == 2
+    assert torch.equal(padded.next_logits(prompts), first)
+    assert padded._graphs._logits.data_ptr() != copied._graphs._logits.data_ptr()
+
+
+def test_the_logits_are_in_the_budget():
+    lm, critic = (graph_bytes(models.tiny("llama", head)) for head in ("lm", "token"))
+    # In float32 one buffer, and three as they come.
+    assert lm - critic == 4 * LOGIT_BYTES
 
 
 @needs_gpu

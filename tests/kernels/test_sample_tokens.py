@@ -145,6 +145,25 @@ def test_ties_go_to_the_lower_token():
     assert sample_tokens_reference(*tied()).tolist() == [0, 1500, 0]
 
 
+def with_nan(device="cpu"):
+    """Rows with a NaN, of NaN alone, and −inf at an infinite temperature, of several blocks."""
+    logits = torch.randn(4, 5003, generator=torch.Generator().manual_seed(1))
+    logits[0, 4000] = torch.nan
+    logits[1] = torch.nan
+    logits[2, :2000] = -torch.inf
+    temperature = torch.tensor([0.0, 0.8, torch.inf, 0.7])
+    noise = torch.arange(4)
+    return tuple(x.to(device) for x in (logits, temperature, noise, noise))
+
+
+def test_what_is_nan_is_not_drawn():
+    given = with_nan()
+    drawn = sample_tokens_reference(*given).tolist()
+    assert drawn[0] == given[0][0].nan_to_num(-torch.inf).argmax()
+    assert drawn[1] == 0
+    assert drawn[2] >= 2000
+
+
 def assert_same_draws(drawn, given):
     """The reference's token, but where two keys are a rounding apart."""
     keys = sampling_keys(*given)
@@ -180,6 +199,13 @@ def test_kernels_ties_go_to_the_lower_token(monkeypatch):
     given = tied(DEVICE)
     poisoned(monkeypatch)
     assert sample_tokens_triton(*given).tolist() == [0, 1500, 0]
+
+
+@runs_kernels
+def test_kernel_draws_nothing_that_is_nan(monkeypatch):
+    poisoned(monkeypatch)
+    given = with_nan(DEVICE)
+    assert torch.equal(sample_tokens_triton(*given), sample_tokens_reference(*given))
 
 
 @runs_kernels

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from guided_decode.checkpoints.quantised_layers import is_plain
+from guided_decode.forward.weights import WeightWatch
 from tests import PATIENCE, models
 from tests.checkpoints.quantised_models import needs
 from tests.integrations.vllm import vllm_parts
@@ -106,6 +107,12 @@ def test_a_scorers_weights_are_quantised_and_placed_as_the_server_says():
 def test_the_cache_is_as_large_as_the_batch_needs():
     config = vllm_parts.vllm_config(vllm_parts.scorer_config(), max_num_seqs=4, max_model_len=100)
     assert build_engine(config, CPU).scorer.cache.capacity == 4 * (100 + 64)
+
+
+def test_nobody_looks_again_at_weights_that_the_worker_alone_holds(monkeypatch):
+    scorer = built().scorer
+    monkeypatch.setattr(WeightWatch, "changed", lambda watch: pytest.fail("it looked"))
+    assert not scorer.model.changed()
 
 
 @pytest.mark.parametrize(

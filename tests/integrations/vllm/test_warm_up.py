@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from guided_decode.scoring.implicit import ImplicitScorer, LanguageModel
 from tests import models
+from tests.forward.test_graphed_logits import packed
 from tests.forward.test_graphs import scorer_like_a_gpus
 from tests.guidance.test_compiled_kernels import decode_anything
 from tests.integrations.vllm import vllm_parts
@@ -71,3 +73,20 @@ def test_usual_steps_are_captured_before_the_first_request():
     # One, two, three and four rows, by prefixes up to 512 and up to 1024.
     assert scorer.graphs.captures == 8
     assert scorer.stats.forwards == 0
+
+
+def test_implicit_rewards_and_references_are_captured_too():
+    pair = ImplicitScorer(packed(), packed(), graphs=True)
+    warm_up.graphs(pair, config_of(top_k=None), rows=4, most=600)
+    # Of 8 tokens: one, two and four rows, by prefixes up to 512 and up to 1024.
+    assert [each.graphs.captures for each in (pair._tuned, pair._reference)] == [6, 6]
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.1])
+def test_a_reference_is_captured_where_the_server_asks_for_it(kl_coef):
+    scorer = scorer_like_a_gpus()
+    scorer.reference = LanguageModel(packed(), graphs=True)
+    config = config_of(top_k=8, reference="a path", kl_coef=kl_coef)
+    warm_up.graphs(scorer, config, rows=1, most=100)
+    assert scorer.graphs.captures == 1
+    assert scorer.reference.graphs.captures == (kl_coef > 0)
