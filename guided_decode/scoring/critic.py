@@ -125,7 +125,8 @@ class CriticScorer(Closing):
             yield self.reference.model
 
     def _is_shared(self) -> bool:
-        return self._head_origin is not None or super()._is_shared()
+        beside = isinstance(self.reward, Closing) and self.reward._is_shared()
+        return self._head_origin is not None or beside or super()._is_shared()
 
     def __repr__(self) -> str:
         cache = self.cache

@@ -86,12 +86,15 @@ def test_a_copy_is_followed():
     assert value(copied) == pytest.approx(value(other), abs=1e-6) != pytest.approx(before)
 
 
-@pytest.mark.parametrize("shared", ["trunk", "reference"])
+@pytest.mark.parametrize("shared", ["trunk", "reference", "reward"])
 def test_a_model_in_memory_is_followed_and_nothing_is_frozen(shared, looks):
     if shared == "trunk":
         scorer = load_scorer(models.tiny("llama", "token"), kind="verl-critic")
-    else:
+    elif shared == "reference":
         scorer = from_paths(reference=models.tiny("llama", "lm"))
+    else:
+        reward = load_scorer(models.tiny("llama", "sequence"), kind="reward-model")
+        scorer = from_paths(reward=reward, terminal="reward")
     with pytest.raises(ValueError, match="shares weights with a model in memory"):
         scorer.freeze()
     looks.clear()
