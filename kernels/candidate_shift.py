@@ -96,7 +96,7 @@ def candidate_logits(own: Tensor, shift: Shift) -> Shifted:
 
 def reweighted(own: Tensor, shift: Shift) -> Tensor | None:
     """`candidate_logits` where beta is nowhere 0, margin inf, and the baseline no mean, without a
-    penalty and with scored true of candidates alone: in few operations. None where a row fails.
+    penalty or padding: in few operations. None where a row fails.
     """
     # Scores may come in another dtype than beta's.
     moves = (shift.values - shift.baseline[:, None]) * shift.beta[:, None]

@@ -81,7 +81,7 @@ def guide_logits(
         penalty: float32 [rows, k], kl_coef · (log π − log π_ref), or None; read where scored.
         min_keep: how many scored candidates of a row pruning leaves at least.
         usual: beta is nowhere 0, margin everywhere inf, mean_baseline and keep_tail nowhere true,
-            scored true of candidates alone: what the caller knows without a look at the device. It
+            candidates nowhere padded: what the caller knows without a look at the device. It
             changes cost only.
 
     Returns:
@@ -118,11 +118,11 @@ def guide_logits_reference(
 
 
 def _usual(logits: Tensor, shift: Shift) -> GuidedLogits | None:
-    """The same of most steps, in a quarter of the operations; None where a row fails or is ragged.
+    """The same of most steps, in a quarter of the operations; None where a row fails.
 
     It looks at the numbers, which on a GPU would wait for them.
     """
-    if not shift.candidates.numel() or int(shift.candidates.min()) < 0:
+    if not shift.candidates.numel():
         return None
     guided = reweighted(logits.gather(-1, shift.candidates), shift)
     if guided is None:

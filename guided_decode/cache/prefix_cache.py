@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from guided_decode.cache.anchor import Anchor
+from guided_decode.cache.blocks import NO_INTS
 from guided_decode.cache.one_process import OneProcess
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.radix import RadixTree
-from guided_decode.cache.radix_node import NO_INTS, Node
+from guided_decode.cache.radix_node import Node
 from guided_decode.cache.row_work import RowWork
 from guided_decode.cache.slot_tables import Piece, SlotTables
 from guided_decode.growable import Ints
@@ -94,7 +95,7 @@ class PrefixCache(OneProcess):
     def cached_tokens(self) -> int:
         """Tokens in the cache: prefixes and scored candidates."""
         with self.lock:
-            return sum(len(slots) for slots in self._owned())
+            return sum(len(slots) for slots in self.tree.owned())
 
     @property
     def pinned(self) -> int:
@@ -122,7 +123,7 @@ class PrefixCache(OneProcess):
     def check(self) -> None:
         """Asserts that every slot is either free or owned by exactly one token."""
         with self.lock:
-            slots = np.concatenate([self.pool.free_ids, *self._owned()])
+            slots = np.concatenate([self.pool.free_ids, *self.tree.owned()])
             known = f"{len(slots)} of {self.capacity} slots accounted for"
             assert len(slots) == self.capacity, known
             assert len(np.unique(slots)) == self.capacity, "a slot is owned twice"
@@ -147,7 +148,9 @@ class PrefixCache(OneProcess):
 
     def note(self, table_rows: Ints, positions: Ints, slots: Ints) -> None:
         """Has tokens written to slot tables, each [n], with the other rows' of the batch."""
-        self._points.append(np.stack([table_rows, positions, slots]))
+        points = np.empty((3, len(slots)), np.int64)
+        points[0], points[1], points[2] = table_rows, positions, slots
+        self._points.append(points)
 
     def count_ridden(self, rows: int) -> None:
         """Notes rows of the batch that were placed together, beside `place`."""
@@ -341,14 +344,6 @@ class PrefixCache(OneProcess):
             self.anchors[handle.serial] = known
         known.node, known.depth, known.epoch = node, depth, node.epoch
         known.generation, known.version, known.skip = self.tree.generation, state.version, skip
-
-    def _owned(self) -> list[Ints]:
-        """The slots that the tree owns, by node and block."""
-        owned = []
-        for node in self.tree.nodes():
-            owned.append(node.slots.view)
-            owned.extend(block.slots for block in node.blocks if block is not None)
-        return owned + self.tree.riders.owned()
 
 
 def _let_go(cache: "weakref.ref[PrefixCache]", serial: int, tables: SlotTables, row: int) -> None:

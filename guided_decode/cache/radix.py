@@ -17,8 +17,9 @@ from itertools import count
 
 import numpy as np
 
+from guided_decode.cache.blocks import NO_INTS, Block, TailBlocks
 from guided_decode.cache.pool import SlotPool
-from guided_decode.cache.radix_node import NO_INTS, Block, Node
+from guided_decode.cache.radix_node import Node
 from guided_decode.cache.riders import Riders
 from guided_decode.growable import GrowableInts, Ints
 
@@ -46,7 +47,7 @@ class RadixTree:
         self.generation += 1
         self.root = Node(None, 0, NO_INTS, NO_INTS)
         self._leaves: list[tuple[int, int, Node]] = []
-        self._blocks: list[tuple[int, int, Block]] = []
+        self._blocks: list[tuple[int, int, Block | TailBlocks]] = []
         self.riders.clear()
         self.pool.reset()
 
@@ -114,7 +115,7 @@ class RadixTree:
         """Slots of distinct candidates after a position, int64 [k]; -1 where not cached."""
         self.operations += 1
         slots = np.full(len(candidates), -1, np.int64)
-        block = node.block_at(depth)
+        block = self.block_at(node, depth)
         if block is not None:
             block.stamp = self.clock
             _look_up(candidates, block.tokens, block.slots, slots)
@@ -129,13 +130,13 @@ class RadixTree:
     def add_candidates(self, node: Node, depth: int, tokens: Ints, slots: Ints) -> None:
         """Hangs scored candidates, not yet cached, on a position."""
         self.operations += 1
-        block = node.block_at(depth)
-        if block is None or not len(block.tokens):
+        block = self.block_at(node, depth)
+        if block is None or block.is_empty:
             block = Block(self.clock)
             node.blocks[depth - node.start - 1] = block
             self.push_block(block)
         block.stamp = self.clock
-        if len(block.tokens):
+        if not block.is_empty:
             tokens = np.concatenate([block.tokens, tokens])
             slots = np.concatenate([block.slots, slots])
         block.tokens, block.slots = tokens, slots
@@ -157,9 +158,10 @@ class RadixTree:
 
     def drop_candidates(self) -> None:
         """Frees every scored candidate that was not chosen: nobody will ask for them."""
+        # Nobody who was found to ride on one does so now.
+        self.clock += 1
         for _, _, block in self._blocks:
-            self.pool.give_back(block.slots)
-            block.tokens = block.slots = NO_INTS
+            self.pool.give_back(block.free_all())
         self.pool.give_back(self.riders.drop_candidates())
         self.operations += len(self._blocks)
         self._blocks.clear()
@@ -168,7 +170,7 @@ class RadixTree:
         """Moves a scored candidate into the tree; None where it was not scored."""
         if depth == 0:
             return None
-        block = node.block_at(depth)
+        block = self.block_at(node, depth)
         if block is None:
             return None
         others = block.tokens != token
@@ -208,19 +210,18 @@ class RadixTree:
         return oldest < self.clock
 
     def _evict_of_riders(self, stamp: int, slots: int) -> None:
-        self.operations += 1
-        freed = self.riders.evict(stamp, slots - self.pool.free_slots)
-        self.pool.give_back(freed)
-        self.evicted += len(freed)
+        self._evict(self.riders.evict(stamp, slots - self.pool.free_slots))
 
     def _evict_block(self) -> bool:
         """Frees the block that was used longest ago; False where all are pinned."""
         while self._blocks:
             stamp, _, block = heapq.heappop(self._blocks)
-            if not len(block.tokens):
+            if block.is_empty:
                 continue
             if stamp == block.stamp < self.clock:
-                self._free_block(block)
+                self._evict(block.free_oldest())
+                if not block.is_empty:
+                    self.push_block(block)
                 return True
             self.push_block(block)
             # The oldest is of this batch, and so are all others.
@@ -246,9 +247,9 @@ class RadixTree:
 
     def _shorten(self, node: Node, length: int) -> None:
         self.operations += 1
-        for block in node.blocks[length:]:
+        for depth, block in enumerate(node.blocks[length:], node.start + length + 1):
             if block is not None:
-                self._free_block(block)
+                self._evict(block.free_at(depth))
         del node.blocks[length:]
         first = int(node.tokens.view[0])
         node.tokens.truncate(length)
@@ -269,18 +270,27 @@ class RadixTree:
         if not parent.children and parent is not self.root:
             self._push_leaf(parent)
 
-    def _free_block(self, block: Block) -> None:
+    def _evict(self, slots: Ints) -> None:
         self.operations += 1
-        self.pool.give_back(block.slots)
-        self.evicted += len(block.slots)
-        block.tokens = block.slots = NO_INTS
+        self.pool.give_back(slots)
+        self.evicted += len(slots)
 
-    def push_block(self, block: Block) -> None:
-        """Takes candidates in that may be evicted; they hang on a position."""
+    def block_at(self, node: Node, depth: int) -> Block | None:
+        """The candidates after a position of a node, which may be read and written; or None."""
+        at = depth - node.start - 1
+        block = node.blocks[at]
+        if isinstance(block, TailBlocks):
+            block = node.blocks[at] = block.take(depth)
+            if block is not None:
+                self.push_block(block)
+        return block
+
+    def push_block(self, block: Block | TailBlocks) -> None:
+        """Takes candidates in that may be evicted; they hang on positions."""
         heapq.heappush(self._blocks, (block.stamp, next(self._order), block))
         # Blocks whose every candidate was chosen own nothing and would never be looked at again.
         if len(self._blocks) > 2 * self.pool.capacity + 64:
-            self._blocks = [entry for entry in self._blocks if len(entry[2].tokens)]
+            self._blocks = [entry for entry in self._blocks if not entry[2].is_empty]
             heapq.heapify(self._blocks)
 
     def _push_leaf(self, node: Node) -> None:
@@ -288,6 +298,14 @@ class RadixTree:
 
     def _last_used(self, node: Node) -> int:
         return max(node.last_used, self.riders.last_used(node))
+
+    def owned(self) -> list[Ints]:
+        """The slots of everything, by what has them: nodes, candidates, riders."""
+        nodes = self.nodes()
+        # Neighbours share theirs.
+        blocks = {id(each): each for node in nodes for each in node.blocks if each is not None}
+        slots = [node.slots.view for node in nodes] + [each.slots for each in blocks.values()]
+        return slots + self.riders.owned()
 
     def nodes(self) -> list[Node]:
         """Every node but the root, parents first."""

@@ -1,23 +1,8 @@
-"""Nodes of the radix tree, and the blocks of scored candidates that hang on their positions."""
-
-import numpy as np
+"""Nodes of the radix tree."""
 
 from guided_decode.cache.anchor import Anchor
+from guided_decode.cache.blocks import Block, TailBlocks
 from guided_decode.growable import GrowableInts, Ints
-
-NO_INTS: Ints = np.empty(0, np.int64)
-
-
-class Block:
-    """Scored candidates after one position: tokens and slots, int64 [n]; empty when evicted."""
-
-    __slots__ = ("slots", "stamp", "tokens")
-
-    def __init__(self, stamp: int) -> None:
-        self.tokens = NO_INTS
-        self.slots = NO_INTS
-        self.stamp = stamp
-
 
 class Node:
     """A run of tokens below a parent: tokens[i] is the prefix's token start + i."""
@@ -32,8 +17,8 @@ class Node:
         self.start = start
         self.tokens = GrowableInts(tokens)
         self.slots = GrowableInts(slots)
-        # blocks[i] holds the candidates after token start + i.
-        self.blocks: list[Block | None] = [None] * len(tokens)
+        # blocks[i] holds the candidates after token start + i; neighbours may share theirs.
+        self.blocks: list[Block | TailBlocks | None] = [None] * len(tokens)
         self.children: dict[int, Node] = {}
         self.child_tokens = GrowableInts()
         self.child_slots = GrowableInts()
@@ -53,6 +38,3 @@ class Node:
     def last_used(self) -> int:
         """The batch that last read a token of the node."""
         return self.stamp if self.parent is None else max(self.stamp, self.parent.children_stamp)
-
-    def block_at(self, depth: int) -> Block | None:
-        return self.blocks[depth - self.start - 1]

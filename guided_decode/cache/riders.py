@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from guided_decode.cache.anchor import Anchor
-from guided_decode.cache.radix_node import NO_INTS, Block
+from guided_decode.cache.blocks import NEVER, NO_INTS, Block, TailBlocks
 from guided_decode.growable import Ints
 
 if TYPE_CHECKING:
@@ -25,10 +25,9 @@ if TYPE_CHECKING:
     from guided_decode.cache.radix_node import Node
 
 # Tokens of a tail, and from how many on it may enter the tree; not all riders in one step.
-TAIL, _SETTLES = 32, 20
+TAIL, _SETTLES = 64, 48
 # More riders, and more candidates, go the tree's way.
 _MOST_RIDERS, _MOST_WIDTH = 1024, 64
-_NEVER = np.iinfo(np.int64).max
 
 
 class Steps(NamedTuple):
@@ -73,7 +72,7 @@ class Riders:
         self.used = np.zeros(riders, np.int64)
         self.tail, self.tail_slots = (np.full((riders, TAIL), -1, np.int64) for _ in range(2))
         self.tokens, self.slots = (np.full((riders, TAIL, width), -1, np.int64) for _ in range(2))
-        self.stamps = np.full((riders, TAIL), _NEVER, np.int64)
+        self.stamps = np.full((riders, TAIL), NEVER, np.int64)
 
     @property
     def widest(self) -> int:
@@ -106,7 +105,7 @@ class Riders:
         alone = node.parent is not None and not node.children and node.rider is None
         if not alone or anchor.depth != node.end:
             return
-        block = node.blocks[-1]
+        block = self._tree.block_at(node, node.end)
         tokens, slots = (NO_INTS, NO_INTS) if block is None else (block.tokens, block.slots)
         if len(tokens) > _MOST_WIDTH:
             return
@@ -132,10 +131,14 @@ class Riders:
     def leave(self, anchor: Anchor) -> None:
         """The rider's tail and all its candidates enter the tree, where it then stands."""
         number, node = anchor.number, anchor.node
-        self._settle(number)
-        node.blocks[-1:] = self._blocks(number, 1)
+        self._settle([number])
+        held = self.slots[number, 0] >= 0
+        if held.any():
+            stamp, tokens = int(self.stamps[number, 0]), self.tokens[number, 0, held]
+            block = node.blocks[-1] = Block(stamp, tokens, self.slots[number, 0, held])
+            self._tree.push_block(block)
         self.tokens[number, 0] = self.slots[number, 0] = -1
-        self.stamps[number, 0] = _NEVER
+        self.stamps[number, 0] = NEVER
         node.rider, anchor.number = None, -1
         self.anchors[number] = None
         self._free.append(number)
@@ -146,44 +149,36 @@ class Riders:
             if anchor is not None:
                 self.leave(anchor)
 
-    def _settle(self, number: int) -> None:
-        """A rider's tail enters the tree, with the candidates before its end."""
-        tree, anchor, n = self._tree, self.anchors[number], int(self.count[number])
+    def _settle(self, numbers: list[int]) -> None:
+        """Tails enter the tree, with the candidates before their ends."""
+        who = np.array(numbers, np.int64)
+        counts = self.count[who]
+        for number, n in zip(numbers, counts.tolist(), strict=True):
+            self._enter(number, n)
+        for array in (self.tokens, self.slots, self.stamps):
+            array[who, 0] = array[who, counts]
+        self.tokens[who, 1:] = self.slots[who, 1:] = -1
+        self.stamps[who, 1:] = NEVER
+        self.count[who] = 0
+
+    def _enter(self, number: int, n: int) -> None:
+        """What the rider added to its leaf, n tokens, is the leaf's."""
+        tree, anchor = self._tree, self.anchors[number]
         assert anchor is not None
         node = anchor.node
         node.stamp = max(node.stamp, int(self.used[number]))
         if n:
             tree.operations += 1
+            arrays = (self.stamps, self.tokens, self.slots)
+            blocks = TailBlocks(node.end, *(array[number, :n].copy() for array in arrays))
             node.tokens.extend(self.tail[number, 1 : n + 1])
             node.slots.extend(self.tail_slots[number, 1 : n + 1])
-            node.blocks.pop()
-            node.blocks += self._blocks(number, n)
-            node.blocks.append(None)
-            for array in (self.tokens, self.slots, self.stamps):
-                array[number, 0] = array[number, n]
-            self.tokens[number, 1:] = self.slots[number, 1:] = -1
-            self.stamps[number, 1:] = _NEVER
-            self.count[number] = 0
+            if blocks.is_empty:
+                node.blocks += [None] * n
+            else:
+                node.blocks[-1:] = [*[blocks] * n, None]
+                tree.push_block(blocks)
         anchor.depth, anchor.epoch = node.end, node.epoch
-
-    def _blocks(self, number: int, n: int) -> list[Block | None]:
-        """The candidates after the first n positions, as the tree keeps them; None where none is
-        left."""
-        held = self.slots[number, :n] >= 0
-        tokens, slots = self.tokens[number, :n][held], self.slots[number, :n][held]
-        blocks: list[Block | None] = []
-        start = 0
-        for stamp, end in zip(
-            self.stamps[number, :n].tolist(), held.sum(1).cumsum().tolist(), strict=True
-        ):
-            block = None
-            if end > start:
-                block = Block(stamp)
-                block.tokens, block.slots = tokens[start:end], slots[start:end]
-                self._tree.push_block(block)
-            blocks.append(block)
-            start = end
-        return blocks
 
     # A step.
 
@@ -217,12 +212,16 @@ class Riders:
         self._tree.operations += len(who)
         return slots
 
-    def score(self, who: Ints, candidates: Ints, slots: Ints) -> None:
-        """Candidates, int64 [n, k] padded with -1, with their slots, where the riders stand."""
+    def score(self, who: Ints, candidates: Ints, slots: Ints, *, padded: bool) -> None:
+        """Candidates, int64 [n, k] padded with -1, with their slots, where the riders stand.
+
+        padded: some are padding.
+        """
         at, k = self.count[who], candidates.shape[1]
         self._widen(k)
         self.tokens[who, at, :k], self.slots[who, at, :k] = candidates, slots
-        self.stamps[who, at] = np.where((slots >= 0).any(1), self._tree.clock, _NEVER)
+        clock = self._tree.clock
+        self.stamps[who, at] = np.where((slots >= 0).any(1), clock, NEVER) if padded else clock
 
     def settle_some(self, who: Ints) -> None:
         """Lets tails enter the tree that are long: an eighth of the riders, and what is full."""
@@ -232,8 +231,7 @@ class Riders:
             return
         most = -(-len(who) // 8)
         full = who[counts == TAIL - 1]
-        for number in dict.fromkeys([*full.tolist(), *long[:most].tolist()]):
-            self._settle(number)
+        self._settle(list(dict.fromkeys([*full.tolist(), *long[:most].tolist()])))
 
     # What they own.
 
@@ -243,7 +241,7 @@ class Riders:
 
     def oldest(self) -> int:
         """The batch whose candidates are the oldest."""
-        return int(self.stamps.min()) if len(self) else _NEVER
+        return int(self.stamps.min()) if len(self) else NEVER
 
     def evict(self, stamp: int, slots: int) -> Ints:
         """Drops candidates of a batch, of rider after rider until `slots` are free; gives those."""
@@ -257,12 +255,12 @@ class Riders:
     def drop_candidates(self) -> Ints:
         """Drops all candidates; gives their slots."""
         held = self.slots[self.slots >= 0]
-        self._drop(*(self.stamps != _NEVER).nonzero())
+        self._drop(*(self.stamps != NEVER).nonzero())
         return held
 
     def _drop(self, who: Ints, at: Ints) -> None:
         self.tokens[who, at] = self.slots[who, at] = -1
-        self.stamps[who, at] = _NEVER
+        self.stamps[who, at] = NEVER
 
     def owned(self) -> list[Ints]:
         """The slots of their tails and candidates."""

@@ -1,11 +1,13 @@
 """One step of the rows that ride: found before anything changes, then placed all at once."""
 
+import operator
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from guided_decode.cache.riders import Steps
 from guided_decode.cache.row_work import RowWork
@@ -17,16 +19,35 @@ if TYPE_CHECKING:
 
 
 class Ride(NamedTuple):
-    """Rows of a batch that go on by a candidate.
+    """Rows of a batch that go on by a candidate of their last step.
 
-    prefixes: the whole batch's. rows: int64 [n], which of the batch, ascending. lengths: int64 [n],
-    tokens of their prefixes, as the model sees them.
+    prefixes: the whole batch's. rows: int64 [n], which of the batch. lengths: int64 [n], tokens of
+    their prefixes, as the model sees them. clock: the tree's when they were found; what they say is
+    true until it goes on.
     """
 
     prefixes: Sequence[Any]
     rows: Ints
     steps: Steps
     lengths: Ints
+    clock: int
+
+    def only(self, kept: NDArray[np.bool_]) -> "Ride":
+        """Those of them that are kept, bool [n]."""
+        if kept.all():
+            return self
+        steps = Steps(*(each[kept] for each in self.steps))
+        return self._replace(rows=self.rows[kept], steps=steps, lengths=self.lengths[kept])
+
+    def among(self, prefixes: Sequence[Any]) -> "Ride":
+        """Those of them that are rows of another batch too, by the prefixes' identity."""
+        same = len(prefixes) == len(self.prefixes)
+        if same and all(map(operator.is_, prefixes, self.prefixes)):
+            return self
+        places = {id(prefix): i for i, prefix in enumerate(prefixes)}
+        rows = [places.get(id(self.prefixes[row]), -1) for row in self.rows.tolist()]
+        there = self._replace(prefixes=prefixes, rows=np.array(rows, np.int64))
+        return there.only(there.rows >= 0)
 
 
 @dataclass(slots=True, frozen=True)
@@ -34,6 +55,7 @@ class RideWork:
     """What they ask of the next forward: candidates after whole prefixes.
 
     table_rows, lengths, last_slots: int64 [n]. candidates, slots: int64 [n, k], -1 where padded.
+    tokens: those that are not padding.
     """
 
     table_rows: Ints
@@ -42,6 +64,11 @@ class RideWork:
     candidates: Ints
     slots: Ints
     tokens: int
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether some of the candidates are padding."""
+        return self.tokens < self.slots.size
 
     def rows(self) -> list[RowWork]:
         """The same row by row."""
@@ -56,46 +83,60 @@ class RideWork:
         return work
 
 
-def find_riders(
-    cache: "PrefixCache",
-    prefixes: Sequence[Any],
-    candidates: Ints,  # [rows, k]
-    repeats: Sequence[bool],
-    skip_token: int,
-    most_positions: int,
-) -> Ride | None:
+def find_riders(cache: "PrefixCache", prefixes: Sequence[Any], skip_token: int) -> Ride | None:
     """The rows whose handles ride and went on by a candidate, or None. Changes no row.
 
     Args:
         cache: its lock is held.
         prefixes: as the caller has them.
-        candidates: int64, padded with -1.
-        repeats: rows that name a candidate twice, which go another way.
         skip_token: the leading token that the model does not see, or -1.
-        most_positions: of the model.
     """
     riders = cache.tree.riders
-    if not len(riders) or not 0 < candidates.shape[1] <= riders.widest:
+    if not cache.rides or not len(riders):
         return None
-    rows, numbers, tips = _live_riders(cache, prefixes, repeats)
+    rows, numbers, tips = _live_riders(cache, prefixes)
     if not rows:
         return None
     ok, steps = riders.steps(numbers, tips, skip_token)
-    which = np.array(rows, np.int64)
     lengths = riders.ends[steps.numbers] + 1 - riders.skips[steps.numbers]
-    counts = (candidates[which] >= 0).sum(1)
-    ok &= lengths + (counts > 0) <= most_positions
-    ok &= lengths + counts <= cache.capacity
-    if not ok.all():
-        which, lengths = which[ok], lengths[ok]
-        steps = Steps(*(each[ok] for each in steps))
-    if not len(which) or not cache.tables.widen(int(lengths.max())):
+    ride = Ride(prefixes, np.array(rows, np.int64), steps, lengths, cache.tree.clock).only(ok)
+    return ride if len(ride.rows) else None
+
+
+def fitting_riders(
+    cache: "PrefixCache",
+    ride: Ride,
+    candidates: Ints,  # [rows, k]
+    repeats: Sequence[bool],
+    most_positions: int,
+) -> Ride | None:
+    """Those of them who go on together with these candidates, or None.
+
+    Args:
+        cache: its lock is held.
+        ride: of `find_riders`, since when nothing was placed.
+        candidates: int64, padded with -1.
+        repeats: whether a row names a candidate twice, which then goes another way; empty where
+            none does.
+        most_positions: of the model.
+    """
+    k = candidates.shape[1]
+    if not 0 < k <= cache.tree.riders.widest:
         return None
-    return Ride(prefixes, which, steps, lengths)
+    if repeats:
+        ride = ride.only(~np.array(repeats, bool)[ride.rows])
+    if len(ride.rows) and int(ride.lengths.max()) + k > min(most_positions, cache.capacity):
+        counts = (candidates[ride.rows] >= 0).sum(1)
+        fits = ride.lengths + (counts > 0) <= most_positions
+        fits &= ride.lengths + counts <= cache.capacity
+        ride = ride.only(fits)
+    if not len(ride.rows) or not cache.tables.widen(int(ride.lengths.max())):
+        return None
+    return ride
 
 
 def _live_riders(
-    cache: "PrefixCache", prefixes: Sequence[Any], repeats: Sequence[bool]
+    cache: "PrefixCache", prefixes: Sequence[Any]
 ) -> tuple[list[int], list[int], list[tuple[int, int, int]]]:
     """The rows whose handles ride, their riders' numbers, and where the handles are now."""
     anchors = cache.anchors
@@ -109,33 +150,37 @@ def _live_riders(
                 rows.append(i)
                 numbers.append(anchor.number)
                 tips.append(prefix.tip())
-    if True in repeats or len(set(numbers)) < len(numbers):
+    if len(set(numbers)) < len(numbers):
         # Of a handle that comes twice, the second does not go on.
         times = Counter(numbers)
-        kept = [i for i, n in enumerate(numbers) if times[n] == 1 and not repeats[rows[i]]]
+        kept = [i for i, number in enumerate(numbers) if times[number] == 1]
         rows, numbers = [rows[i] for i in kept], [numbers[i] for i in kept]
         tips = [tips[i] for i in kept]
     return rows, numbers, tips
 
 
-def place_riders(cache: "PrefixCache", ride: Ride, candidates: Ints) -> RideWork | None:
+def place_riders(
+    cache: "PrefixCache", ride: Ride, candidates: Ints, *, padded: bool
+) -> RideWork | None:
     """Places them, within a batch; None where there is no room for all, who then go the tree's way.
 
-    candidates: int64 [rows, k] of the batch.
+    candidates: int64 [rows, k] of the batch. padded: some are padding.
     """
     riders, who = cache.tree.riders, ride.steps.numbers
     last_slots = riders.advance(ride.steps)
     own = candidates if len(who) == len(candidates) else candidates[ride.rows]
-    real = own >= 0
-    total = int(np.count_nonzero(real))
+    total = int(np.count_nonzero(own >= 0)) if padded else own.size
     if not cache.tree.make_room(total):
         _leave(cache, who)
         return None
     table_rows = riders.table_rows[who]
     cache.note(table_rows, ride.lengths - 1, last_slots)
-    slots = np.full(own.shape, -1, np.int64)
-    slots[real] = cache.pool.take(total)
-    riders.score(who, own, slots)
+    if padded:
+        slots = np.full(own.shape, -1, np.int64)
+        slots[own >= 0] = cache.pool.take(total)
+    else:
+        slots = cache.pool.take(total).reshape(own.shape)
+    riders.score(who, own, slots, padded=padded)
     riders.settle_some(who)
     cache.count_ridden(len(who))
     return RideWork(table_rows, ride.lengths, last_slots, own, slots, total)

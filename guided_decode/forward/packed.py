@@ -188,18 +188,25 @@ def _batch(
 
 def _of_ride(ride: RideWork) -> tuple[Ints, Ints]:
     """Tokens, int64 [3, tokens], and segments, int64 [rows, 6]; rows without a token have none."""
+    rows, k = ride.slots.shape
+    segments = np.zeros((rows, 6), np.int64)
+    segments[:, 3] = segments[:, 4] = ride.lengths
+    segments[:, 5] = ride.table_rows
+    packed = np.empty((3, ride.tokens), np.int64)
+    if not ride.is_padded:
+        by_row = packed.reshape(3, rows, k)
+        by_row[0], by_row[1], by_row[2] = ride.candidates, ride.lengths[:, None], ride.slots
+        segments[:, 0] = np.arange(0, rows * k, k)
+        segments[:, 2] = k
+        return packed, segments
     real = ride.slots >= 0
     counts = real.sum(1)
-    packed = np.empty((3, ride.tokens), np.int64)
     packed[0] = ride.candidates[real]
     packed[1] = np.repeat(ride.lengths, counts)
     packed[2] = ride.slots[real]
-    segments = np.zeros((len(counts), 6), np.int64)
     segments[:, 0] = counts.cumsum() - counts
     segments[:, 2] = counts
-    segments[:, 3] = segments[:, 4] = ride.lengths
-    segments[:, 5] = ride.table_rows
-    return packed, segments if counts.all() else segments[counts > 0]
+    return packed, segments[counts > 0]
 
 
 def _of_rows(work: list[RowWork], start: int) -> tuple[Ints, Ints]:

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from guided_decode.cache.blocks import NO_INTS
 from guided_decode.cache.pool import SlotPool
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
-from guided_decode.cache.radix_node import NO_INTS
 from guided_decode.cache.riding import RideWork
 from guided_decode.forward.attention import ATTENTION_NAME, SlotCache
 from guided_decode.forward.cache_argument import cache_argument

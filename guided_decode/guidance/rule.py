@@ -82,11 +82,13 @@ def apply_guidance(
     scored: Tensor,  # [rows, k] bool
     log_ratio: Tensor | None = None,  # [rows, k] float32
     min_keep: int = 1,
+    *,
+    padded: bool = True,
 ) -> GuidedLogits:
     """`guide` without a wait for the device: which rows failed is left to the caller.
 
     Arguments as there, and scored: which candidates have an advantage; min_keep: how many of them
-    "prune" leaves at least.
+    "prune" leaves at least; padded: False where no candidate is padding, which costs less.
 
     Raises ValueError: kl_coef without log_ratio.
     """
@@ -104,7 +106,7 @@ def apply_guidance(
         scored=scored,
         penalty=penalty,
         min_keep=min_keep,
-        usual=rules.usual,
+        usual=rules.usual and not padded,
     )
 
 

@@ -2,6 +2,7 @@
 
 import operator
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, cast, get_args
 
 import torch
@@ -108,10 +109,38 @@ def guide_rows(
     if observe is None and not any(config.guides for config in configs):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
+    with _expecting(scorer, prefixes):
+        return _guided(
+            scorer, logits, prefixes, configs, ends, trails,
+            on_error=on_error, min_keep=min_keep, observe=observe,
+        )  # fmt: skip
+
+
+def _expecting(scorer: Scorer, prefixes: Sequence[Prefix]) -> AbstractContextManager[object]:
+    """While the device is still at the logits, a scorer that can begins with the prefixes."""
+    expecting = getattr(scorer, "expecting", None)
+    return nullcontext() if expecting is None else expecting(prefixes)
+
+
+def _guided(
+    scorer: Scorer,
+    logits: Tensor,
+    prefixes: Sequence[Prefix],
+    configs: Sequence[GuidanceConfig],
+    ends: Sequence[Collection[int]],  # a row's terminals
+    trails: Sequence[ValueTrail] | None,
+    *,
+    on_error: OnError,
+    min_keep: int,
+    observe: Callable[[ObservedStep], None] | None,
+) -> Tensor:
+    """`guide_rows` once its arguments are checked."""
     # A policy's vocabulary may be padded further than the scorer's: those ids are no candidates.
     chosen = choose_candidates(logits[:, : scorer.vocab_size], configs, min_keep)
     past = beyond(logits, scorer.vocab_size)
     known, gated, lost = _on_host(chosen, past, vocabulary=scorer.scores_vocabulary)
+    # Of what stays on the device nobody asks.
+    padded = known.device.type != "cpu" or bool((known.numpy() < 0).any())
     active = _rows_to_score(scorer, configs, gated)
     if lost:
         guided_and_lost = [i for i in lost if configs[i].guides]
@@ -136,8 +165,9 @@ def guide_rows(
             raise
         reason, step = error, _spoiled(_no_scores(chosen.candidates), chosen.candidates, active)
     guided, why = apply_guidance(
-        logits, chosen.candidates, step.scores, configs, step.scored, step.log_ratio, min_keep
-    )
+        logits, chosen.candidates, step.scores, configs, step.scored, step.log_ratio, min_keep,
+        padded=padded,
+    )  # fmt: skip
     if lost:
         guided[lost] = logits[lost]
     if trails is not None:
@@ -146,7 +176,7 @@ def guide_rows(
         keep_scores(
             prefixes, trails, chosen.candidates, step.scores, step.scored, step.exempt, active
         )
-    failures = failed_rows.reasons(why, known)
+    failures = failed_rows.reasons(why, known) if padded else why.tolist()
     failed = [i for i, each in enumerate(failures) if each and configs[i].guides and i not in lost]
     masked = [i for i in failed if failures[i] == failed_rows.ALL_MASKED]
     if failed and on_error == "raise":

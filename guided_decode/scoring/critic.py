@@ -1,8 +1,10 @@
 """The critic as a scorer: V of every candidate, one packed forward a step."""
 
 import operator
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -11,7 +13,13 @@ import torch
 from torch import Tensor
 
 from guided_decode.cache.prefix_cache import Placement, PrefixCache
-from guided_decode.cache.riding import Ride, RideWork, find_riders, place_riders
+from guided_decode.cache.riding import (
+    Ride,
+    RideWork,
+    find_riders,
+    fitting_riders,
+    place_riders,
+)
 from guided_decode.forward.graphs import GraphedForward, usual_shapes
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch
@@ -20,7 +28,7 @@ from guided_decode.forward.weights import Origin, WeightWatch
 from guided_decode.growable import Ints
 from guided_decode.kernels import value_head
 from guided_decode.scorer import LogProbs, Prefix, Scorer, Scores, TerminalRule
-from guided_decode.scoring.asked import check_asked
+from guided_decode.scoring.asked import Asked, check_asked, on_host
 from guided_decode.scoring.closing import Closing
 from guided_decode.scoring.implicit import LanguageModel
 from guided_decode.scoring.score_parts import Numbered, ScoredPart, together
@@ -45,6 +53,15 @@ class ValueHead:
         """Values of hidden states [tokens, hidden], float32 [tokens]."""
         read = hidden if self.inner is None else self.inner(hidden)
         return self.transform(value_head(read, self.weight, self.bias))
+
+
+class _Expected(threading.local):
+    """What this thread has looked up already: another's prefixes are none of its own."""
+
+    ride: Ride | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Expected":
+        return _Expected()
 
 
 class CriticScorer(Closing):
@@ -104,6 +121,7 @@ class CriticScorer(Closing):
         self._head_watch = WeightWatch(() if head_origin is None else head_origin.watched)
         # Of the model's changes, those that the head and the graphs have followed.
         self._followed = model.changes
+        self._expected = _Expected()
         self._graphs: GraphedForward | None = None
         wanted = graphs if graphs is not None else model.device.type == "cuda"
         if wanted and model.can_be_graphed:
@@ -168,28 +186,43 @@ class CriticScorer(Closing):
         with self.cache.lock:
             begun = time.perf_counter()
             self._follow()
-            chosen = self._on_host(candidates)
-            repeats = _repeats(chosen)
-            ride = self._ride(prefixes, chosen, repeats)
+            # The step's one wait for the device before its forward.
+            asked, (lowest, highest) = on_host(candidates)
+            self.model.check_vocabulary(lowest, highest, "candidate")
+            ride = self._ride(prefixes, asked)
             rows: Sequence[Numbered] = ()
-            if ride is None or len(ride.rows) < len(chosen):
+            if ride is None or len(ride.rows) < len(prefixes):
                 riding = () if ride is None else ride.rows.tolist()
-                others = sorted(set(range(len(chosen))).difference(riding))
-                rows = self._rows(prefixes, chosen, others)
+                others = sorted(set(range(len(prefixes))).difference(riding))
+                rows = self._rows(prefixes, asked, others)
             parts: list[ScoredPart] = []
             try:
                 while ride is not None or rows:
-                    parts.append(self._score_part(rows, chosen, repeats, ride))
+                    parts.append(self._score_part(rows, asked, ride))
                     rows, ride = parts[-1].left, None
             except BaseException:
                 # Slots that were handed out may not have been written.
                 self.cache.clear()
                 raise
-            self._count(begun, len(chosen))
+            self._count(begun, len(prefixes))
         if not parts:
             empty = torch.empty(candidates.shape, dtype=torch.float32, device=self.model.device)
             return Scores(empty, empty.new_empty(len(empty)))
         return together(parts)
+
+    @contextmanager
+    def expecting(self, prefixes: Sequence[Prefix]) -> Iterator[None]:
+        """Looks prefixes up that this thread scores next, all or some of them, while it still waits
+        for their candidates. No handle among them may change inside.
+
+        Nothing but the time between candidates and answer depends on it.
+        """
+        with self.cache.lock:
+            self._expected.ride = find_riders(self.cache, prefixes, self._skipped)
+        try:
+            yield
+        finally:
+            self._expected.ride = None
 
     @without_autograd
     def prepare(self, rows: int, candidates: int, prefix: int) -> None:
@@ -232,24 +265,18 @@ class CriticScorer(Closing):
             reasons.append(self.reference.refusal(prefix, candidates))
         return next((reason for reason in reasons if reason is not None), None)
 
-    def _on_host(self, candidates: Tensor) -> Ints:
-        """Candidates that were checked, on the host: the step's one blocking copy."""
-        chosen: Ints = candidates.cpu().numpy().astype(np.int64, copy=False)
-        if chosen.size:
-            # -1 is padding.
-            lowest, highest = int(chosen.min()), int(chosen.max())
-            self.model.check_vocabulary(0 if lowest == -1 else lowest, highest, "candidate")
-        return chosen
-
-    def _ride(
-        self, prefixes: Sequence[Prefix], chosen: Ints, repeats: Sequence[bool]
-    ) -> Ride | None:
+    def _ride(self, prefixes: Sequence[Prefix], asked: Asked) -> Ride | None:
         """The rows that go on by a candidate, nearly all of a step: they were checked before."""
-        if not self.cache.rides:
+        ride = self._expected.ride
+        if ride is not None and ride.clock == self.cache.tree.clock:
+            ride = ride.among(prefixes)
+        else:
+            ride = find_riders(self.cache, prefixes, self._skipped)
+        if ride is None:
             return None
         most = self.model.max_positions
         positions = self.cache.capacity if most is None else most
-        return find_riders(self.cache, prefixes, chosen, repeats, self._skipped, positions)
+        return fitting_riders(self.cache, ride, asked.ids, asked.repeats, positions)
 
     @property
     def _skipped(self) -> int:
@@ -257,54 +284,46 @@ class CriticScorer(Closing):
         return -1 if self.skip_token is None else self.skip_token
 
     def _rows(
-        self, prefixes: Sequence[Prefix], chosen: Ints, wanted: Iterable[int]
+        self, prefixes: Sequence[Prefix], asked: Asked, wanted: Iterable[int]
     ) -> list[Numbered]:
         """These rows of a call, checked."""
         rows = []
         for i in wanted:
-            given, count = prefixes[i], int(np.count_nonzero(chosen[i] >= 0))
+            given, count = prefixes[i], int(np.count_nonzero(asked.ids[i] >= 0))
             # Repeated candidates take one slot; they are rare enough to count only near the limit.
             if isinstance(given, Sized) and len(given) + count > self.cache.capacity:
-                count = len(_distinct(chosen[i])[0])
+                count = len(asked.of_row(i)[0])
             rows.append((i, self.model.row(given, i, self.skip_token, count)))
         return rows
 
-    def _score_part(
-        self,
-        rows: Sequence[Numbered],
-        candidates: Ints,
-        repeats: Sequence[bool],
-        ride: Ride | None,
-    ) -> ScoredPart:
+    def _score_part(self, rows: Sequence[Numbered], asked: Asked, ride: Ride | None) -> ScoredPart:
         """Scores those that ride, and as many of the rows as fit the pool with them."""
         self.cache.begin_batch()
-        riders = None if ride is None else place_riders(self.cache, ride, candidates)
-        if riders is None and ride is not None:
-            whole = self._rows(ride.prefixes, candidates, ride.rows.tolist())
-            rows = sorted([*rows, *whole], key=operator.itemgetter(0))
+        riders = None
+        if ride is not None:
+            riders = place_riders(self.cache, ride, asked.ids, padded=asked.padded)
+            if riders is None:
+                whole = self._rows(ride.prefixes, asked, ride.rows.tolist())
+                rows = sorted([*rows, *whole], key=operator.itemgetter(0))
         placements: list[Placement] = []
-        slots = np.full(candidates.shape, -1, np.int64)
-        last_slots = np.full(len(candidates), -1, np.int64)
+        slots = np.full(asked.ids.shape, -1, np.int64)
+        last_slots = np.full(len(slots), -1, np.int64)
         if ride is not None and riders is not None:
             slots[ride.rows], last_slots[ride.rows] = riders.slots, riders.last_slots
         for i, row in rows:
-            real = candidates[i] >= 0
-            own, inverse = candidates[i, real], None
-            if repeats[i]:
-                own, inverse = _distinct(own)
+            own, places = asked.of_row(i)
             alone = riders is None and not placements
             placement = self.model.place(row, own, alone=alone, rides=self._skipped)
             if placement is None:
                 break
             placements.append(placement)
-            found = placement.candidate_slots
-            slots[i, real] = found if inverse is None else found[inverse]
+            slots[i, asked.ids[i] >= 0] = placement.candidate_slots[places]
             last_slots[i] = placement.last_slot
         self._forward(placements, riders)
         done = (last_slots >= 0).nonzero()[0]
-        if len(done) < len(candidates):
+        if len(done) < len(slots):
             slots, last_slots = slots[done], last_slots[done]
-        scores = self._gather(slots, last_slots)
+        scores = self._gather(slots, last_slots, padded=asked.padded)
         self.cache.end_batch()
         return ScoredPart(done, scores, rows[len(placements) :])
 
@@ -327,15 +346,16 @@ class CriticScorer(Closing):
         values = self.head(self.model.forward(batch))
         self.cache.pool.values.index_copy_(0, batch.slots, values)
 
-    def _gather(self, slots: Ints, last_slots: Ints) -> Scores:
+    def _gather(self, slots: Ints, last_slots: Ints, *, padded: bool) -> Scores:
         """Values of candidates' slots, [n, k], -1 where padded, and of the last tokens', [n]."""
         # Baselines begin at a multiple of 16 bytes: kernels are compiled for that.
         size, start = slots.size, -(-slots.size // 4) * 4
-        pool, read = self.cache.pool, np.full(start + len(slots), -1, np.int64)
-        read[:size] = slots.ravel()
-        read[start:] = last_slots
+        pool, read = self.cache.pool, np.empty(start + len(slots), np.int64)
         # Padding is read where the pool has NaN.
-        read[read < 0] = len(pool.values) - 1
+        nowhere = len(pool.values) - 1
+        read[:size], read[size:start], read[start:] = slots.ravel(), nowhere, last_slots
+        if padded:
+            read[read < 0] = nowhere
         at = torch.from_numpy(read).to(pool.device, non_blocking=True)
         values = pool.values.index_select(0, at)
         return Scores(values[:size].view(slots.shape), values[start:])
@@ -347,15 +367,3 @@ class CriticScorer(Closing):
             seconds=time.perf_counter() - begun,
         )
 
-
-def _repeats(candidates: Ints) -> list[bool]:
-    """Whether a row names a candidate twice."""
-    ordered = np.sort(candidates, -1)
-    twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
-    return twice.any(-1).tolist()
-
-
-def _distinct(candidates: Ints) -> tuple[Ints, Ints]:
-    """A row's distinct candidates, and where each unpadded one stands among them."""
-    distinct, inverse = np.unique(candidates[candidates >= 0], return_inverse=True)
-    return distinct, inverse
