@@ -110,6 +110,9 @@ class Decoding:
         needed = case.rows * (case.prefix + case.k + 2 + most_steps)
         room = needed if case.full else needed + case.rows * most_steps * case.k
         self.scorer = Weightless(room, case.prefix + most_steps + 2)
+        if hasattr(self.scorer, "freeze"):
+            # As the server does; older checkouts cannot.
+            self.scorer.freeze()
         config = parse_config({"scorer": "none", "log_every": 0}, "the benchmark")
         self.engine = GuidedEngine(config, self.scorer, end_ids=(_EOS,))
         self.rows = BatchRows(self.engine.admit)

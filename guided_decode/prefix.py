@@ -74,7 +74,7 @@ class PrefixHandle:
     """
 
     __slots__ = (
-        "__weakref__", "_ids", "_kept", "_lock", "highest", "lowest", "serial", "version",
+        "__weakref__", "_ids", "_kept", "_lock", "_tip", "highest", "lowest", "serial", "version",
     )  # fmt: skip
 
     def __init__(self, tokens: "Sequence[int] | Ints | Tensor" = ()) -> None:
@@ -115,9 +115,8 @@ class PrefixHandle:
 
     def tip(self) -> tuple[int, int, int]:
         """Length, last token (-1 of none) and version, at one moment."""
-        with self._lock:
-            ids = self._ids
-            return ids.length, ids.last, self.version
+        # Set whole by each change: a scorer asks for one a row and step.
+        return self._tip
 
     def append(self, token: int) -> None:
         """Adds one token id.
@@ -132,6 +131,7 @@ class PrefixHandle:
             elif token < self.lowest:
                 self.lowest = token
             self._ids.append(token)
+            self._tip = (self._ids.length, token, self.version)
 
     def extend(self, tokens: "Sequence[int] | Ints | Tensor") -> None:
         """Adds token ids, [n]."""
@@ -143,6 +143,7 @@ class PrefixHandle:
                 self.lowest = min(self.lowest, int(ids.min()))
                 self.highest = max(self.highest, int(ids.max()))
             self._ids.extend(ids)
+            self._tip = (self._ids.length, self._ids.last, self.version)
 
     def sync(self, tokens: "Sequence[int] | Ints | Tensor") -> None:
         """Makes the handle equal to `tokens`: appends what is new, resets on any other change."""
@@ -185,6 +186,7 @@ class PrefixHandle:
                 self.lowest = min(0, int(left.min(initial=0)))
                 self.highest = max(0, int(left.max(initial=0)))
             self._changed(length)
+            self._tip = (length, self._ids.last, self.version)
 
     def kept(self, version: int) -> int:
         """How many of the first tokens are as they were at this version; 0 where nobody knows."""

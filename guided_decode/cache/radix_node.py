@@ -4,6 +4,7 @@ from guided_decode.cache.anchor import Anchor
 from guided_decode.cache.blocks import Block, TailBlocks
 from guided_decode.growable import GrowableInts, Ints
 
+
 class Node:
     """A run of tokens below a parent: tokens[i] is the prefix's token start + i."""
 

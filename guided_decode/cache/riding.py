@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 class Ride(NamedTuple):
     """Rows of a batch that go on by a candidate of their last step.
 
-    prefixes: the whole batch's. rows: int64 [n], which of the batch. lengths: int64 [n], tokens of
-    their prefixes, as the model sees them. clock: the tree's when they were found; what they say is
-    true until it goes on.
+    prefixes: the whole batch's. rows: int64 [n], which of the batch, ascending. lengths: int64 [n],
+    tokens of their prefixes, as the model sees them. clock: the tree's when they were found; what
+    they say is true until it goes on.
     """
 
     prefixes: Sequence[Any]
@@ -34,20 +34,24 @@ class Ride(NamedTuple):
 
     def only(self, kept: NDArray[np.bool_]) -> "Ride":
         """Those of them that are kept, bool [n]."""
-        if kept.all():
-            return self
-        steps = Steps(*(each[kept] for each in self.steps))
-        return self._replace(rows=self.rows[kept], steps=steps, lengths=self.lengths[kept])
+        return self if kept.all() else self._of(kept)
 
-    def among(self, prefixes: Sequence[Any]) -> "Ride":
-        """Those of them that are rows of another batch too, by the prefixes' identity."""
+    def _of(self, which: NDArray[Any]) -> "Ride":
+        steps = Steps(*(each[which] for each in self.steps))
+        return self._replace(rows=self.rows[which], steps=steps, lengths=self.lengths[which])
+
+    def among(self, prefixes: Sequence[Any]) -> "Ride | None":
+        """Those of them that are rows of another batch too, by the prefixes' identity; None where
+        one comes twice in that, of which only one would go on."""
         same = len(prefixes) == len(self.prefixes)
         if same and all(map(operator.is_, prefixes, self.prefixes)):
             return self
-        places = {id(prefix): i for i, prefix in enumerate(prefixes)}
-        rows = [places.get(id(self.prefixes[row]), -1) for row in self.rows.tolist()]
-        there = self._replace(prefixes=prefixes, rows=np.array(rows, np.int64))
-        return there.only(there.rows >= 0)
+        if len(set(map(id, prefixes))) < len(prefixes):
+            return None
+        places = {id(self.prefixes[row]): place for place, row in enumerate(self.rows.tolist())}
+        which = np.array([places.get(id(prefix), -1) for prefix in prefixes], np.int64)
+        rows = (which >= 0).nonzero()[0]
+        return self._of(which[rows])._replace(prefixes=prefixes, rows=rows)
 
 
 @dataclass(slots=True, frozen=True)

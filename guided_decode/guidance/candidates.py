@@ -50,6 +50,8 @@ def choose_candidates(
     where no row has one. No wait for the device.
     """
     vocab = logits.shape[-1]
+    if len(set(map(id, configs))) == 1:
+        configs = configs[:1]
     gates = None
     if any(config.gate is not None for config in configs):
         gates = [torch.inf if config.gate is None else config.gate for config in configs]
@@ -93,7 +95,7 @@ def _choose(
     gates: Sequence[float] | None,
     min_keep: int,
 ) -> TopCandidates:
-    """One selection, as wide as the widest row."""
+    """One selection, as wide as the widest row. widths, top_p, gates: one a row, or one for all."""
     vocab, width = logits.shape[-1], max(widths, default=1)
     if width > vocab:
         raise ValueError(

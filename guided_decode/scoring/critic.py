@@ -268,9 +268,9 @@ class CriticScorer(Closing):
     def _ride(self, prefixes: Sequence[Prefix], asked: Asked) -> Ride | None:
         """The rows that go on by a candidate, nearly all of a step: they were checked before."""
         ride = self._expected.ride
-        if ride is not None and ride.clock == self.cache.tree.clock:
-            ride = ride.among(prefixes)
-        else:
+        if ride is not None:
+            ride = ride.among(prefixes) if ride.clock == self.cache.tree.clock else None
+        if ride is None:
             ride = find_riders(self.cache, prefixes, self._skipped)
         if ride is None:
             return None
@@ -366,4 +366,3 @@ class CriticScorer(Closing):
             rows_scored=rows,
             seconds=time.perf_counter() - begun,
         )
-

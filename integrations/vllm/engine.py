@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -183,7 +183,8 @@ class GuidedEngine:
         if self._trunk is not None:
             self._trunk.begin([rows[i] for i in known], batch)
         live = [row for _, row in rows]
-        self._count_tokens([live[i] for i in known])
+        lengths = {i: len(live[i].history) for i in known}
+        self._count_tokens([live[i] for i in known], lengths.values())
         self.values.read([rows[i] for i in known], batch, own.shape[-1], goes_on=goes_on)
         watched = [i for i in known if live[i].request.is_watched]
         ended = {i: token for i in watched if (token := _ends_now(live[i])) is not None}
@@ -194,6 +195,7 @@ class GuidedEngine:
             chosen = [i for i in chosen if self._trunk.stands(live[i])]
         if chosen and self.config.on_error == "raise":
             chosen = self._not_masked(self._not_refused(chosen, live, own), own)
+        self.counts.wasted_rows += sum(lengths[i] == live[i].seen for i in chosen)
         guided = self._guide(own, live, chosen)
         if ended:
             guided[list(ended)] = -torch.inf
@@ -201,8 +203,8 @@ class GuidedEngine:
         guides = {id(live[i]) for i in chosen}
         shown = [rows[i] for i in known if i not in behind]
         self._show(shown, guides, {id(live[i]) for i in ended}, batch)
-        for i in known:
-            live[i].seen = len(live[i].history)
+        for i, length in lengths.items():
+            live[i].seen = length
         return guided
 
     def _not_refused(self, chosen: list[int], rows: list[LiveRow], own: Tensor) -> list[int]:
@@ -226,13 +228,15 @@ class GuidedEngine:
             self._count_failure(left.count(False), "a request leaves no token to sample")
         return [i for i, some in zip(chosen, left, strict=True) if some]
 
-    def _count_tokens(self, rows: Sequence[LiveRow]) -> None:
-        """What the last steps of these requests wrote."""
-        for row in rows:
-            new = len(row.history) - row.seen
-            if row.main is None and row.seen and new > 0:
-                self.counts.steps += 1
-                self.counts.tokens += new
+    def _count_tokens(self, rows: Sequence[LiveRow], lengths: Iterable[int]) -> None:
+        """What the last steps of these requests wrote. lengths: of their histories."""
+        new = [
+            length - row.seen
+            for row, length in zip(rows, lengths, strict=True)
+            if length > row.seen > 0 and row.main is None
+        ]
+        self.counts.steps += len(new)
+        self.counts.tokens += sum(new)
 
     def _guide(self, own: Tensor, rows: list[LiveRow], chosen: list[int]) -> Tensor:
         """New logits, [rows, vocab]: guided where chosen, else the rows' own."""
@@ -240,8 +244,6 @@ class GuidedEngine:
             return own.clone()
         assert self.scorer is not None
         live = [rows[i] for i in chosen]
-        for row in live:
-            self.counts.wasted_rows += len(row.history) == row.seen
         self.counts.guided_rows += len(live)
         self.counts.draft_rows += sum(row.main is not None for row in live)
         index = None if len(chosen) == len(rows) else _on(chosen, own.device)
@@ -286,7 +288,7 @@ class GuidedEngine:
 
     def _publish(self, live: int) -> None:
         if self._metrics is not None:
-            self._metrics.publish(live_rows=live, groups=len(self.values.groups))
+            self._metrics.publish_soon(live_rows=live, groups=len(self.values.groups))
 
 
 def _on(rows: list[int], device: torch.device) -> Tensor:

@@ -1,12 +1,14 @@
 """What the processor did, on the server's /metrics and in a log line now and then.
 
-The counters are the worker's. They reach /metrics through prometheus_client's multiprocess
-directory: PROMETHEUS_MULTIPROC_DIR must be set before the server starts.
+The counters are the worker's, and are published a moment after a step. They reach /metrics through
+prometheus_client's multiprocess directory: PROMETHEUS_MULTIPROC_DIR must be set before the server
+starts.
 """
 
 import functools
 import logging
 import operator
+import threading
 import time
 from dataclasses import dataclass, fields
 from typing import Any
@@ -14,6 +16,9 @@ from typing import Any
 from guided_decode.stats import ScorerStats
 
 logger = logging.getLogger("guided_decode")
+
+# Seconds from a step to its numbers on /metrics.
+_DELAY = 0.1
 
 _HELP = {
     "guided_rows": "rows handed to guidance",
@@ -73,9 +78,31 @@ class Metrics:
         self._logged = dict(self._published)
         self._logged_at = time.monotonic()
         self._collectors = _collectors()
+        self._gauges: dict[str, float] = {}
+        self._is_due = False
+        self._lock = threading.Lock()
+
+    def publish_soon(self, **gauges: float) -> None:
+        """`publish` within a tenth of a second, once for all steps until then: nobody reads more
+        often than that, and it takes longer than a row of a step."""
+        self._gauges = gauges
+        if not self._is_due:
+            self._is_due = True
+            timer = threading.Timer(_DELAY, self._publish_due)
+            timer.daemon = True
+            timer.start()
+
+    def _publish_due(self) -> None:
+        # First: what a step notes from now on is published by another timer.
+        self._is_due = False
+        self.publish(**self._gauges)
 
     def publish(self, **gauges: float) -> None:
         """Brings /metrics up to date, and logs once the interval is over."""
+        with self._lock:
+            self._publish(gauges)
+
+    def _publish(self, gauges: dict[str, float]) -> None:
         now = self._numbers()
         for name, collector in self._collectors.items():
             if name in gauges:

@@ -197,10 +197,11 @@ class BatchRows:
         handle = row.handle
         if handle is None:
             return row
-        known = len(handle) - row.prompt_length
+        length, last, _ = handle.tip()
+        known = length - row.prompt_length
         new = len(output) - known
         # Of a rewritten history the last token that is known may be another one.
-        is_as_it_was = not known or (new >= 0 and output[known - 1] == handle.tokens[-1])
+        is_as_it_was = not known or (new >= 0 and output[known - 1] == last)
         if self._rewrites or not is_as_it_was or new not in (0, 1) or (new and output[-1] < 0):
             # Back from a preemption, or tokens were taken back after a failed transfer of the
             # cache, or others write histories too.

@@ -1,15 +1,19 @@
 """Rows that go on together, as arrays: any schedule reads the right slots, at the same cost."""
 
+import contextlib
 import copy
 import gc
 import random
+import threading
 import weakref
 
 import pytest
 import torch
 
-from guided_decode import PrefixHandle
+from guided_decode import GuidanceConfig, PrefixHandle
 from guided_decode.cache import riders
+from guided_decode.guidance import step as guidance_step
+from guided_decode.scoring import critic as critic_module
 from tests.cache.reading_critic import ReadingCritic, value
 
 # Few tokens of many, so that rows meet, or none.
@@ -114,7 +118,10 @@ class Rows:
             list(self.rows[n][0]) if plain else self.rows[n][1]
             for n, plain in zip(asked, listed, strict=True)
         ]
-        values, baseline = self.critic.score(prefixes, torch.tensor(chosen))
+        with self.expecting(prefixes):
+            if self.random.random() < 0.03:
+                self.random.choice([self.critic.cache.clear, self.critic.cache.drop_candidates])()
+            values, baseline = self.critic.score(prefixes, torch.tensor(chosen))
         if self.random.random() < 0.3:
             self.check()
         for n, given, got, own in zip(
@@ -126,6 +133,17 @@ class Rows:
                 wanted = value([*prefix, token]) if token >= 0 else float("nan")
                 assert found == pytest.approx(wanted, abs=1e-6, nan_ok=True)
             self.rows[n][2] = [token for token in given if token >= 0]
+
+    def expecting(self, prefixes):
+        """Now and then these are looked up before, with or without rows that are not asked for."""
+        turn, others = self.random.random(), [row[1] for row in self.rows]
+        if turn < 0.4:
+            return contextlib.nullcontext()
+        if turn < 0.7:
+            return self.critic.expecting(prefixes)
+        every = list({id(each): each for each in [*prefixes, *others]}.values())
+        self.random.shuffle(every)
+        return self.critic.expecting(every)
 
     def seen(self, tokens):
         dropped = self.skip is not None and len(tokens) > 1 and tokens[0] == self.skip
@@ -329,3 +347,128 @@ def test_candidates_that_are_too_many_for_riders_go_the_trees_way():
             handle.append(int(wide[0, 3]))
     assert values.shape == (2, 60)
     assert critic.cache.ridden == 4
+
+
+# What is looked up before the candidates are known.
+
+
+def look_ups(monkeypatch):
+    """How many prefixes each look-up had, from now on."""
+    found, plain = [], critic_module.find_riders
+
+    def counted(cache, prefixes, skip_token):
+        found.append(len(prefixes))
+        return plain(cache, prefixes, skip_token)
+
+    monkeypatch.setattr(critic_module, "find_riders", counted)
+    return found
+
+
+def test_a_step_looks_its_prefixes_up_before_it_waits_for_the_logits(monkeypatch):
+    critic, handles, step = decoding(3)
+    for _ in range(5):
+        step()
+    found, waited = look_ups(monkeypatch), []
+    plain = guidance_step._on_host
+
+    def on_host(*given, **options):
+        waited.append(list(found))
+        return plain(*given, **options)
+
+    monkeypatch.setattr(guidance_step, "_on_host", on_host)
+    before = critic.cache.ridden
+    guidance_step.guide_rows(critic, torch.randn(3, 61), handles, GuidanceConfig(top_k=4))
+    assert waited == [[3]]
+    assert found == [3]
+    assert critic.cache.ridden - before == 3
+
+
+def test_of_rows_that_a_gate_lets_pass_the_others_are_not_looked_up_again(monkeypatch):
+    critic, handles, step = decoding(3)
+    for _ in range(5):
+        step()
+    found, before = look_ups(monkeypatch), critic.cache.ridden
+    logits = torch.zeros(3, 61)
+    logits[1, 7] = 50.0
+    guidance_step.guide_rows(critic, logits, handles, GuidanceConfig(top_k=4, gate=0.9))
+    assert found == [3]
+    assert critic.cache.ridden - before == 2
+
+
+def test_what_was_looked_up_holds_until_somebody_else_scores(monkeypatch):
+    critic, handles, step = decoding(2)
+    for _ in range(5):
+        step()
+    candidates = torch.tensor([[40, 41], [42, 43]])
+    found = look_ups(monkeypatch)
+    with critic.expecting(handles):
+        critic.score(handles[:1], candidates[:1])
+        assert found == [2]
+        scores = critic.score(handles, candidates)
+    assert found == [2, 2]
+    for i, handle in enumerate(handles):
+        for j, token in enumerate(candidates[i].tolist()):
+            wanted = value([*handle.tokens, token])
+            assert scores.values[i, j].item() == pytest.approx(wanted, abs=1e-6)
+    critic.cache.check()
+
+
+def test_a_handle_that_comes_once_more_than_was_expected_does_not_ride(monkeypatch):
+    critic, handles, step = decoding(2)
+    for _ in range(5):
+        step()
+    candidates = torch.tensor([[40, 41], [42, 43], [44, 45]])
+    found, before = look_ups(monkeypatch), critic.cache.ridden
+    with critic.expecting(handles):
+        scores = critic.score([*handles, handles[0]], candidates)
+    assert found == [2, 3]
+    assert critic.cache.ridden - before == 1
+    for i, handle in enumerate([*handles, handles[0]]):
+        wanted = [value([*handle.tokens, token]) for token in candidates[i].tolist()]
+        assert scores.values[i].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_rows_may_be_scored_in_another_order_than_they_were_expected():
+    critic, handles, step = decoding(3)
+    for _ in range(5):
+        step()
+    candidates, before = torch.tensor([[40, 41], [42, 43], [44, 45]]), critic.cache.ridden
+    with critic.expecting(handles[::-1]):
+        scores = critic.score(handles, candidates)
+    assert critic.cache.ridden - before == 3
+    for i, handle in enumerate(handles):
+        wanted = [value([*handle.tokens, token]) for token in candidates[i].tolist()]
+        assert scores.values[i].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_what_was_looked_up_is_the_threads_own_and_ends_with_the_step(monkeypatch):
+    critic, handles, step = decoding(2)
+    for _ in range(5):
+        step()
+    candidates, found = torch.tensor([[40, 41], [42, 43]]), look_ups(monkeypatch)
+    with critic.expecting(handles):
+        other = threading.Thread(target=critic.score, args=([[3, 4]], candidates[:1]))
+        other.start()
+        other.join()
+    assert found == [2, 1]
+    critic.score(handles, candidates)
+    assert found == [2, 1, 2]
+
+
+def test_candidates_along_a_tail_are_found_again_in_both_halves_of_a_leaf_that_is_cut():
+    critic, handles, step = decoding(1)
+    for _ in range(60):
+        step()
+    tokens = handles[0].tokens[:-1].tolist()
+    critic.stats.reset()
+    # Another row leaves the leaf in its middle.
+    critic.score([[*tokens[:45], 61]], torch.tensor([[3]]))
+    assert (critic.stats.prefix_tokens, critic.stats.candidate_tokens) == (1, 1)
+    critic.stats.reset()
+    for end in (30, 44, 45, 46, 60):
+        first = 3 + end % 50
+        values, _ = critic.score([tokens[:end]], torch.tensor([[*range(first, first + 4)]]))
+        for token, found in zip(range(first, first + 4), values[0].tolist(), strict=True):
+            assert found == pytest.approx(value([*tokens[:end], token]), abs=1e-6)
+        critic.cache.check()
+    assert (critic.stats.prefix_tokens, critic.stats.candidate_tokens) == (0, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch
 from guided_decode import GuidanceConfig
 from tests import models, oracle
 from tests.integrations.vllm import vllm_parts
+from tests.integrations.vllm.vllm_server import until
 from tests.integrations.vllm.vllm_steps import (
     CONFIG,
     CPU,
@@ -23,6 +25,7 @@ from tests.integrations.vllm.vllm_steps import (
 )
 
 from guided_decode.integrations.vllm import ValueGuidedLogitsProcessor  # isort: skip
+from guided_decode.integrations.vllm.metrics import _DELAY, Metrics  # isort: skip
 from guided_decode.integrations.vllm.request import UNGUIDED, Pruning, Request  # isort: skip
 
 
@@ -331,3 +334,26 @@ def test_a_log_of_values_that_cannot_be_written_stops_nothing(scorer, caplog):
         guided = logging_engine.step(logits.clone(), rows())
         oracle.assert_row_equal(guided[0], brute_rows(logits)[0])
     assert caplog.text.count("values are no longer logged to /dev/full") == 1
+
+
+def test_many_steps_are_published_together_a_moment_later(scorer, monkeypatch):
+    published, plain = [], Metrics._publish
+
+    guiding, logits = engine(scorer), step_logits()
+
+    def publish(self, gauges):
+        plain(self, gauges)
+        if self is guiding._metrics:
+            published.append(gauges)
+
+    monkeypatch.setattr(Metrics, "_publish", publish)
+    begun = time.monotonic()
+    for _ in range(5):
+        guiding.step(logits.clone(), rows())
+    took = time.monotonic() - begun
+    until(lambda: guiding._metrics._published["guided_rows"] == 5 * len(PROMPTS))
+    assert 1 <= len(published) <= 1 + took / _DELAY
+    assert published[-1] == {"live_rows": 4, "groups": 0}
+    # What comes after that is published as well.
+    guiding.release([])
+    until(lambda: published[-1] == {"live_rows": 0, "groups": 0})

@@ -53,6 +53,8 @@ class Server:
 
     def metrics(self) -> dict[str, float]:
         """What guided-decode has on /metrics, without its prefix and the counters' suffix."""
+        # The worker publishes a tenth of a second after a step.
+        time.sleep(0.3)
         text = self.client.get("/metrics").text
         lines = re.findall(r"^guided_decode_(\w+?)(?:_total)? (\S+)$", text, re.MULTILINE)
         return {name: float(value) for name, value in lines}
