@@ -16,8 +16,9 @@ from guided_decode.forward.hooked import is_hooked
 class JointLinear:
     """Modules that read the same input.
 
-    As one product where their weights may lie side by side in memory; the modules' parameters are
-    then views of it, and what is written to them is seen. Otherwise each runs as it is.
+    As one product where their weights lie side by side in memory, or may be put there; the modules'
+    parameters are then views of it, and what is written to them is seen. Otherwise each runs as it
+    is.
     """
 
     def __init__(self, modules: Sequence[nn.Module], *, owned: bool) -> None:
@@ -50,14 +51,28 @@ class JointLinear:
 
     def join(self) -> None:
         """Puts the weights side by side, where they may be moved and do not lie so already."""
-        if not self.owned or (self._weight is not None and self._lies_there()):
+        if self.is_joined:
             return
-        if not _may_lie_together(self.modules) or self._some_stayed():
-            self.owned, self._weight, self._bias = False, None, None
+        stayed = self._some_stayed()
+        self._weight = self._bias = None
+        if not _may_lie_together(self.modules):
+            self.owned = False
             return
-        self._weight = _joined([module.weight for module in self.modules])  # type: ignore[misc]
+        weights: list[Any] = [module.weight for module in self.modules]
         biases: list[Any] = [module.bias for module in self.modules]
-        self._bias = None if biases[0] is None else _joined(biases)
+        has_bias = biases[0] is not None
+        if not (_lie_together(weights) and (not has_bias or _lie_together(biases))):
+            # A part that somebody moved is somebody else's too.
+            self.owned = self.owned and not stayed
+            if not self.owned:
+                return
+        self._weight = _joined(weights)
+        self._bias = _joined(biases) if has_bias else None
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether they run as one product."""
+        return self._weight is not None and self._lies_there()
 
     def _some_stayed(self) -> bool:
         """Whether somebody moved a part of what was joined: another who holds it, and again."""
@@ -78,13 +93,18 @@ def _joined(parameters: list[Tensor]) -> Tensor:
     """One tensor [sum of sizes, ...], of which the parameters are views."""
     first = parameters[0].data
     shape = (sum(map(len, parameters)), *first.shape[1:])
-    storages = {one.untyped_storage().data_ptr() for one in parameters}
-    if len(storages) == 1 and _lie_at(parameters, first):
+    if _lie_together(parameters):
         return first.as_strided(shape, first.stride(), first.storage_offset())
     joined = torch.cat([one.data for one in parameters])
     for one, part in zip(parameters, joined.split(list(map(len, parameters))), strict=True):
         one.data = part
     return joined
+
+
+def _lie_together(parameters: list[Tensor]) -> bool:
+    """Whether they lie one behind the other in one storage."""
+    storages = {one.untyped_storage().data_ptr() for one in parameters}
+    return len(storages) == 1 and _lie_at(parameters, parameters[0].data)
 
 
 def _lie_at(parameters: list[Tensor], joined: Tensor) -> bool:

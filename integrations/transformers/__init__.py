@@ -8,7 +8,8 @@ Where the scorer is a head on the policy's own hidden states,
 
     model.generate(**inputs, custom_generate=TrunkLookahead(scorer, config))
 
-runs one forward a token, which scores the candidates and is the next step of the policy. A row of
+runs one forward a token, which scores the candidates and is the next step of the policy;
+`join_weights(policy)`, before the scorer is loaded, makes it a few launches shorter. A row of
 which the scorer expects nothing more is ended by `abstain` of its config, or unguided by
 
     model.generate(**inputs, stopping_criteria=[AbstentionCriteria(scorer, config)])
@@ -18,11 +19,18 @@ from typing import TYPE_CHECKING
 
 from guided_decode.public_names import handed_on
 
-__all__ = ["AbstentionCriteria", "GuidedDecoding", "TrunkLookahead", "ValueGuidedLogitsProcessor"]
+__all__ = [
+    "AbstentionCriteria",
+    "GuidedDecoding",
+    "TrunkLookahead",
+    "ValueGuidedLogitsProcessor",
+    "join_weights",
+]
 
 if TYPE_CHECKING:
     from guided_decode.integrations.transformers.abstention import AbstentionCriteria
     from guided_decode.integrations.transformers.custom_generate import GuidedDecoding
+    from guided_decode.integrations.transformers.joined_weights import join_weights
     from guided_decode.integrations.transformers.logits_processor import ValueGuidedLogitsProcessor
     from guided_decode.integrations.transformers.trunk_lookahead import TrunkLookahead
 else:
@@ -33,5 +41,6 @@ else:
             "GuidedDecoding": "custom_generate",
             "TrunkLookahead": "trunk_lookahead",
             "ValueGuidedLogitsProcessor": "logits_processor",
+            "join_weights": "joined_weights",
         },
     )

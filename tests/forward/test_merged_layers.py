@@ -32,6 +32,7 @@ from guided_decode.forward.merged_layers import Merged
 from guided_decode.forward.packed_model import PackedModel
 from guided_decode.forward.self_check import check_packed
 from guided_decode.forward.weights import Origin, comes_from
+from guided_decode.integrations.transformers import join_weights
 from guided_decode.prefix import PrefixHandle
 from tests import models
 from tests.forward.test_graphs import decode, scorer_like_a_gpus
@@ -672,14 +673,22 @@ def test_memory_is_counted_when_weights_are_in_their_places(monkeypatch):
     assert [is_joined(each) for each in seen[0]] == [True] * 3
 
 
-def test_a_layer_of_a_model_that_is_shared_is_thirteen_launches(monkeypatch):
+@pytest.mark.parametrize(("joins", "wanted"), [(False, 13), (True, 10)])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_layer_of_a_model_that_is_shared_is_thirteen_launches_and_ten_where_weights_lie_together(
+    monkeypatch, joins, wanted, bias
+):
     def count(layers):
-        config = LlamaConfig(**SMALL | {"num_hidden_layers": layers})
+        config = LlamaConfig(
+            **SMALL | {"num_hidden_layers": layers}, attention_bias=bias, mlp_bias=bias
+        )
         model = model_of(config, torch.bfloat16)
+        if joins:
+            assert join_weights(model) == 2 * layers
         made = packed(comes_from(model, Origin((), lambda: model)))
         assert len(merged_of(model)) == layers
         with monkeypatch.context() as patch, Launches(patch) as counter:
             outputs(made)
         return counter.count
 
-    assert (count(4) - count(2)) / 2 == 13
+    assert (count(4) - count(2)) / 2 == wanted
