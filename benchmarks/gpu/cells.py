@@ -143,7 +143,9 @@ class Setup:
             begin(each, handles, drawn=self.drawn)
         for handle, token in zip(handles, self.last[self.ways.index(way)].tolist(), strict=True):
             handle.append(token)
-        return Lane(way, policy, guide, handles, graphs, mean=way.startswith("gated"))
+        merged = [each.merged_layers for each in packed]
+        mean = way.startswith("gated")
+        return Lane(way, policy, guide, handles, graphs, mean=mean, merged=merged)
 
     def _parts(self, way, config):
         """Policy, guide, the caches that want the prompts, and the graphs of its forwards."""

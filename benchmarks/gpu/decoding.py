@@ -172,7 +172,8 @@ def run_cell(models: Models, cell: Cell, rates: Rates, *, inside: bool = False) 
     take_turns(list(lanes.values()), _ROUNDS, _steps(cell), _warm(cell))
     found = {way: lane.by_round() for way, lane in lanes.items()}
     for way, lane in lanes.items():
-        yield record_of(cell, way, found, rates) | {"graphs": lane.graph_replays()}
+        about = {"graphs": lane.graph_replays(), "merged": lane.merged}
+        yield record_of(cell, way, found, rates) | about
     if inside:
         yield from _inside(cell, lanes)
     for way in slow:
@@ -180,14 +181,14 @@ def run_cell(models: Models, cell: Cell, rates: Rates, *, inside: bool = False) 
         # The first two capture the policy's graphs.
         take_turns([lane], _ROUNDS, 1 if way.startswith("recomputed") else 3, 3)
         found[way] = lane.by_round()
-        graphs = lane.graph_replays()
+        about = {"graphs": lane.graph_replays(), "merged": lane.merged}
         del lane
         _free()
-        yield record_of(cell, way, found, rates) | {"graphs": graphs}
+        yield record_of(cell, way, found, rates) | about
     if "generate" in cell.ways:
         seconds = generate_seconds(models.policy, setup.prompts("plain"), GENERATED)
         found["generate"] = [statistics.median(seconds[i::_ROUNDS]) for i in range(_ROUNDS)]
-        yield record_of(cell, "generate", found, rates) | {"graphs": None}
+        yield record_of(cell, "generate", found, rates) | {"graphs": None, "merged": ()}
 
 
 def record_of(cell: Cell, way: str, found: dict[str, list[float]], rates: Rates) -> Record:

@@ -156,10 +156,12 @@ class Lane:
         graphs: Sequence[GraphedForward] = (),
         *,
         mean: bool = False,
+        merged: Sequence[int] = (),
     ) -> None:
         """
         Args:
             graphs: of its forwards; a step that captured one is not counted.
+            merged: how many layers of each of its models are merged, the policy's first.
             mean: steps differ by design, so their mean is what one costs, not their median.
         """
         self.name = name
@@ -167,6 +169,7 @@ class Lane:
         self.guide = guide
         self.handles = handles
         self.graphs = graphs
+        self.merged = merged
         self._timed_steps = self._replays = 0
         self.typical = statistics.fmean if mean else statistics.median
         self.rounds: list[list[float]] = []

@@ -191,10 +191,11 @@ def _decoding(records: Sequence[Record]) -> list[str]:
                 number(None if base is None else record["ms"] / base),
                 number(record["over_guided"]),
                 number(record["graphs"], 1),
+                " + ".join(map(str, record["merged"])) or "—",
             )
         )
     heads = ("model", "batch", "prefix", "way", "ms a step", "floor ms", "of floor", "of plain",
-             "of generate", "of ours at this k", "graphs replayed a step")  # fmt: skip
+             "of generate", "of ours at this k", "graphs a step", "layers merged")  # fmt: skip
     return table(heads, rows)
 
 

@@ -97,7 +97,6 @@ class TailBlocks:
     def free_all(self) -> Ints:
         """As `Block`."""
         freed = self.slots
-        self._slots[:] = -1
         self._stamps = [NEVER] * len(self._stamps)
         self._go_on()
         return freed
@@ -110,3 +109,6 @@ class TailBlocks:
     def _go_on(self) -> None:
         while self._at < len(self._stamps) and self._stamps[self._at] == NEVER:
             self._at += 1
+        if self.is_empty:
+            # Positions go on to hold on to them.
+            self._tokens = self._slots = NO_INTS

@@ -42,11 +42,12 @@ class Ride(NamedTuple):
 
     def among(self, prefixes: Sequence[Any]) -> "Ride | None":
         """Those of them that are rows of another batch too, by the prefixes' identity; None where
-        one comes twice in that, of which only one would go on."""
+        that has others, which nobody looked up, or one twice, of which only one would go on."""
         same = len(prefixes) == len(self.prefixes)
         if same and all(map(operator.is_, prefixes, self.prefixes)):
             return self
-        if len(set(map(id, prefixes))) < len(prefixes):
+        asked = set(map(id, prefixes))
+        if len(asked) < len(prefixes) or not asked <= set(map(id, self.prefixes)):
             return None
         places = {id(self.prefixes[row]): place for place, row in enumerate(self.rows.tolist())}
         which = np.array([places.get(id(prefix), -1) for prefix in prefixes], np.int64)
@@ -103,7 +104,9 @@ def find_riders(cache: "PrefixCache", prefixes: Sequence[Any], skip_token: int) 
         return None
     ok, steps = riders.steps(numbers, tips, skip_token)
     lengths = riders.ends[steps.numbers] + 1 - riders.skips[steps.numbers]
-    ride = Ride(prefixes, np.array(rows, np.int64), steps, lengths, cache.tree.clock).only(ok)
+    # The caller's list may be another one by the time that this is read.
+    given, which = tuple(prefixes), np.array(rows, np.int64)
+    ride = Ride(given, which, steps, lengths, cache.tree.clock).only(ok)
     return ride if len(ride.rows) else None
 
 

@@ -9,17 +9,36 @@ from torch import Tensor, nn
 
 from guided_decode.checkpoints.quantised_layers import is_quantised
 
+# Of transformers: what a model that was once asked for hidden states or attentions goes on to have
+# on its layers, where it does nothing until it is asked again.
+_CAPTURING = "transformers.utils.output_capturing"
+_IS_CAPTURING = "_output_capturing_hooks_installed"
+
 # How deep a layer's own records (bitsandbytes' states, HQQ's dicts) hold tensors.
 _DEEPEST = 3
 
 
 def own_copy(model: nn.Module) -> Any:
-    """The module on its own deep copy of the config, sharing the weights and nothing else."""
+    """The module on its own deep copy of the config, sharing the weights and nothing else.
+
+    Others' hooks come along, but for those by which transformers reads hidden states: it puts them
+    there again when the copy is asked for any.
+    """
     shared: dict[int, Any] = {id(weight): _shared(weight) for weight in model.parameters()}
     if is_quantised(model):
         # Packed weights and their scales lie in buffers and in records beside the parameters.
         shared = {id(each): each for each in _beside(model)} | shared
-    return copy.deepcopy(model, shared)
+    copied: nn.Module = copy.deepcopy(model, shared)
+    for module in copied.modules():
+        _forget_capturing(module)
+    return copied
+
+
+def _forget_capturing(module: nn.Module) -> None:
+    vars(module).pop(_IS_CAPTURING, None)
+    for number, hook in list(module._forward_hooks.items()):
+        if getattr(hook, "__module__", None) == _CAPTURING:
+            del module._forward_hooks[number]
 
 
 def _shared(weight: Any) -> Any:

@@ -116,6 +116,11 @@ def switch(layer: nn.Module, merged: MergedLayer) -> None:
     switched.hooks = Hooks(layer)
 
 
+def merged_layers(model: nn.Module) -> int:
+    """How many of its layers are merged."""
+    return sum(isinstance(module, Merged) for module in model.modules())
+
+
 def switch_back(model: nn.Module) -> int:
     """Makes every merged layer of a model what it was before `switch`; returns how many."""
     layers = [module for module in model.modules() if isinstance(module, Merged)]

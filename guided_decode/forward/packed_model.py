@@ -19,7 +19,7 @@ from guided_decode.forward.cpu_linear import use_onednn
 from guided_decode.forward.followed_model import FollowedModel
 from guided_decode.forward.fused_norms import fuse_norms
 from guided_decode.forward.layer_trial import join_again, merge_layers
-from guided_decode.forward.merged_layers import switch_back
+from guided_decode.forward.merged_layers import merged_layers, switch_back
 from guided_decode.forward.modes import without_autograd
 from guided_decode.forward.packed import PackedBatch, pack
 from guided_decode.forward.pool_size import default_capacity, layer_layout, most_graph_tokens
@@ -158,6 +158,11 @@ class PackedModel(FollowedModel):
             # The weights' former places.
             torch.cuda.empty_cache()
         logger.info("%s: %d of %d decoder layers are merged", self.name, merged, layers)
+
+    @property
+    def merged_layers(self) -> int:
+        """How many decoder layers are merged; the others run as their modules do."""
+        return merged_layers(self.model)
 
     def unmerge(self) -> bool:
         """Makes merged layers the modules' own for good; whether there were any."""

@@ -51,7 +51,7 @@ def choose_candidates(
     """
     vocab = logits.shape[-1]
     if len(set(map(id, configs))) == 1:
-        configs = configs[:1]
+        configs = [configs[0]]
     gates = None
     if any(config.gate is not None for config in configs):
         gates = [torch.inf if config.gate is None else config.gate for config in configs]

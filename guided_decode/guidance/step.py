@@ -109,22 +109,29 @@ def guide_rows(
     if observe is None and not any(config.guides for config in configs):
         return logits.clone()
     ends = _per_row_terminals(terminals, len(logits))
-    with _expecting(scorer, prefixes):
+    # A policy's vocabulary may be padded further than the scorer's: those ids are no candidates.
+    chosen = choose_candidates(logits[:, : scorer.vocab_size], configs, min_keep)
+    with _expecting(scorer, prefixes, configs):
         return _guided(
-            scorer, logits, prefixes, configs, ends, trails,
+            scorer, logits, chosen, prefixes, configs, ends, trails,
             on_error=on_error, min_keep=min_keep, observe=observe,
         )  # fmt: skip
 
 
-def _expecting(scorer: Scorer, prefixes: Sequence[Prefix]) -> AbstractContextManager[object]:
+def _expecting(
+    scorer: Scorer, prefixes: Sequence[Prefix], configs: Sequence[GuidanceConfig]
+) -> AbstractContextManager[object]:
     """While the device is still at the logits, a scorer that can begins with the prefixes."""
     expecting = getattr(scorer, "expecting", None)
-    return nullcontext() if expecting is None else expecting(prefixes)
+    if expecting is None or not any(config.needs_scores for config in distinct(configs)):
+        return nullcontext()
+    return expecting(prefixes)
 
 
 def _guided(
     scorer: Scorer,
     logits: Tensor,
+    chosen: TopCandidates,
     prefixes: Sequence[Prefix],
     configs: Sequence[GuidanceConfig],
     ends: Sequence[Collection[int]],  # a row's terminals
@@ -134,9 +141,7 @@ def _guided(
     min_keep: int,
     observe: Callable[[ObservedStep], None] | None,
 ) -> Tensor:
-    """`guide_rows` once its arguments are checked."""
-    # A policy's vocabulary may be padded further than the scorer's: those ids are no candidates.
-    chosen = choose_candidates(logits[:, : scorer.vocab_size], configs, min_keep)
+    """`guide_rows` once its arguments are checked and candidates are chosen."""
     past = beyond(logits, scorer.vocab_size)
     known, gated, lost = _on_host(chosen, past, vocabulary=scorer.scores_vocabulary)
     # Of what stays on the device nobody asks.

@@ -5,11 +5,13 @@ prometheus_client's multiprocess directory: PROMETHEUS_MULTIPROC_DIR must be set
 starts.
 """
 
+import atexit
 import functools
 import logging
 import operator
 import threading
 import time
+import weakref
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -81,6 +83,8 @@ class Metrics:
         self._gauges: dict[str, float] = {}
         self._is_due = False
         self._lock = threading.Lock()
+        # The last steps' timer ends with the process.
+        atexit.register(_publish_last, weakref.ref(self))
 
     def publish_soon(self, **gauges: float) -> None:
         """`publish` within a tenth of a second, once for all steps until then: nobody reads more
@@ -90,12 +94,17 @@ class Metrics:
             self._is_due = True
             timer = threading.Timer(_DELAY, self._publish_due)
             timer.daemon = True
-            timer.start()
+            try:
+                timer.start()
+            except RuntimeError:
+                # No thread is to be had, near a process's end for example.
+                self._publish_due()
 
     def _publish_due(self) -> None:
-        # First: what a step notes from now on is published by another timer.
-        self._is_due = False
-        self.publish(**self._gauges)
+        with self._lock:
+            # First: what a step notes from now on is published by another timer.
+            self._is_due = False
+            self._publish(self._gauges)
 
     def publish(self, **gauges: float) -> None:
         """Brings /metrics up to date, and logs once the interval is over."""
@@ -135,6 +144,12 @@ class Metrics:
             new["evictions"], new["clamps"], new["pruned_siblings"], new["abstained_rows"],
             new["steps"] / max(1.0, new["tokens"]), new["seconds"], new["scorer_seconds"],
         )  # fmt: skip
+
+
+def _publish_last(metrics: "weakref.ref[Metrics]") -> None:
+    own = metrics()
+    if own is not None and own._is_due:
+        own._publish_due()
 
 
 @functools.cache

@@ -113,6 +113,10 @@ def test_a_cell_gives_a_record_a_way(small):
     assert by_way["plain"]["over_plain"] == 1
     assert by_way["copied k 4"]["over_guided"] > 0
     assert by_way["gated k 4"]["over_floor"] is None
+    layers = small.size.layers
+    assert [list(by_way[way]["merged"]) for way in ways] == [
+        [layers], [layers, layers], [layers, layers], [layers], [layers], [layers], []
+    ]  # fmt: skip
     inside = [record["way"] for record in records if record["kind"] == "inside"]
     assert inside == ["plain"]
 
@@ -393,7 +397,7 @@ def test_a_part_that_fails_keeps_no_other_from_reporting(tmp_path, monkeypatch):
 def test_the_report_shows_what_was_measured():
     cell = {"kind": "decoding", "model": "8B", "batch": 1, "prefix": 512, "ms_least": 1.0,
             "ms_most": 3.0, "floor_ms": 1.5, "over_floor": 1.3, "over_guided": None,
-            "graphs": 2.0}  # fmt: skip
+            "graphs": 2.0, "merged": [40, 39]}  # fmt: skip
     records = [
         {"kind": "kernel", "kernel": "value_head", "shape": "16 rows", "target": False,
          "error": 1e-5, "microseconds": 4.0, "least": 3.9, "most": 4.2, "bytes": 1e6,
@@ -415,7 +419,10 @@ def test_the_report_shows_what_was_measured():
     }
     text = "\n".join(markdown(records, about))
     assert "| 4.0 (3.9–4.2) | 10% | 30.0 | 8.0 | a library: no | 1 of 9 |" in text
-    assert "| 8B | 1 | 512 | k 16 | 4.00 (1.00–3.00) | 1.50 | 1.30 | 2.00 | 2.00 | — |" in text
+    assert (
+        "| 8B | 1 | 512 | k 16 | 4.00 (1.00–3.00) | 1.50 | 1.30 | 2.00 | 2.00 | — | 2.0 | 40 + 39 |"
+        in text
+    )
     assert "the host waits 3 times" in text
     assert "- 13B, batch 64 (plain): not run: too large" in text
 

@@ -12,6 +12,7 @@ import torch
 
 from guided_decode import GuidanceConfig, PrefixHandle
 from guided_decode.cache import riders
+from guided_decode.cache.blocks import TailBlocks
 from guided_decode.guidance import step as guidance_step
 from guided_decode.scoring import critic as critic_module
 from tests.cache.reading_critic import ReadingCritic, value
@@ -441,6 +442,31 @@ def test_rows_may_be_scored_in_another_order_than_they_were_expected():
         assert scores.values[i].tolist() == pytest.approx(wanted, abs=1e-6)
 
 
+def test_a_list_that_is_changed_in_between_is_another_one():
+    critic, handles, step = decoding(3)
+    for _ in range(5):
+        step()
+    candidates, given = torch.tensor([[40, 41], [42, 43], [44, 45]]), list(handles)
+    with critic.expecting(given):
+        given.reverse()
+        scores = critic.score(given, candidates)
+    for i, handle in enumerate(given):
+        wanted = [value([*handle.tokens, token]) for token in candidates[i].tolist()]
+        assert scores.values[i].tolist() == pytest.approx(wanted, abs=1e-6)
+
+
+def test_rows_that_nobody_expected_ride_all_the_same(monkeypatch):
+    critic, handles, step = decoding(3)
+    for _ in range(5):
+        step()
+    candidates, before = torch.tensor([[40, 41], [42, 43], [44, 45]]), critic.cache.ridden
+    found = look_ups(monkeypatch)
+    with critic.expecting(handles[:2]):
+        critic.score(handles, candidates)
+    assert found == [2, 3]
+    assert critic.cache.ridden - before == 3
+
+
 def test_what_was_looked_up_is_the_threads_own_and_ends_with_the_step(monkeypatch):
     critic, handles, step = decoding(2)
     for _ in range(5):
@@ -453,6 +479,20 @@ def test_what_was_looked_up_is_the_threads_own_and_ends_with_the_step(monkeypatc
     assert found == [2, 1]
     critic.score(handles, candidates)
     assert found == [2, 1, 2]
+
+
+def test_tails_without_candidates_hold_no_memory():
+    critic, _, step = decoding(1)
+    for _ in range(60):
+        step()
+    critic.cache.drop_candidates()
+    (leaf,) = (node for node in critic.cache.tree.nodes() if not node.children)
+    (blocks,) = {block for block in leaf.blocks if isinstance(block, TailBlocks)}
+    assert blocks.is_empty
+    assert not len(blocks.slots)
+    assert not blocks._tokens.nbytes
+    step()
+    critic.cache.check()
 
 
 def test_candidates_along_a_tail_are_found_again_in_both_halves_of_a_leaf_that_is_cut():

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import logging
+import os
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
 import torch
+from prometheus_client import CollectorRegistry
+from prometheus_client.multiprocess import MultiProcessCollector
 
 from guided_decode import GuidanceConfig
-from tests import models, oracle
+from tests import PATIENCE, models, oracle
 from tests.integrations.vllm import vllm_parts
 from tests.integrations.vllm.vllm_server import until
 from tests.integrations.vllm.vllm_steps import (
@@ -357,3 +363,34 @@ def test_many_steps_are_published_together_a_moment_later(scorer, monkeypatch):
     # What comes after that is published as well.
     guiding.release([])
     until(lambda: published[-1] == {"live_rows": 0, "groups": 0})
+
+
+def test_a_step_where_no_thread_is_to_be_had_publishes_itself(scorer, monkeypatch):
+    def fail(self):
+        raise RuntimeError("can't start new thread")
+
+    guiding, logits = engine(scorer), step_logits()
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        for steps in (1, 2):
+            guiding.step(logits.clone(), rows())
+            assert guiding._metrics._published["guided_rows"] == steps * len(PROMPTS)
+    guiding.step(logits.clone(), rows())
+    until(lambda: guiding._metrics._published["guided_rows"] == 3 * len(PROMPTS))
+
+
+def test_what_is_due_when_the_process_ends_is_published(tmp_path):
+    code = """
+from guided_decode.integrations.vllm.metrics import Metrics, StepCounts
+from guided_decode.stats import ScorerStats
+
+counts = StepCounts()
+metrics = Metrics(counts, ScorerStats(), log_every=0)
+counts.guided_rows = 7
+metrics.publish_soon(live_rows=1, groups=0)
+"""
+    environment = os.environ | {"PROMETHEUS_MULTIPROC_DIR": str(tmp_path)}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=PATIENCE)
+    registry = CollectorRegistry()
+    MultiProcessCollector(registry, path=str(tmp_path))
+    assert registry.get_sample_value("guided_decode_guided_rows_total") == 7
