@@ -46,16 +46,18 @@ class TailBlocks:
     few ever are.
 
     Of the position at depth `first` + p: stamps[p], and tokens and slots [p], int64 [n, width], -1
-    where there is none. Later positions were used later.
+    where there is none; they are copied. Later positions were used later.
     """
 
     __slots__ = ("_at", "_slots", "_stamps", "_tokens", "first")
 
     def __init__(self, first: int, stamps: Ints, tokens: Ints, slots: Ints) -> None:
         self.first = first
-        self._tokens, self._slots = tokens, slots
-        held = (slots >= 0).any(1)
-        self._stamps: list[int] = np.where(held, stamps, NEVER).tolist()
+        held = slots >= 0
+        # Riders have room for the widest of them.
+        width = held.any(0)
+        self._tokens, self._slots = tokens[:, width], slots[:, width]
+        self._stamps: list[int] = np.where(held.any(1), stamps, NEVER).tolist()
         # The first position that has any.
         self._at = 0
         self._go_on()

@@ -170,7 +170,7 @@ class Riders:
         if n:
             tree.operations += 1
             arrays = (self.stamps, self.tokens, self.slots)
-            blocks = TailBlocks(node.end, *(array[number, :n].copy() for array in arrays))
+            blocks = TailBlocks(node.end, *(array[number, :n] for array in arrays))
             node.tokens.extend(self.tail[number, 1 : n + 1])
             node.slots.extend(self.tail_slots[number, 1 : n + 1])
             if blocks.is_empty:

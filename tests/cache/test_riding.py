@@ -481,6 +481,30 @@ def test_what_was_looked_up_is_the_threads_own_and_ends_with_the_step(monkeypatc
     assert found == [2, 1, 2]
 
 
+def test_tails_keep_no_more_columns_than_they_have_candidates():
+    critic, _, step = decoding(2)
+    for k in (4, 4, 30, *[4] * 60):
+        step(k)
+    assert critic.cache.tree.riders.tokens.shape[2] >= 30
+    widths = {
+        block._tokens.shape[1]
+        for node in critic.cache.tree.nodes()
+        for block in node.blocks
+        if isinstance(block, TailBlocks)
+    }
+    # The settled tail has the step of 30, too; what came after it has four, of which one was taken.
+    for _ in range(60):
+        step()
+    narrow = {
+        block._tokens.shape[1]
+        for node in critic.cache.tree.nodes()
+        for block in node.blocks[70:]
+        if isinstance(block, TailBlocks)
+    }
+    assert max(widths) >= 29
+    assert narrow == {3}
+
+
 def test_tails_without_candidates_hold_no_memory():
     critic, _, step = decoding(1)
     for _ in range(60):
